@@ -1,0 +1,471 @@
+"""The integer algebra under every mask: sets of banded rectangles, held as int64 arrays.
+
+A band is the set of pairs ``(q, k)`` with ``q`` in a span, ``k`` in a span and ``lo <= k - q <= hi``::
+
+        k ->                       a span is start + step * i;
+      q  . x x . . .               a bound at or past INF is absent;
+      |  . . x x . .               an axis may also be cut down to scattered
+      v  . . . x x .               positions, a set of intervals (global tokens)
+
+Intersection, difference and union of bands are bands, so one representation carries full, causal,
+windows, documents, chunks, strides, global tokens and everything made of them. The bands of one
+:class:`Bands` are disjoint. Nothing here knows torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+INF = 1 << 60
+Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
+Q_AXIS = (Q0, QN, QS, QSET)
+K_AXIS = (K0, KN, KS, KSET)
+ANY = 0  # the set that holds every position
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals:
+    """A set of positions as sorted, disjoint, non-adjacent half-open intervals, ``bounds [n, 2]``."""
+
+    bounds: Ints
+
+    @staticmethod
+    def of(positions: Iterable[int]) -> Intervals:
+        points = np.unique(np.fromiter(positions, dtype=np.int64))
+        if not len(points):
+            return Intervals(np.empty((0, 2), np.int64))
+        cuts = np.flatnonzero(np.diff(points) > 1) + 1
+        starts = points[np.concatenate(([0], cuts))]
+        ends = points[np.concatenate((cuts - 1, [len(points) - 1]))] + 1
+        return Intervals(np.stack((starts, ends), 1))
+
+    @cached_property
+    def key(self) -> bytes:
+        return self.bounds.tobytes()
+
+    @cached_property
+    def _before(self) -> Ints:
+        return np.concatenate(([0], np.cumsum(self.bounds[:, 1] - self.bounds[:, 0])))
+
+    def complement(self) -> Intervals:
+        flat = self.bounds.reshape(-1)
+        edges = np.concatenate(([-INF], flat, [INF])).reshape(-1, 2)
+        return Intervals(edges)
+
+    def intersect(self, other: Intervals) -> Intervals:
+        a, b = self.bounds, other.bounds
+        i, j = overlapping(a[:, 0], a[:, 1], b[:, 0], b[:, 1])
+        lo, hi = np.maximum(a[i, 0], b[j, 0]), np.minimum(a[i, 1], b[j, 1])
+        order = np.argsort(lo, kind="stable")
+        return Intervals(np.stack((lo[order], hi[order]), 1))
+
+    def rank(self, x: Ints) -> Ints:
+        """How many members lie below each ``x``."""
+        if not len(self.bounds):
+            return np.zeros_like(x)
+        at = np.searchsorted(self.bounds[:, 0], x, "right") - 1
+        inside = np.minimum(x, self.bounds[at, 1]) - self.bounds[at, 0]
+        return np.where(at < 0, 0, self._before[at] + inside)
+
+    def first_at_or_after(self, x: Ints) -> Ints:
+        at = np.searchsorted(self.bounds[:, 1], x, "right")
+        padded = np.append(self.bounds[:, 0], INF)
+        return np.maximum(x, padded[at])
+
+    def last_at_or_before(self, x: Ints) -> Ints:
+        at = np.searchsorted(self.bounds[:, 0], x, "right")
+        padded = np.concatenate(([-INF], self.bounds[:, 1] - 1))
+        return np.minimum(x, padded[at])
+
+
+def overlapping(a0: Ints, a1: Ints, b0: Ints, b1: Ints) -> tuple[Ints, Ints]:
+    """All index pairs ``(i, j)`` for which ``[a0[i], a1[i])`` meets ``[b0[j], b1[j])``, i ascending."""
+    order = np.argsort(b0, kind="stable")
+    starts = b0[order]
+    reach = np.maximum.accumulate(b1[order]) if len(order) else b1
+    first = np.searchsorted(reach, a0, "right")
+    count = np.maximum(np.searchsorted(starts, a1, "left") - first, 0)
+    i, within = expand(count)
+    j = order[first[i] + within]
+    keep = (b1[j] > a0[i]) & (a1[i] > a0[i])
+    return i[keep], j[keep]
+
+
+def expand(count: Ints) -> tuple[Ints, Ints]:
+    """For ``count = [2, 0, 3]``: the row of each copy ``[0, 0, 2, 2, 2]`` and its number ``[0, 1, 0, 1, 2]``."""
+    rows = np.repeat(np.arange(len(count), dtype=np.int64), count)
+    within = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(count) - count, count)
+    return rows, within
+
+
+def clip_spans(spans: Ints, lo: Ints | int, hi: Ints | int) -> Ints:
+    """Spans ``[n, >= 3]`` (start, length, step, ...) restricted to positions in ``[lo, hi]``; length 0 if none."""
+    start, length, step = spans[:, 0], spans[:, 1], spans[:, 2]
+    first = np.maximum(-((start - lo) // step), 0)
+    last = np.minimum((hi - start) // step, length - 1)
+    out = spans.copy()
+    out[:, 0] = start + first * step
+    out[:, 1] = np.maximum(last - first + 1, 0)
+    return out
+
+
+def cross_spans(a: Ints, b: Ints) -> Ints:
+    """Row by row the intersection of two spans (start, length, step), by the Chinese remainder theorem."""
+    step_a, step_b = a[:, 2], b[:, 2]
+    if (step_a == 1).all() and (step_b == 1).all():
+        start = np.maximum(a[:, 0], b[:, 0])
+        length = np.minimum(a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]) - start
+        return np.column_stack((start, np.maximum(length, 0), step_a))
+    gcd = np.gcd(step_a, step_b)
+    gap = b[:, 0] - a[:, 0]
+    modulus = step_b // gcd
+    shift = np.zeros_like(gap)
+    pairs = np.unique(np.stack((step_a // gcd, modulus), 1), axis=0) if len(a) else np.empty((0, 2), np.int64)
+    for reduced, m in pairs.tolist():
+        if m > 1:
+            rows = (step_a // gcd == reduced) & (modulus == m)
+            shift[rows] = (gap[rows] // gcd[rows]) * pow(reduced, -1, m) % m
+    out = np.stack((a[:, 0] + step_a * shift, a[:, 1] - shift, step_a), 1)
+    out[:, 1] = np.maximum(-(-out[:, 1] // modulus), 0)
+    out[:, 2] = step_a * modulus
+    out = clip_spans(out, b[:, 0], b[:, 0] + (b[:, 1] - 1) * step_b)
+    out[gap % gcd != 0, 1] = 0
+    return out
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Disjoint bands: ``data [n, 11]`` with the columns above, and the table its set columns point into.
+
+    ``TAG`` is a number that every operation carries along with a band (a plan stores the rank there).
+    """
+
+    data: Ints
+    sets: tuple[Intervals, ...] = ()  # column value i > 0 means sets[i - 1]; ANY = 0
+
+    @staticmethod
+    def of(*rows: Sequence[int], sets: tuple[Intervals, ...] = ()) -> Bands:
+        """Bands from rows ``(q0, qn, qs, qset, k0, kn, ks, kset, lo, hi)``, trimmed."""
+        data = np.zeros((len(rows), 11), np.int64)
+        data[:, :TAG] = np.array(rows, np.int64).reshape(-1, TAG)
+        return trim(Bands(data, sets))
+
+    @staticmethod
+    def columns(q0: Ints | int, qn: Ints | int, k0: Ints | int, kn: Ints | int,
+                lo: Ints | int = -INF, hi: Ints | int = INF, step: int = 1) -> Bands:  # fmt: skip
+        """Bands from columns, both axes with the same step and no scattered sets."""
+        parts = np.broadcast_arrays(q0, qn, step, ANY, k0, kn, step, ANY, lo, hi, 0)
+        return trim(Bands(np.stack([np.atleast_1d(p).astype(np.int64) for p in parts], 1)))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, rows: Any) -> Bands:
+        return Bands(self.data[rows], self.sets)
+
+    def hull(self, axis: tuple[int, ...]) -> tuple[Ints, Ints]:
+        """The half-open range of positions each band spans on an axis."""
+        start, length, step = (self.data[:, c] for c in axis[:3])
+        return start, start + (length - 1) * step + 1
+
+    @property
+    def binding(self) -> NDArray[np.bool_]:
+        """Which bands have a diagonal bound left (after trimming, bounds that do not bind are INF)."""
+        return (self.data[:, LO] > -INF) | (self.data[:, HI] < INF)
+
+    @property
+    def max_step(self) -> int:
+        return int(self.data[:, [QS, KS]].max(initial=1))
+
+
+def concat(parts: Sequence[Bands]) -> Bands:
+    """The bands of several disjoint collections as one, their set tables joined."""
+    table: dict[bytes, int] = {}
+    sets: list[Intervals] = []
+    rows = []
+    for part in parts:
+        remap = np.zeros(len(part.sets) + 1, np.int64)
+        for i, members in enumerate(part.sets):
+            if members.key not in table:
+                sets.append(members)
+                table[members.key] = len(sets)
+            remap[i + 1] = table[members.key]
+        data = part.data.copy()
+        data[:, [QSET, KSET]] = remap[data[:, [QSET, KSET]]]
+        rows.append(data)
+    return Bands(np.concatenate(rows) if rows else np.empty((0, 11), np.int64), tuple(sets))
+
+
+def trim(bands: Bands) -> Bands:
+    """Each band cut to the bounding box of its pairs, empty bands dropped, idle bounds set to INF."""
+    data, kept = trim_rows(bands.data)
+    return Bands(data[kept], bands.sets)
+
+
+def trim_rows(data: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """The trimmed rows and which of them hold any pair (rows that do not are left as they fall)."""
+    lo, hi = data[:, LO], data[:, HI]
+    k_last = data[:, K0] + (data[:, KN] - 1) * data[:, KS]
+    q_span = clip_spans(data[:, list(Q_AXIS)], data[:, K0] - hi, k_last - lo)
+    q_last = q_span[:, 0] + (q_span[:, 1] - 1) * q_span[:, 2]
+    k_span = clip_spans(data[:, list(K_AXIS)], q_span[:, 0] + lo, q_last + hi)
+    k_last = k_span[:, 0] + (k_span[:, 1] - 1) * k_span[:, 2]
+    out = np.concatenate((q_span, k_span, data[:, [LO, HI, TAG]]), 1)
+    out[lo <= k_span[:, 0] - q_last, LO] = -INF
+    out[hi >= k_last - q_span[:, 0], HI] = INF
+    kept = (data[:, QN] > 0) & (data[:, KN] > 0) & (lo <= hi) & (q_span[:, 1] > 0) & (k_span[:, 1] > 0)
+    return out, kept
+
+
+def intersect(a: Bands, b: Bands) -> Bands:
+    """The pairs in both."""
+    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS))
+    k0_a, k1_a = a.hull(K_AXIS)
+    k0_b, k1_b = b.hull(K_AXIS)
+    meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])
+    i, j = i[meet], j[meet]
+    both = concat((a.take(i), b.take(j)))
+    x, y = both.data[: len(i)], both.data[len(i) :]
+    sets = list(both.sets)
+    out = x.copy()
+    for axis in (Q_AXIS, K_AXIS):
+        out[:, list(axis[:3])] = cross_spans(x[:, list(axis[:3])], y[:, list(axis[:3])])
+        out[:, axis[3]] = _cross_sets(x[:, axis[3]], y[:, axis[3]], sets)
+    out[:, LO] = np.maximum(x[:, LO], y[:, LO])
+    out[:, HI] = np.minimum(x[:, HI], y[:, HI])
+    return trim(Bands(out, tuple(sets)))
+
+
+def _cross_sets(x: Ints, y: Ints, sets: list[Intervals]) -> Ints:
+    """Row by row the id of the intersection of two scattered sets, new ones appended to the table."""
+    out = np.where(x == ANY, y, x)
+    clash = (x != ANY) & (y != ANY) & (x != y)
+    for a, b in np.unique(np.stack((x[clash], y[clash]), 1), axis=0).tolist() if clash.any() else ():
+        sets.append(sets[a - 1].intersect(sets[b - 1]))
+        out[clash & (x == a) & (y == b)] = len(sets)
+    return out
+
+
+def union(a: Bands, b: Bands) -> Bands:
+    """The pairs in either. The operand with the larger step, then the one with diagonals, then the
+    longer one is cut by the other: that keeps residue classes and fragments few."""
+    if not len(a) or not len(b):
+        return b if not len(a) else a
+    keep, cut = sorted((a, b), key=lambda m: (m.max_step, bool(m.binding.any()), len(m)))
+    return concat((keep, subtract(cut, keep)))
+
+
+def subtract(a: Bands, b: Bands) -> Bands:
+    """The pairs in ``a`` and not in ``b``.
+
+    ``a`` is first cut at the query borders of ``b``, so that a fragment meets few bands of ``b``; then
+    every fragment gives up its first, second, ... such band, all fragments at once.
+    """
+    if not len(a) or not len(b):
+        return a
+    a = _cut_queries(a, np.unique(np.concatenate(b.hull(Q_AXIS))))
+    a = _refine(_refine(a, b, Q_AXIS), b, K_AXIS)
+    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS))
+    k0_a, k1_a = a.hull(K_AXIS)
+    k0_b, k1_b = b.hull(K_AXIS)
+    meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])
+    i, j = i[meet], j[meet]
+    todo = np.bincount(i, minlength=len(a)).astype(np.int64)
+    nxt = np.cumsum(todo) - todo
+    done: list[Bands] = []
+    while len(a):
+        done.append(a.take(todo == 0))
+        live = todo > 0
+        a, nxt, todo = a.take(live), nxt[live], todo[live]
+        if not len(a):
+            break
+        a, parent = _subtract_rows(a, b.take(j[nxt]))
+        nxt, todo = nxt[parent] + 1, todo[parent] - 1
+    return concat(done)
+
+
+def _cut_queries(a: Bands, borders: Ints) -> Bands:
+    """``a`` with its query spans cut at the borders (a border is the first query of a new part)."""
+    q0, q1 = a.hull(Q_AXIS)
+    first = np.searchsorted(borders, q0, "right")
+    rows, within = expand(np.searchsorted(borders, q1, "left") - first + 1)
+    edges = np.concatenate(([-INF], borders, [INF]))
+    at = first[rows] + within
+    data = a.data[rows]
+    data[:, list(Q_AXIS)] = clip_spans(data[:, list(Q_AXIS)], edges[at], edges[at + 1] - 1)
+    return trim(Bands(data, a.sets))
+
+
+def _refine(a: Bands, b: Bands, axis: tuple[int, ...]) -> Bands:
+    """``a`` split by residue so that each span lies inside or outside of every lattice of ``b`` on the axis."""
+    return split_residues(a, axis, lcm(*np.unique(b.data[:, axis[2]]).tolist()))
+
+
+def split_residues(bands: Bands, axis: tuple[int, ...], step: int | Ints) -> Bands:
+    """Bands whose span on the axis has a step that is a multiple of ``step`` (one value, or one a row)."""
+    start, length, own, _ = (bands.data[:, c] for c in axis)
+    parts = np.lcm(own, step) // own
+    if (parts == 1).all():
+        return bands
+    rows, residue = expand(np.minimum(parts, length))
+    data = bands.data[rows]
+    data[:, axis[0]] = start[rows] + residue * own[rows]
+    data[:, axis[1]] = -((residue - length[rows]) // parts[rows])
+    data[:, axis[2]] = own[rows] * parts[rows]
+    return trim(Bands(data, bands.sets))
+
+
+def _subtract_rows(x: Bands, y: Bands) -> tuple[Bands, Ints]:
+    """Row by row ``x - y`` as up to eight disjoint pieces, and the row of ``x`` each piece came from."""
+    both = concat((x, y))
+    a, b = both.data[: len(x)].copy(), both.data[len(x) :]
+    sets = list(both.sets)
+    pieces: list[Ints] = []
+    parents: list[Ints] = []
+    rows = np.arange(len(x), dtype=np.int64)
+
+    def put(piece: Ints, which: Ints) -> None:
+        pieces.append(piece)
+        parents.append(which)
+
+    for axis in (Q_AXIS, K_AXIS):
+        start, length, step, members = axis
+        apart = (a[:, start] - b[:, start]) % b[:, step] != 0
+        put(a[apart], rows[apart])
+        a, b, rows = a[~apart], b[~apart], rows[~apart]
+        first, last = b[:, start], b[:, start] + (b[:, length] - 1) * b[:, step]
+        for lo, hi in ((-INF, first - 1), (last + 1, INF)):
+            piece = a.copy()
+            piece[:, list(axis)] = clip_spans(a[:, list(axis)], lo, hi)
+            put(piece, rows)
+        a[:, list(axis)] = clip_spans(a[:, list(axis)], first, last)
+        scattered = b[:, members] != ANY
+        if scattered.any():
+            outside = a[scattered]
+            outside[:, members] = _cross_sets(outside[:, members], _complements(b[scattered, members], sets), sets)
+            put(outside, rows[scattered])
+            a[:, members] = _cross_sets(a[:, members], b[:, members], sets)
+    below, above = a.copy(), a.copy()
+    below[:, HI] = np.minimum(a[:, HI], np.where(b[:, LO] > -INF, b[:, LO] - 1, -INF - 1))
+    above[:, LO] = np.maximum(a[:, LO], np.where(b[:, HI] < INF, b[:, HI] + 1, INF + 1))
+    put(below, rows)
+    put(above, rows)
+    data, kept = trim_rows(np.concatenate(pieces))
+    return Bands(data[kept], tuple(sets)), np.concatenate(parents)[kept]
+
+
+def _complements(ids: Ints, sets: list[Intervals]) -> Ints:
+    out = np.empty_like(ids)
+    for i in np.unique(ids).tolist():
+        sets.append(sets[i - 1].complement())
+        out[ids == i] = len(sets)
+    return out
+
+
+def regular(bands: Bands) -> Bands:
+    """The same pairs as bands of two kinds only: products (no bound binds, an axis may be scattered)
+    and diagonals (plain spans of equal step, exactly trimmed)."""
+    bands = trim(bands)
+    members = bands.data[:, [QSET, KSET]] != ANY
+    stepped = (members & (bands.data[:, [QS, KS]] > 1)).any(1)
+    scattered = members.any(1) & (bands.binding | stepped)
+    if scattered.any():
+        loose = _explode(bands.take(scattered), Q_AXIS)
+        bands = concat((bands.take(~scattered), loose))
+    if members.any():
+        bands = bands.take((_counts(bands) > 0).all(0))
+    return _align(bands)
+
+
+def _explode(bands: Bands, axis: tuple[int, ...]) -> Bands:
+    """Bands whose scattered axis (and then the other one, where a bound still binds) is cut into its intervals."""
+    start, length, step, members = axis
+    data, parts = bands.data, []
+    for i in np.unique(data[:, members]).tolist():
+        rows = data[data[:, members] == i]
+        if i == ANY:
+            parts.append(rows)
+            continue
+        bounds = bands.sets[i - 1].bounds
+        last = rows[:, start] + (rows[:, length] - 1) * rows[:, step]
+        first = np.searchsorted(bounds[:, 1], rows[:, start], "right")
+        of, within = expand(np.maximum(np.searchsorted(bounds[:, 0], last, "right") - first, 0))
+        piece, at = rows[of], first[of] + within
+        piece[:, list(axis)] = clip_spans(piece[:, list(axis)], bounds[at, 0], bounds[at, 1] - 1)
+        piece[:, members] = ANY
+        parts.append(piece)
+    out = trim(_tighten(Bands(np.concatenate(parts), bands.sets)))
+    if axis is K_AXIS:
+        return out
+    again = (out.data[:, KSET] != ANY) & (out.binding | (out.data[:, KS] > 1))
+    return concat((out.take(~again), _explode(out.take(again), K_AXIS))) if again.any() else out
+
+
+def _tighten(bands: Bands) -> Bands:
+    """Key spans shrunk to the first and last scattered key they hold, so that idle bounds show as idle."""
+    data = bands.data.copy()
+    for i in np.unique(data[:, KSET]).tolist():
+        rows = np.flatnonzero((data[:, KSET] == i) & (data[:, KS] == 1) & (data[:, KN] > 0))
+        if i != ANY:
+            first = bands.sets[i - 1].first_at_or_after(data[rows, K0])
+            last = bands.sets[i - 1].last_at_or_before(data[rows, K0] + data[rows, KN] - 1)
+            data[rows, K0], data[rows, KN] = first, np.maximum(last - first + 1, 0)
+    return Bands(data, bands.sets)
+
+
+def _align(bands: Bands) -> Bands:
+    """Diagonals brought to equal steps, their bounds rounded inward to the lattice of ``k - q``."""
+    uneven = bands.binding & (bands.data[:, QS] != bands.data[:, KS])
+    if uneven.any():
+        split = bands.take(uneven)
+        split = split_residues(split, Q_AXIS, split.data[:, KS])
+        split = split_residues(split, K_AXIS, split.data[:, QS])
+        bands = concat((bands.take(~uneven), split))
+    if bands.max_step == 1:
+        return bands
+    data = bands.data.copy()
+    gap, step = data[:, K0] - data[:, Q0], data[:, QS]
+    lo, hi = data[:, LO], data[:, HI]
+    data[:, LO] = np.where(lo > -INF, lo + (gap - lo) % step, lo)
+    data[:, HI] = np.where(hi < INF, hi - (hi - gap) % step, hi)
+    return trim(Bands(data, bands.sets))
+
+
+def areas(bands: Bands) -> Ints:
+    """Pairs in each band of a :func:`regular` collection, in closed form."""
+    data = bands.data
+    nq, nk = _counts(bands)
+    gap, step = data[:, K0] - data[:, Q0], data[:, QS]
+    lo = np.where(data[:, LO] > -INF, (data[:, LO] - gap) // step, -nq)
+    hi = np.where(data[:, HI] < INF, (data[:, HI] - gap) // step, nk)
+    return staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
+
+
+def _counts(bands: Bands) -> Ints:
+    """Positions on the query axis and on the key axis of each band, ``[2, n]``."""
+    counts = bands.data[:, [QN, KN]].T.copy()
+    for count, (start, length, _, members) in zip(counts, (Q_AXIS, K_AXIS), strict=True):
+        for i in np.unique(bands.data[:, members]).tolist():
+            rows = np.flatnonzero(bands.data[:, members] == i)
+            if i != ANY:
+                first = bands.data[rows, start]
+                chosen = bands.sets[i - 1]
+                count[rows] = chosen.rank(first + bands.data[rows, length]) - chosen.rank(first)
+    return counts
+
+
+def staircase(nq: Ints, nk: Ints, c: Ints) -> Ints:
+    """Pairs ``(i, j)``, ``0 <= i < nq``, ``0 <= j < nk``, with ``j - i <= c``: a sum of clamped ramps."""
+    start = np.clip(-c, 0, nq)
+    full = np.clip(nk - 1 - c, start, nq)
+    ramp = full - start
+    return ramp * (start + c + 1) + ramp * (ramp - 1) // 2 + (nq - full) * nk

@@ -1,0 +1,181 @@
+"""Layouts: which global positions each rank holds, in storage order. Any length, no divisibility rule.
+
+A layout is one int64 table of spans (rank, start, length, step), a partition of the sequence; shards
+may be uneven, by one token in the layouts of this file. A new layout is one function here plus its
+place in ``LAYOUTS``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ringattn.bands import Ints, cross_spans, expand, overlapping
+
+
+class Span(NamedTuple):
+    """The positions ``start + step * i`` for ``0 <= i < length``."""
+
+    start: int
+    length: int
+    step: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Spans laid end to end in memory: the local index space of a shard or of a buffer of keys."""
+
+    spans: Ints  # [n, 3] start, length, step
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """Local index at which each span begins, and the size of the whole as last entry."""
+        return np.concatenate(([0], np.cumsum(self.spans[:, 1])))
+
+    @property
+    def size(self) -> int:
+        return int(self.offsets[-1])
+
+    @cached_property
+    def hull(self) -> tuple[Ints, Ints]:
+        start, length, step = self.spans.T
+        return start, start + np.maximum(length - 1, 0) * step + (length > 0)
+
+    def positions(self) -> Ints:
+        """The global position of every local index."""
+        rows, within = expand(self.spans[:, 1])
+        return self.spans[rows, 0] + within * self.spans[rows, 2]
+
+    def rows(self, spans: Ints) -> Ints:
+        """Local index runs (start, length, step) of global spans ``[n, 3]``, in the order given."""
+        if not len(spans):
+            return np.empty((0, 3), np.int64)
+        asked = Frame(spans)
+        i, j = overlapping(*asked.hull, *self.hull)
+        return self.local(cross_spans(spans[i], self.spans[j]), j)
+
+    def local(self, spans: Ints, which: Ints) -> Ints:
+        """Spans that lie inside the frame's spans number ``which``, as local index runs; empty ones dropped."""
+        home = self.spans[which]
+        out = np.stack(
+            (
+                (spans[:, 0] - home[:, 0]) // home[:, 2] + self.offsets[which],
+                spans[:, 1],
+                spans[:, 2] // home[:, 2],
+            ),
+            1,
+        )
+        return out[spans[:, 1] > 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A partition of ``seqlen`` positions over ``world_size`` ranks.
+
+    ``table [n, 4]`` holds (rank, start, length, step), sorted by rank, in storage order within a rank.
+    """
+
+    name: str
+    seqlen: int
+    world_size: int
+    table: Ints
+
+    @staticmethod
+    def from_spans(shards: Sequence[Iterable[Sequence[int]]], name: str = "custom") -> Layout:
+        """A layout from one list of spans ``(start, length[, step])`` a rank.
+
+        Raises ``ValueError`` unless every position from 0 on belongs to exactly one rank.
+        """
+        rows = [(rank, *Span(*map(int, s))) for rank, spans in enumerate(shards) for s in spans]
+        table = np.array(rows, np.int64).reshape(-1, 4)
+        if (table[:, 1:] < [0, 0, 1]).any():
+            raise ValueError(f"layout {name!r}: spans need start >= 0, length >= 0 and step >= 1")
+        positions = Frame(table[:, 1:]).positions()
+        times = np.bincount(positions, minlength=len(positions))
+        wrong = np.flatnonzero(times != 1)
+        if len(wrong):
+            raise ValueError(
+                f"layout {name!r}: position {int(wrong[0])} is held {int(times[wrong[0]])} times; "
+                f"the shards must hold each position 0..{len(positions) - 1} exactly once"
+            )
+        return Layout(name, len(positions), len(shards), table)
+
+    @cached_property
+    def _edges(self) -> Ints:
+        return np.searchsorted(self.table[:, 0], np.arange(self.world_size + 1))
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Tokens of each rank."""
+        return np.bincount(self.table[:, 0], self.table[:, 2], self.world_size).astype(np.int64)
+
+    def frame(self, rank: int) -> Frame:
+        """The rank's spans, in storage order."""
+        return Frame(self.table[self._edges[rank] : self._edges[rank + 1], 1:])
+
+    def spans(self, rank: int) -> tuple[Span, ...]:
+        return tuple(Span(*row) for row in self.frame(rank).spans.tolist())
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal exactly for equal tables; for comparing ranks."""
+        import hashlib
+
+        return hashlib.sha256(self.table.tobytes()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Layout({self.name}, seqlen={self.seqlen}, world_size={self.world_size})"
+
+
+def _even(seqlen: int, parts: int) -> Ints:
+    """Sizes of ``parts`` parts, the first ones larger by one where the length does not divide."""
+    return seqlen // parts + (np.arange(parts, dtype=np.int64) < seqlen % parts)
+
+
+def _build(name: str, seqlen: int, world_size: int, *columns: Ints) -> Layout:
+    table = np.stack([np.asarray(c, np.int64) for c in columns], 1)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return Layout(name, seqlen, world_size, table[table[:, 2] > 0])
+
+
+def contiguous(seqlen: int, world_size: int) -> Layout:
+    """Rank ``r`` holds the ``r``-th run of the sequence: neighbours in text are neighbours in memory."""
+    sizes = _even(seqlen, world_size)
+    rank = np.arange(world_size)
+    return _build("contiguous", seqlen, world_size, rank, np.cumsum(sizes) - sizes, sizes, np.ones_like(sizes))
+
+
+def zigzag(seqlen: int, world_size: int) -> Layout:
+    """Rank ``r`` holds the ``r``-th run from the front and from the back: equal work under causal masks."""
+    sizes = _even(seqlen, world_size)
+    front, back = sizes - sizes // 2, sizes // 2
+    rank = np.arange(world_size)
+    front_start = np.cumsum(front) - front
+    back_start = seqlen - np.cumsum(back)
+    ones = np.ones(2 * world_size, np.int64)
+    starts, lengths = np.concatenate((front_start, back_start)), np.concatenate((front, back))
+    return _build("zigzag", seqlen, world_size, np.tile(rank, 2), starts, lengths, ones)
+
+
+def striped(seqlen: int, world_size: int) -> Layout:
+    """Rank ``r`` holds positions ``r, r + world_size, ...``: equal work under causal masks, block by block."""
+    rank = np.arange(world_size)
+    step = np.full(world_size, world_size)
+    return _build("striped", seqlen, world_size, rank, rank, _even(seqlen, world_size), step)
+
+
+LAYOUTS: tuple[Callable[[int, int], Layout], ...] = (contiguous, zigzag, striped)
+
+
+def named(kind: str, name: str, choices: Sequence[str]) -> str:
+    """``name`` if it is one of ``choices``, else a ValueError that lists them and names the nearest."""
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(str(name), choices, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{kind}={name!r} is unknown: choose from {', '.join(choices)}{hint}")

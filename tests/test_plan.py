@@ -1,0 +1,194 @@
+"""Layouts, tiles, schedules and programs: exact cover by brute force, and the numbers of known cases."""
+
+import cases
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ringattn as ra
+from ringattn.cost import Rates, choose_layout, choose_schedule
+from ringattn.layouts import LAYOUTS, contiguous, striped, zigzag
+from ringattn.plan import Plan
+from ringattn.program import compile_program
+from ringattn.schedules import SCHEDULES, exchange, ring
+
+
+def plan_of(mask, layout, world, q_len=cases.SEQLEN, kv_len=cases.SEQLEN, q_offset=0):
+    return Plan(mask.bind(q_len, kv_len, q_offset), layout(q_len, world), layout(kv_len, world))
+
+
+def window(shape, bounds):
+    """What a kernel computes for a tile, from the contract of ``window``."""
+    (nq, nk), (left, right) = shape, bounds
+    gap = np.arange(nk)[None] - np.arange(nq)[:, None] - (nk - nq)
+    return ((left is None) | (gap >= -(left or 0))) & ((right is None) | (gap <= (right or 0)))
+
+
+def check_cover(plan, dense):
+    """Every allowed pair exactly once; trimmed tiles; needs, bytes and messages that match on both ends."""
+    for schedule in SCHEDULES:
+        ends = {}
+        for rank in range(plan.world_size):
+            steps = schedule(plan, rank)
+            program = compile_program(plan, steps, rank)
+            queries = plan.q_frame(rank).positions() - plan.mask.q_offset
+            seen = np.zeros(dense.shape, int)
+            for step, stage in zip(steps, program.stages, strict=True):
+                keys = step.frame.positions()
+                for tile in stage.tiles:
+                    rows, cols = queries[tile.q], keys[tile.k]
+                    pairs = window((len(rows), len(cols)), tile.window)
+                    assert pairs.any(0).all() and pairs.any(1).all() and pairs.sum() == tile.area
+                    assert all(side is None or side >= 0 for side in tile.window)
+                    seen[np.ix_(rows, cols)] += pairs
+                for transfer in (*step.kv, *(t for t in step.grads)):
+                    assert transfer.src != transfer.dst and rank in (transfer.src, transfer.dst)
+                    key = (steps.index(step), transfer in step.kv, transfer.src, transfer.dst, transfer.owner)
+                    ends.setdefault((*key, transfer.spans.tobytes()), []).append(rank)
+            assert (seen[queries] == dense[queries]).all() and seen.sum() == plan.work[rank] == dense[queries].sum()
+            held = np.isin(np.arange(dense.shape[1]), plan.k_layout.frame(rank).positions())
+            need = int((dense[queries].any(0) & ~held).sum())
+            assert plan.received[rank] == need == plan.needs(rank)[:, 2].sum()
+            moved = program.tokens("kv_recvs")
+            assert moved == need if schedule is exchange else moved >= need
+            assert program.tokens("grad_sends") == moved if schedule is exchange else True
+        assert all(len(ranks) == 2 for ranks in ends.values()), "each transfer is known to its sender and its receiver"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.ALL)
+def test_cover(name, layout):
+    mask, predicate = cases.ALL[name]
+    for world in (1, 2, 3, 4):
+        check_cover(plan_of(mask, layout, world), cases.dense(predicate))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.ALL)
+def test_cover_on_eight_ranks_and_other_lengths(name, layout):
+    mask, predicate = cases.ALL[name]
+    check_cover(plan_of(mask, layout, 8), cases.dense(predicate))
+    for q_len, kv_len, q_offset in ((13, 29, 16), (1, 29, 28)) if name in cases.SIMPLE else ():
+        for world in (2, 5):
+            check_cover(
+                plan_of(mask, layout, world, q_len, kv_len, q_offset), cases.dense(predicate, q_len, kv_len, q_offset)
+            )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 9),
+    st.sampled_from(LAYOUTS),
+    st.lists(st.integers(0, 60), max_size=5),
+    st.integers(0, 20),
+    st.integers(0, 5),
+)
+def test_cover_of_random_documents(seqlen, world, layout, cuts, left, globals_):
+    world = min(world, seqlen)
+    bounds = [0, *sorted(min(c, seqlen) for c in cuts), seqlen]
+    mask = (ra.documents(bounds) & ra.sliding_window(left)) | (ra.global_tokens(globals_) & ra.causal())
+    dense = cases.dense(
+        lambda q, k: (
+            (cases.same_document(q, k, bounds) & (q - left <= k) & (k <= q))
+            | (((q < globals_) | (k < globals_)) & (k <= q))
+        ),
+        seqlen,
+        seqlen,
+    )
+    check_cover(plan_of(mask, layout, world, seqlen, seqlen), dense)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(seqlen=st.integers(1, 200), world=st.integers(1, 12))
+@settings(max_examples=40, deadline=None)
+def test_layouts_are_even_partitions(layout, seqlen, world):
+    made = layout(seqlen, world)
+    held = np.concatenate([made.frame(r).positions() for r in range(world)])
+    assert (np.sort(held) == np.arange(seqlen)).all()
+    assert made.sizes.max() - made.sizes.min() <= 1 and made.sizes.sum() == seqlen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [ra.causal(), ra.full()])
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_one_kernel_call_per_step(mask, layout, world):
+    plan = plan_of(mask, layout, world, 101, 101)
+    for rank in range(world):
+        program = compile_program(plan, ring(plan, rank), rank)
+        assert [len(stage.tiles) for stage in program.stages if stage.tiles] == [1] * sum(
+            bool(stage.tiles) for stage in program.stages
+        )
+        if layout is not contiguous or mask == ra.full():
+            assert program.tiles == world
+
+
+@pytest.mark.parametrize("width", [1, 2, 16, 17, 18, 32, 33, 34, 64])
+def test_a_window_takes_as_many_steps_as_it_reaches_shards(width):
+    shard, world = 16, 8
+    plan = plan_of(ra.sliding_window(width - 1), contiguous, world, shard * world, shard * world)
+    steps = [len(ring(plan, rank)) for rank in range(world)]
+    assert max(steps) == 1 + -(-(width - 1) // shard)
+    assert plan.received[-1] == min(width - 1, shard * (world - 1))
+
+
+def test_balance_of_known_cases():
+    for layout, largest in ((contiguous, 120 + 16 * 48), (zigzag, None), (striped, None)):
+        work = plan_of(ra.causal(), layout, 4, 64, 64).work
+        assert work.sum() == 64 * 65 // 2
+        assert work.max() == largest + 16 if largest else work.max() <= 1.05 * work.mean()
+
+
+def test_a_relay_carries_only_what_is_needed_behind():
+    # Causal, contiguous: a block goes to the ranks after its owner and stops at the last.
+    plan = plan_of(ra.causal(), contiguous, 4, 64, 64)
+    tokens = [compile_program(plan, ring(plan, r), r).tokens("kv_recvs") for r in range(4)]
+    assert tokens == [0, 16, 32, 48] == plan.received.tolist()
+    # Zigzag: the front chunks before a rank's back chunk, and the back chunks before it.
+    plan = plan_of(ra.causal(), zigzag, 4, 64, 64)
+    assert plan.received.tolist() == [48, 40, 32, 24]
+
+
+def test_fresh_marks_the_first_tile_of_each_row():
+    plan = plan_of(ra.longformer(5, 2), contiguous, 3)
+    for rank in range(3):
+        program = compile_program(plan, exchange(plan, rank), rank)
+        touched = np.zeros(program.q_rows, bool)
+        for stage in program.stages:
+            for tile in stage.tiles:
+                assert tile.fresh == (not touched[tile.q].any())
+                touched[tile.q] = True
+
+
+def test_layout_of_the_callers_own():
+    layout = ra.Layout.from_spans([[(0, 5), (20, 9)], [(5, 15)]])
+    assert layout.sizes.tolist() == [14, 15]
+    with pytest.raises(ValueError, match="position 4 is held 2 times"):
+        ra.Layout.from_spans([[(0, 5)], [(4, 3)]])
+
+
+def test_auto_follows_the_integers():
+    def layout_for(mask, seqlen=4096, world=4):
+        bound = [m.bind(seqlen, seqlen) for m in (mask if isinstance(mask, tuple) else (mask,))]
+        return choose_layout(bound, seqlen, seqlen, world, Rates(100.0))
+
+    assert layout_for(ra.sliding_window(63))[0].name == "contiguous"
+    assert layout_for(ra.causal())[0].name == "zigzag"
+    assert layout_for((ra.causal(), ra.sliding_window(63)))[0].name == "zigzag", "one layout for the whole stack"
+    assert any("zigzag" in line and "balance 1.00" in line for line in layout_for(ra.causal())[2])
+    assert choose_schedule([plan_of(ra.sliding_window(63), contiguous, 8, 4096, 4096)])[0] == "exchange"
+    assert choose_schedule([plan_of(ra.causal(), zigzag, 8, 4096, 4096)])[0] == "ring"
+
+
+def test_a_million_tokens_on_a_thousand_ranks():
+    rng, seqlen, world = np.random.default_rng(0), 1 << 20, 1024
+    bounds = [0, *np.sort(rng.choice(np.arange(1, seqlen), 4999, replace=False)).tolist(), seqlen]
+    mask = (ra.documents(bounds) & ra.sliding_window(1023)) | ra.global_tokens(64)
+    plan = plan_of(mask, contiguous, world, seqlen, seqlen)
+    assert len(plan.world) < 20_000, "the work of planning: band pieces of the whole world"
+    sizes = np.diff(bounds)
+    pairs = np.where(sizes <= 1024, sizes * (sizes + 1) // 2, 1024 * 1025 // 2 + (sizes - 1024) * 1024)
+    assert abs(int(plan.work.sum()) - int(pairs.sum()) - 2 * 64 * seqlen) < 64 * 2048
+    assert len(plan.tiles(5, plan.k_layout.frame(5))) < 32
