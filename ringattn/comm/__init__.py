@@ -1,0 +1,17 @@
+"""Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing."""
+
+from ringattn.comm.agreement import agree
+from ringattn.comm.loopback import Loopback, LoopbackTransport
+from ringattn.comm.process_group import ProcessGroupTransport
+from ringattn.comm.transport import PeerError, Pending, Solo, Transport
+
+__all__ = [
+    "Loopback",
+    "LoopbackTransport",
+    "PeerError",
+    "Pending",
+    "ProcessGroupTransport",
+    "Solo",
+    "Transport",
+    "agree",
+]

@@ -1,0 +1,109 @@
+"""The agreement check: before the first byte of a new kind of call moves, the ranks compare what they are
+about to do, so that a difference becomes an error on every rank and not a hang or a wrong result."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+
+from ringattn.comm.transport import PeerError, Transport, name_ranks
+
+_AGREED = json.dumps("agreed")
+
+
+def agree(transport: Transport, call: int, facts: Mapping[str, str]) -> None:
+    """Returns when all ranks have come to this call with the same facts; raises on all of them otherwise.
+
+    Every rank posts its facts and counts itself on their digest. The rank that completes the count of a
+    digest says that all agree; the last to come, if that has not happened, says who differs. That is a
+    handful of store operations per rank while all is well, and the keys are gone afterwards.
+
+    Args:
+        transport: the ranks that have to agree.
+        call: tells calls apart; every rank numbers its calls the same way and uses a number once.
+        facts: what to compare, in words: shapes, dtypes, mask, layout, schedule, version.
+
+    Raises:
+        ValueError: some facts differ; names each with its values and the ranks that hold them.
+        PeerError: some ranks did not come within the transport's deadline; names them.
+    """
+    if transport.world_size == 1:
+        return
+    ballot = _Ballot(transport, call, facts)
+    verdict = ballot.cast()
+    if verdict == _AGREED:
+        ballot.clear()
+        return
+    kind, text = json.loads(verdict)
+    raise (ValueError if kind == "differ" else PeerError)(text)
+
+
+class _Ballot:
+    """The store keys of one call, and the one verdict that is reached on it."""
+
+    def __init__(self, transport: Transport, call: int, facts: Mapping[str, str]) -> None:
+        self.transport = transport
+        self.call = call
+        self.facts = json.dumps(dict(facts), sort_keys=True)
+        prefix = f"agree/{call}"
+        self.facts_keys = [f"{prefix}/facts/{rank}" for rank in range(transport.world_size)]
+        self.alike = f"{prefix}/alike/{hashlib.sha256(self.facts.encode()).hexdigest()}"
+        self.here, self.decided, self.verdict, self.read = (
+            f"{prefix}/{key}" for key in ("here", "decided", "verdict", "read")
+        )
+
+    def cast(self) -> str:
+        """Takes part, and returns the verdict, which is the same on every rank."""
+        transport = self.transport
+        transport.publish(self.facts_keys[transport.rank], self.facts)
+        if transport.count(self.alike) == transport.world_size:
+            self._decide(lambda: _AGREED)
+        # Counted after the line above: if all are alike, that has been decided before the last one is here.
+        if transport.count(self.here) == transport.world_size:
+            self._decide(lambda: json.dumps(("differ", self._differences())))
+        return self._await_verdict()
+
+    def clear(self) -> None:
+        """Frees the keys of a call on which all agreed: nobody reads facts any more, and the last rank to
+        have read the verdict frees what the ranks share."""
+        self.transport.forget(self.facts_keys[self.transport.rank])
+        if self.transport.count(self.read) == self.transport.world_size:
+            for key in (self.alike, self.here, self.decided, self.verdict, self.read):
+                self.transport.forget(key)
+
+    def _decide(self, verdict: Callable[[], str]) -> None:
+        """Only the first to decide does: no rank that gives up fails alone, no late one passes alone."""
+        if self.transport.count(self.decided) == 1:
+            self.transport.publish(self.verdict, verdict())
+
+    def _await_verdict(self) -> str:
+        transport = self.transport
+        if not transport.await_key(self.verdict, transport.timeout):
+            self._decide(lambda: json.dumps(("missing", self._missing())))
+            transport.await_key(self.verdict, min(5.0, transport.timeout))
+        verdict = transport.lookup(self.verdict)
+        if verdict is None:
+            raise PeerError(
+                f"call {self.call}: the rank that was to say whether all ranks agree fell silent "
+                f"(waited {transport.timeout} s)"
+            )
+        return verdict
+
+    def _missing(self) -> str:
+        absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.lookup(key) is None]
+        late = name_ranks(absent) if absent else "the last rank"  # which came since
+        return (
+            f"call {self.call}: {late} of {self.transport.world_size} did not come within "
+            f"{self.transport.timeout} s; every rank must make the same calls in the same order, and be alive"
+        )
+
+    def _differences(self) -> str:
+        facts = [json.loads(self.transport.lookup(key) or "{}") for key in self.facts_keys]
+        lines = [f"call {self.call}: the ranks disagree; give every rank the same"]
+        for name in sorted(set().union(*facts)):
+            holders: dict[str, list[int]] = {}
+            for rank, of_rank in enumerate(facts):
+                holders.setdefault(of_rank.get(name, "(absent)"), []).append(rank)
+            if len(holders) > 1:
+                values = "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
+                lines.append(f"  {name}: {values}")
+        return "\n".join(lines)

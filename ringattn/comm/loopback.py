@@ -1,0 +1,228 @@
+"""A world of rank-threads in one process: every rank runs the same code as a real one, messages pass through
+mailboxes in memory. It tests a ring of any size without processes, and with several ranks on one GPU."""
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ringattn.comm.transport import Parcels, PeerError, Pending, Transport, check_batch, name_ranks
+
+Result = TypeVar("Result")
+_Address = tuple[int, int, int]  # source, destination, number
+
+
+class Loopback:
+    """Runs a function on each of `world_size` ranks that are threads of this process.
+
+    ```python
+    def work(transport):
+        cp = ringattn.ContextParallel(transport, seqlen)
+        return ringattn.attention(cp.shard(q), cp.shard(k), cp.shard(v), cp=cp)
+
+    outs = ringattn.Loopback(4).run(work)  # one result per rank
+    ```
+
+    Autograd works inside: each rank-thread runs its own backward on itself, because CUDA's backward nodes
+    share one worker thread per device, in which the ranks would wait for each other for ever. CUDA tensors
+    are exchanged in the order of the device's default stream, so the ranks stay on that stream.
+
+    Args:
+        world_size: number of ranks, at least 1.
+        timeout: seconds, the deadline on every wait of a rank for its peers.
+
+    Raises:
+        ValueError: `world_size` or `timeout` is not positive.
+    """
+
+    def __init__(self, world_size: int, timeout: float = 60.0) -> None:
+        if world_size < 1:
+            raise ValueError(f"world_size is {world_size}: a world has at least one rank")
+        if timeout <= 0:
+            raise ValueError(f"timeout is {timeout} seconds: it must be positive")
+        self.world_size = world_size
+        self.timeout = timeout
+
+    def run(self, fn: Callable[[Transport], Result]) -> list[Result]:
+        """Calls `fn(transport)` on every rank and returns the results by rank.
+
+        When a rank raises, the others are released with `PeerError` from whatever they wait for, and the
+        first exception is raised here, with a note that names its rank.
+
+        Raises:
+            RuntimeError: all ranks returned, but something that was sent was never received.
+        """
+        world = _World(self.world_size, self.timeout)
+        results: dict[int, Result] = {}
+
+        def rank_main(rank: int) -> None:
+            try:
+                with torch.autograd.set_multithreading_enabled(False):
+                    results[rank] = fn(LoopbackTransport(world, rank))
+            except BaseException as error:
+                world.leave(rank, error)
+            else:
+                world.leave(rank)
+
+        threads = [
+            threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True)
+            for rank in range(self.world_size)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C in the caller releases the ranks too
+            world.leave(None, error)
+            raise
+        world.raise_failure()
+        return [results[rank] for rank in range(self.world_size)]
+
+
+class _World:
+    """What the rank-threads share: mailboxes, the store, and who has left. One condition guards it all."""
+
+    def __init__(self, world_size: int, timeout: float) -> None:
+        self.world_size = world_size
+        self.timeout = timeout
+        self.name = f"loopback-{uuid.uuid4().hex[:12]}"
+        self.changed = threading.Condition()
+        # A message goes by (source, destination, number): the n-th receive takes the n-th send, whatever
+        # the order in which batches are waited for.
+        self.mail: dict[_Address, Tensor] = {}
+        self.sent: Counter[tuple[int, int]] = Counter()
+        self.asked: Counter[tuple[int, int]] = Counter()
+        self.store: dict[str, str] = {}
+        self.left: set[int] = set()
+        self.failure: tuple[int | None, BaseException] | None = None
+
+    def leave(self, rank: int | None, error: BaseException | None = None) -> None:
+        """Marks a rank (None: the caller of `run`) as gone; only the first error counts."""
+        with self.changed:
+            if rank is not None:
+                self.left.add(rank)
+            if error is not None and self.failure is None:
+                self.failure = (rank, error)
+            self.changed.notify_all()
+
+    def check_failure(self, who: str) -> None:
+        """Releases a rank that waits, with the condition held, when another has failed."""
+        if self.failure is not None:
+            rank, error = self.failure
+            culprit = "the caller" if rank is None else f"rank {rank}"
+            raise PeerError(f"{who}: released, because {culprit} failed with {error!r}") from error
+
+    def raise_failure(self) -> None:
+        """Raises what the run must not hide."""
+        if self.failure is not None:
+            rank, error = self.failure
+            error.add_note(f"raised on rank {rank} of a loopback world of {self.world_size}")
+            raise error
+        lost = [f"number {number} from rank {source} to rank {to}" for source, to, number in self.mail]
+        if lost:
+            raise RuntimeError(f"tensors were sent but never received: {', '.join(lost)}")
+
+
+class LoopbackTransport:
+    """One rank's view of a loopback world; `Loopback.run` makes them."""
+
+    def __init__(self, world: _World, rank: int) -> None:
+        self.rank = rank
+        self.world_size = world.world_size
+        self.name = world.name
+        self.timeout = world.timeout
+        self._world = world
+
+    def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
+        """Copies the sends into their mailboxes at once; receives are filled by `wait()`."""
+        check_batch(self, sends, recvs)
+        world, rank = self._world, self.rank
+        copies = [(tensor.detach().clone(), peer) for tensor, peer in sends]
+        with world.changed:
+            for copy, peer in copies:
+                world.mail[rank, peer, world.sent[rank, peer]] = copy
+                world.sent[rank, peer] += 1
+            receives = []
+            for tensor, peer in recvs:
+                receives.append((tensor, (peer, rank, world.asked[peer, rank])))
+                world.asked[peer, rank] += 1
+            world.changed.notify_all()
+        return _Receives(world, receives, what)
+
+    def publish(self, key: str, value: str) -> None:
+        """See `Transport`."""
+        with self._world.changed:
+            self._world.store[key] = value
+            self._world.changed.notify_all()
+
+    def lookup(self, key: str) -> str | None:
+        """See `Transport`."""
+        with self._world.changed:
+            return self._world.store.get(key)
+
+    def count(self, key: str) -> int:
+        """See `Transport`."""
+        with self._world.changed:
+            number = int(self._world.store.get(key, "0")) + 1
+            self._world.store[key] = str(number)
+            self._world.changed.notify_all()
+            return number
+
+    def await_key(self, key: str, timeout: float) -> bool:
+        """See `Transport`. Raises PeerError when another rank has failed meanwhile."""
+        world = self._world
+        with world.changed:
+            world.changed.wait_for(lambda: key in world.store or world.failure is not None, timeout)
+            if key not in world.store:
+                world.check_failure(f"rank {self.rank}, waiting for '{key}'")
+            return key in world.store
+
+    def forget(self, key: str) -> None:
+        """See `Transport`."""
+        with self._world.changed:
+            self._world.store.pop(key, None)
+
+
+class _Receives:
+    """The receives of one batch that have not come yet."""
+
+    def __init__(self, world: _World, receives: list[tuple[Tensor, _Address]], what: str) -> None:
+        self._world = world
+        self._receives = receives
+        self._what = what
+
+    def wait(self) -> None:
+        """Fills the receives in order. Raises PeerError on the deadline, or when a peer failed or left."""
+        deadline = time.monotonic() + self._world.timeout
+        while self._receives:
+            tensor, address = self._receives[0]
+            sent = self._take(address, deadline)
+            assert (sent.dtype, sent.numel()) == (tensor.dtype, tensor.numel()), (
+                f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, "
+                f"rank {address[1]} expects {tensor.numel()} x {tensor.dtype}"
+            )
+            with torch.no_grad():
+                tensor.copy_(sent.view_as(tensor))
+            del self._receives[0]
+
+    def _take(self, address: _Address, deadline: float) -> Tensor:
+        world, (peer, rank, _) = self._world, address
+        sources = name_ranks([source for _, (source, _, _) in self._receives])
+        who = f"{self._what}: rank {rank}, waiting for {sources}"
+        with world.changed:
+            world.changed.wait_for(
+                lambda: address in world.mail or peer in world.left or world.failure is not None,
+                deadline - time.monotonic(),
+            )
+            if address in world.mail:
+                return world.mail.pop(address)
+            world.check_failure(who)
+            if peer in world.left:
+                raise PeerError(f"{who}: rank {peer} has returned without sending it")
+        raise PeerError(f"{who}: nothing came within {world.timeout} s")

@@ -1,0 +1,135 @@
+"""What a transport is: it moves tensors between the ranks of one group and keeps a small key/value store
+with which they can compare notes. It knows nothing of masks, plans or kernels, so the same ring runs over
+processes, threads or a world of one."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+Parcels = Sequence[tuple[Tensor, int]]  # tensors with the group rank each goes to or comes from
+
+
+class PeerError(RuntimeError):
+    """A peer did not do its part in time: it died, failed, or is somewhere else. The text names the ranks
+    waited for, the step, and the seconds."""
+
+
+class Pending(Protocol):
+    """Transfers under way."""
+
+    def wait(self) -> None:
+        """Returns when every receive has arrived and every send may be overwritten.
+
+        Raises:
+            PeerError: a peer is dead, or the transport's deadline has passed.
+        """
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """The ranks of one group, and what they can do together.
+
+    Attributes:
+        rank: this rank, counted within the group.
+        world_size: ranks in the group.
+        name: equal on all ranks of the group, different from other groups' names.
+        timeout: seconds, the deadline on every wait.
+    """
+
+    rank: int
+    world_size: int
+    name: str
+    timeout: float
+
+    def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
+        """Starts one batch of transfers, in the given order, and returns at once.
+
+        Args:
+            sends: contiguous tensors with the group rank each goes to; not to be written before `wait()`.
+            recvs: contiguous tensors with the group rank each comes from; not to be read before `wait()`.
+                Between two ranks, the n-th receive takes the n-th send, of the same dtype and number of
+                elements. An empty batch is legal, a transfer from a rank to itself is not.
+            what: names the batch in error texts ("forward step 3").
+        """
+
+    def publish(self, key: str, value: str) -> None:
+        """Stores `value` under `key`, for every rank to see."""
+
+    def lookup(self, key: str) -> str | None:
+        """The value under `key`, None if there is none."""
+
+    def count(self, key: str) -> int:
+        """Adds one to the number under `key` (absent = 0), atomically, and returns the new number."""
+
+    def await_key(self, key: str, timeout: float) -> bool:
+        """Blocks until `key` is there; False if `timeout` seconds pass first."""
+
+    def forget(self, key: str) -> None:
+        """Frees `key`, which no rank will use again. A store that cannot may keep it."""
+
+
+def check_batch(transport: Transport, sends: Parcels, recvs: Parcels) -> None:
+    """Asserts what every transport asks of a batch."""
+    for tensor, peer in (*sends, *recvs):
+        assert tensor.is_contiguous(), f"transfers take contiguous tensors, not strides {tensor.stride()}"
+        assert 0 <= peer < transport.world_size, f"rank {peer} is not in a group of {transport.world_size}"
+        assert peer != transport.rank, f"rank {peer} cannot send to itself"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` as "ranks 0-2, 5": short also when a thousand ranks are meant."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    noun = "rank" if len(set(ranks)) == 1 else "ranks"
+    return f"{noun} {', '.join('-'.join(map(str, run)) for run in runs)}"
+
+
+class Done:
+    """Nothing left to wait for."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+class Solo:
+    """The transport of a world of one rank, for `group=None`: there is nobody to send to."""
+
+    rank = 0
+    world_size = 1
+    name = "solo"
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        self.timeout = timeout
+        self._store: dict[str, str] = {}
+
+    def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
+        """Legal for an empty batch only."""
+        assert not sends and not recvs, f"{what}: a world of one rank has no transfers"
+        return Done()
+
+    def publish(self, key: str, value: str) -> None:
+        """See `Transport`."""
+        self._store[key] = value
+
+    def lookup(self, key: str) -> str | None:
+        """See `Transport`."""
+        return self._store.get(key)
+
+    def count(self, key: str) -> int:
+        """See `Transport`."""
+        number = int(self._store.get(key, "0")) + 1
+        self._store[key] = str(number)
+        return number
+
+    def await_key(self, key: str, timeout: float) -> bool:
+        """Does not block: nobody else could publish."""
+        return key in self._store
+
+    def forget(self, key: str) -> None:
+        """See `Transport`."""
+        self._store.pop(key, None)

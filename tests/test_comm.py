@@ -1,0 +1,469 @@
+"""Transports: the same exchanges over rank-threads and over gloo processes, and what happens when a rank
+dies, stays silent, raises or returns early."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import ChildError, run_processes
+from torch import Tensor
+
+from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Solo, Transport, agree
+from ringattn.comm.transport import name_ranks
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+# Exchanges: each runs on every rank of a transport and asserts there.
+
+
+def exchange_ring(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    block = torch.full((3, 5), float(rank))
+    for step in range(1, world):
+        arriving = torch.full((3, 5), float("nan"))
+        pending = transport.post([(block, (rank + 1) % world)], [(arriving, (rank - 1) % world)], f"hop {step}")
+        pending.wait()
+        block = arriving
+        assert torch.equal(block, torch.full((3, 5), float((rank - step) % world)))
+
+
+def exchange_uneven_all_to_all(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+
+    def parcel(source: int, to: int) -> Tensor:
+        # some of them empty: source and destination both know it
+        return torch.arange(source * to * 1000, dtype=torch.float32) + source
+
+    others = [peer for peer in range(world) if peer != rank]
+    arriving = {peer: torch.full_like(parcel(peer, rank), float("nan")) for peer in others}
+    sends = [(parcel(rank, peer), peer) for peer in others]
+    transport.post(sends, [(arriving[peer], peer) for peer in others], "all to all").wait()
+    for peer in others:
+        assert torch.equal(arriving[peer], parcel(peer, rank))
+
+
+def exchange_dtypes_in_order(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+
+    def parcels(source: int) -> list[Tensor]:
+        return [
+            (torch.arange(2 * number, 2 * number + 7) % 5 + source).to(dtype) for number, dtype in enumerate(DTYPES)
+        ]
+
+    after, before = (rank + 1) % world, (rank - 1) % world
+    arriving = [torch.zeros_like(tensor) for tensor in parcels(before)]
+    sends = [(tensor, after) for tensor in parcels(rank)]
+    transport.post(sends, [(tensor, before) for tensor in arriving], "dtypes").wait()
+    for received, expected in zip(arriving, parcels(before), strict=True):
+        assert received.dtype == expected.dtype and torch.equal(received, expected)
+
+
+def exchange_one_way(transport: Transport) -> None:
+    last = transport.world_size - 1
+    if transport.rank == 0:
+        transport.post([(torch.tensor(7), last)], [], "one way").wait()
+    elif transport.rank == last:
+        got = torch.tensor(0)
+        transport.post([], [(got, 0)], "one way").wait()
+        assert got == 7
+    else:
+        transport.post([], [], "one way").wait()
+
+
+def exchange_batches_in_flight(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    after, before = (rank + 1) % world, (rank - 1) % world
+    first, second = torch.full((4,), -1), torch.full((4,), -1)
+    mine = [torch.full((4,), 10 * rank + number) for number in (1, 2)]
+    one = transport.post([(mine[0], after)], [(first, before)], "batch 1")
+    two = transport.post([(mine[1], after)], [(second, before)], "batch 2")
+    two.wait()
+    one.wait()
+    one.wait()  # waiting twice is harmless
+    assert first.unique().tolist() == [10 * before + 1]
+    assert second.unique().tolist() == [10 * before + 2]
+
+
+def exchange_sends_reused_after_wait(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    buffer = torch.empty(50_000)
+    arriving = [torch.empty_like(buffer) for _ in range(4)]
+    for turn in range(4):
+        buffer.fill_(10.0 * rank + turn)
+        sends = [(buffer, (rank + 1) % world)]
+        transport.post(sends, [(arriving[turn], (rank - 1) % world)], f"turn {turn}").wait()
+        buffer.fill_(float("nan"))
+    for turn in range(4):
+        assert (arriving[turn] == 10.0 * ((rank - 1) % world) + turn).all()
+
+
+def exchange_store(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    assert transport.lookup("nothing") is None
+    assert not transport.await_key("nothing", 0.05)
+    transport.publish(f"from {rank}", f"ünï {rank}")
+    for peer in range(world):
+        assert transport.await_key(f"from {peer}", 20.0)
+        assert transport.lookup(f"from {peer}") == f"ünï {peer}"
+    if transport.count("arrived") == world:
+        transport.forget("from 0")
+        transport.publish("all", "here")
+    assert transport.await_key("all", 20.0)
+    assert transport.lookup("from 0") is None
+
+
+def exchange_agreement(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    for call in range(20):
+        agree(transport, call, {"mask": "causal()", "call": str(call)})
+    with pytest.raises(ValueError, match="disagree") as caught:
+        agree(
+            transport,
+            20,
+            {"seqlen": "12" if rank else "13", "mask": "causal()", **({"x": "y"} if rank else {})},
+        )
+    others = name_ranks(range(1, world))
+    assert f"seqlen: 13 on rank 0; 12 on {others}" in str(caught.value)
+    assert f"x: (absent) on rank 0; y on {others}" in str(caught.value)
+    assert "mask" not in str(caught.value)
+    agree(transport, 21, {"seqlen": "12"})  # the store is still in order
+
+
+EXCHANGES = [fn for name, fn in list(globals().items()) if name.startswith("exchange_")]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+@pytest.mark.parametrize("exchange", EXCHANGES, ids=lambda fn: fn.__name__)
+def test_loopback(exchange: Callable[[Transport], None], world_size: int, poison: None) -> None:
+    Loopback(world_size, timeout=20).run(exchange)
+
+
+def all_exchanges(rank: int, world_size: int) -> str:
+    transport = ProcessGroupTransport(dist.group.WORLD, timeout=20)
+    assert (transport.rank, transport.world_size) == (rank, world_size)
+    for exchange in EXCHANGES:
+        exchange(transport)
+    return transport.name
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_gloo(world_size: int) -> None:
+    names = run_processes(all_exchanges, world_size)
+    assert len(names) == world_size and len(set(names)) == 1
+
+
+# Groups
+
+
+def subgroups(rank: int, world_size: int) -> list[str]:
+    odd = dist.new_group([1, 3])
+    if rank % 2:
+        transport = ProcessGroupTransport(odd, timeout=20)
+        assert transport.rank == rank // 2 and transport.world_size == 2
+        for exchange in EXCHANGES:
+            exchange(transport)
+    else:
+        with pytest.raises(ValueError, match="must be a process group that this rank is in"):
+            ProcessGroupTransport(odd)
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    names = []
+    for axis, place in (("ring", rank // 2), ("ulysses", rank % 2)):
+        transport = ProcessGroupTransport(mesh[axis].get_group(), timeout=20)
+        assert transport.rank == place and transport.world_size == 2
+        for exchange in EXCHANGES:
+            exchange(transport)
+        names.append(transport.name)
+    return names
+
+
+def test_gloo_subgroups_and_meshes() -> None:
+    names = run_processes(subgroups, 4)
+    rings, ulysses = zip(*names, strict=True)
+    assert rings[0] == rings[2] != rings[1] == rings[3]
+    assert ulysses[0] == ulysses[1] != ulysses[2] == ulysses[3]
+
+
+def two_transports(rank: int, world_size: int) -> None:
+    both = [ProcessGroupTransport(dist.group.WORLD, timeout=20) for _ in range(2)]
+    for number, transport in enumerate(both):
+        transport.publish("key", str(number))
+        agree(transport, 0, {"transport": str(number)})
+    assert [transport.lookup("key") for transport in both] == ["0", "1"]
+    peer = 1 - rank
+    arriving = [torch.zeros(3), torch.zeros(3)]
+    batches = [
+        transport.post([(torch.full((3,), 10.0 * rank + number), peer)], [(arriving[number], peer)], "both")
+        for number, transport in enumerate(both)
+    ]
+    for pending in reversed(batches):
+        pending.wait()
+    assert [tensor[0].item() for tensor in arriving] == [10.0 * peer, 10.0 * peer + 1]
+    for transport in both:
+        exchange_agreement_again(transport)
+
+
+def exchange_agreement_again(transport: Transport) -> None:
+    for call in range(1, 4):
+        agree(transport, call, {"call": str(call)})
+
+
+def test_two_transports_on_one_group_do_not_disturb_each_other() -> None:
+    run_processes(two_transports, 2)
+
+
+def test_two_loopback_worlds_have_names_of_their_own() -> None:
+    loopback = Loopback(2)
+    first, second = (loopback.run(lambda transport: transport.name) for _ in range(2))
+    assert first[0] == first[1] != second[0] == second[1]
+
+
+def test_solo() -> None:
+    solo = Solo()
+    assert isinstance(solo, Transport)
+    solo.post([], [], "nothing").wait()
+    with pytest.raises(AssertionError, match="world of one"):
+        solo.post([(torch.zeros(1), 0)], [], "something")
+    exchange_store(solo)
+    agree(solo, 0, {"a": "b"})
+
+
+@pytest.mark.parametrize("ranks, text", [([3], "rank 3"), ([5, 0, 1, 2], "ranks 0-2, 5"), ([0, 1], "ranks 0-1")])
+def test_ranks_are_named_in_runs(ranks: list[int], text: str) -> None:
+    assert name_ranks(ranks) == text
+
+
+# Dead, silent and failing peers
+
+
+def leave_together(transport: Transport) -> None:
+    """A rank that has given up stays until the other survivor has too, not to be taken for dead itself."""
+    if transport.count("gave up") == 2:
+        transport.publish("both gave up", "")
+    assert transport.await_key("both gave up", 20.0)
+
+
+def post_after_a_death(rank: int, world_size: int) -> tuple[str, float]:
+    transport = ProcessGroupTransport(dist.group.WORLD, timeout=10)
+    if rank == 1:
+        os._exit(3)
+    start = time.monotonic()
+    peer = 2 - rank  # the survivors also serve each other
+    got = torch.zeros(1000), torch.zeros(1000)
+    sends = [(torch.full((1000,), float(rank)), peer)]
+    with pytest.raises(PeerError) as caught:
+        transport.post(sends, [(got[0], peer), (got[1], 1)], "forward step 0").wait()
+    seconds = time.monotonic() - start
+    assert (got[0] == peer).all()  # the batch's transfers with the living did happen
+    leave_together(transport)
+    return str(caught.value), seconds
+
+
+def test_a_killed_rank_is_named_on_the_others() -> None:
+    results = run_processes(post_after_a_death, 3, casualties=[1])
+    assert results[1] is None
+    for text, seconds in (results[0], results[2]):
+        assert "forward step 0" in text and "for rank 1 in vain" in text
+        assert seconds < 8.0  # a closed connection shows at once, well before the deadline
+
+
+def post_to_the_silent(rank: int, world_size: int) -> str:
+    transport = ProcessGroupTransport(dist.group.WORLD, timeout=20)
+    transport.timeout = 1.0
+    if rank == 1:
+        assert transport.await_key("both gave up", 20.0)
+        return ""
+    got = torch.zeros(4), torch.zeros(4)
+    peer = 2 - rank
+    start = time.monotonic()
+    pending = transport.post([(torch.ones(4), peer)], [(got[0], 1), (got[1], peer)], "backward step 2")
+    with pytest.raises(PeerError) as caught:
+        pending.wait()
+    assert 0.9 < time.monotonic() - start < 6.0
+    with pytest.raises(PeerError):  # and again: what failed does not turn into a success
+        pending.wait()
+    leave_together(transport)
+    return str(caught.value)
+
+
+def test_a_silent_rank_is_named_within_the_deadline() -> None:
+    for text in run_processes(post_to_the_silent, 3)[::2]:
+        assert "backward step 2" in text and "(deadline 1.0 s) for rank 1 in vain" in text
+
+
+def construct_alone(rank: int, world_size: int) -> None:
+    if rank == 0:
+        with pytest.raises(PeerError, match="not every rank of group"):
+            ProcessGroupTransport(dist.group.WORLD, timeout=0.3)
+        dist.distributed_c10d._get_default_store().set("over", "")
+    else:
+        dist.distributed_c10d._get_default_store().wait(["over"])
+
+
+def test_construction_by_some_ranks_only_is_named() -> None:
+    run_processes(construct_alone, 2)
+
+
+def refuse_devices(rank: int, world_size: int) -> None:
+    transport = ProcessGroupTransport(dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"step 1: the tensors are on 'meta'.*\['cpu'\].*Loopback"):
+        transport.post([(torch.empty(2, device="meta"), 1 - rank)], [], "step 1")
+
+
+def test_gloo_refuses_devices_it_cannot_move() -> None:
+    run_processes(refuse_devices, 2)
+
+
+def test_an_exception_on_one_rank_releases_all() -> None:
+    released: list[str] = []
+
+    def fail(transport: Transport) -> None:
+        if transport.rank == 2:
+            raise KeyError("mine")
+        pending = transport.post([], [(torch.zeros(1), (transport.rank + 1) % 4)], "step 0")
+        try:
+            pending.wait() if transport.rank else transport.await_key("never", 60)
+        except PeerError as error:
+            released.append(str(error))
+            raise
+
+    start = time.monotonic()
+    with pytest.raises(KeyError, match="mine") as caught:
+        Loopback(4, timeout=60).run(fail)
+    assert caught.value.__notes__ == ["raised on rank 2 of a loopback world of 4"]
+    assert len(released) == 3 and all("rank 2 failed with KeyError('mine')" in text for text in released)
+    assert time.monotonic() - start < 10
+
+
+def test_a_rank_that_returns_early_is_named() -> None:
+    def early(transport: Transport) -> None:
+        if transport.rank == 0:
+            transport.post([], [(torch.zeros(1), 1)], "step 4").wait()
+
+    with pytest.raises(PeerError, match="step 4: rank 0, waiting for rank 1: rank 1 has returned without"):
+        Loopback(2, timeout=60).run(early)
+
+
+def test_the_loopback_deadline() -> None:
+    done = threading.Event()
+
+    def stall(transport: Transport) -> None:
+        if transport.rank == 0:
+            try:
+                transport.post([], [(torch.zeros(1), 1)], "step 4").wait()
+            finally:
+                done.set()
+        done.wait(30)
+
+    with pytest.raises(PeerError, match=r"rank 0, waiting for rank 1: nothing came within 0\.2 s"):
+        Loopback(2, timeout=0.2).run(stall)
+
+
+def test_what_is_sent_must_be_received() -> None:
+    def lose(transport: Transport) -> None:
+        transport.post([(torch.zeros(1), 1)] if transport.rank == 0 else [], [], "lost").wait()
+
+    with pytest.raises(RuntimeError, match="never received: number 0 from rank 0 to rank 1"):
+        Loopback(2).run(lose)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.float64)])
+def test_loopback_checks_what_arrives(wrong: Tensor) -> None:
+    def mismatch(transport: Transport) -> None:
+        sends = [(wrong, 1)] if transport.rank == 0 else []
+        transport.post(sends, [(torch.zeros(2), 0)] if transport.rank else [], "step 1").wait()
+
+    with pytest.raises(AssertionError, match=r"rank 1 expects 2 x torch\.float32"):
+        Loopback(2).run(mismatch)
+
+
+@pytest.mark.parametrize("make", [lambda t: (torch.zeros(4, 4).t()[:2], 1), lambda t: (t, 0), lambda t: (t, 2)])
+def test_batches_are_checked(make: Callable[[Tensor], tuple[Tensor, int]]) -> None:
+    def post(transport: Transport) -> None:
+        if transport.rank == 0:
+            transport.post([make(torch.zeros(2))], [], "step 1")
+
+    with pytest.raises(AssertionError):
+        Loopback(2).run(post)
+
+
+@pytest.mark.parametrize("arguments", [(0,), (2, 0.0), (2, -1.0)])
+def test_loopback_refuses_bad_worlds(arguments: tuple) -> None:
+    with pytest.raises(ValueError):
+        Loopback(*arguments)
+
+
+class _Hop(torch.autograd.Function):
+    """Sends its input one rank on; backward sends the gradient one rank back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, transport: Transport) -> Tensor:
+        ctx.transport = transport
+        return _hop(transport, x, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _hop(ctx.transport, grad, -1), None
+
+
+def _hop(transport: Transport, x: Tensor, way: int) -> Tensor:
+    arriving = torch.full_like(x, float("nan"))
+    to, source = (transport.rank + way) % transport.world_size, (transport.rank - way) % transport.world_size
+    transport.post([(x.contiguous(), to)], [(arriving, source)], "hop").wait()
+    return arriving
+
+
+def backward_meets_peers(device: str) -> None:
+    def work(transport: Transport) -> tuple[float, float]:
+        x = torch.full((2,), float(transport.rank), device=device, requires_grad=True)
+        out = _Hop.apply(x, transport)
+        (out * (transport.rank + 1)).sum().backward()
+        return out[0].item(), x.grad[0].item()
+
+    assert Loopback(3, timeout=20).run(work) == [(2.0, 2.0), (0.0, 3.0), (1.0, 1.0)]
+
+
+def test_backward_on_rank_threads_may_meet_its_peers() -> None:
+    backward_meets_peers("cpu")
+
+
+@pytest.mark.gpu
+def test_backward_on_rank_threads_of_one_gpu_may_meet_its_peers() -> None:
+    backward_meets_peers("cuda")
+
+
+# The harness itself
+
+
+def fail_on_rank_one(rank: int, world_size: int, text: str) -> None:
+    if rank == 1:
+        raise LookupError(text)
+    dist.barrier()
+
+
+def hang(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+def die(rank: int, world_size: int) -> None:
+    os._exit(5)
+
+
+def test_the_harness_reports_the_first_traceback_and_never_hangs() -> None:
+    with pytest.raises(ChildError, match=r"(?s)rank 1 of 2:.*LookupError: here"):
+        run_processes(fail_on_rank_one, 2, "here")
+    start = time.monotonic()
+    with pytest.raises(ChildError, match=r"ranks \[0, 1\] gave no result within 1"):
+        run_processes(hang, 2, timeout=1.0)
+    assert time.monotonic() - start < 10
+    with pytest.raises(ChildError, match="died without a result"):
+        run_processes(die, 2)
+
+
+def test_poison_is_poison(poison: None) -> None:
+    assert torch.empty(5).isnan().all()
+    assert torch.empty_like(torch.zeros(2, dtype=torch.float64)).isnan().all()
