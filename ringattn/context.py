@@ -1,0 +1,346 @@
+"""ContextParallel: binds a group, lengths, masks, a layout, a schedule and a kernel; shards and unshards.
+
+A context is immutable. ``replace()`` makes the context of the next batch, which shares the transport,
+the buffers and the counters of the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.comm import ProcessGroupTransport, Solo, Transport
+from ringattn.cost import Rates, choose_layout, choose_schedule
+from ringattn.describe import describe
+from ringattn.kernels import KERNELS
+from ringattn.layouts import LAYOUTS, Frame, Layout, named
+from ringattn.masks import BoundMask, Mask, causal
+from ringattn.plan import Plan
+from ringattn.program import Program, compile_program
+from ringattn.schedules import SCHEDULES
+from ringattn.wire import Link, Traffic, Workspace
+
+Group = dist.ProcessGroup | DeviceMesh | Transport | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a context.
+
+    timeout: seconds, the deadline on every wait for a peer.
+    check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
+    rates: how much a device computes while a token arrives; only ``layout="auto"`` uses it.
+    """
+
+    timeout: float = 300.0
+    check_nan: bool = False
+    rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"Options.timeout={self.timeout}: must be a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a context and its replacements have in common."""
+
+    link: Link
+    calls: Any = field(default_factory=itertools.count)  # numbers agreement checks, equally on all ranks
+
+
+class ContextParallel:
+    """How one sequence lies over the ranks of a group, and what each rank computes on it.
+
+    Args:
+        group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a ringattn transport, or None for one rank.
+        seqlen: tokens of the whole sequence. Any length; shards differ by at most one token.
+        mask: one mask, or several (those of a whole stack of layers); the first is ``attention()``'s default.
+        kv_seqlen: tokens of the keys where they are another sequence (cross-attention, a cache).
+        q_offset: position of the first query, for prefill in chunks and decoding.
+        layout: auto, contiguous, zigzag, striped, or a :class:`Layout` of ``seqlen`` positions.
+        schedule: auto, ring, exchange.
+        ulysses: ranks of the head axis; 1 until the head split lands.
+        kernel: auto, or one by name, which is then never replaced by another.
+        options: see :class:`Options`.
+
+    Raises:
+        ValueError: a length, mask, name or layout that does not fit, before anything is sent.
+        NotImplementedError: a 2-D mesh or ``ulysses`` other than 1.
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: Group,
+        seqlen: int,
+        *,
+        mask: Mask | Sequence[Mask] = causal(),  # noqa: B008 - a mask is immutable
+        kv_seqlen: int | None = None,
+        q_offset: int = 0,
+        layout: str | Layout = "auto",
+        schedule: str = "auto",
+        ulysses: int = 1,
+        kernel: str = "auto",
+        options: Options = Options(),
+        _shared: _Shared | None = None,
+    ) -> None:
+        if ulysses != 1:
+            raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
+        self._settings: dict[str, Any] = {
+            "seqlen": seqlen, "mask": mask, "kv_seqlen": kv_seqlen, "q_offset": q_offset,
+            "layout": layout, "schedule": schedule, "kernel": kernel, "options": options,
+        }  # fmt: skip
+        self.seqlen, self.kv_seqlen, self.q_offset = _lengths(seqlen, kv_seqlen, q_offset)
+        self.masks = _masks(mask)
+        self.options = options
+        self.kernel = named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
+        schedules = {known.__name__: known for known in SCHEDULES}
+        named("schedule", schedule, ["auto", *schedules])
+        if isinstance(layout, str):
+            named("layout", layout, ["auto", *(known.__name__ for known in LAYOUTS)])
+        bound = {m: m.bind(self.seqlen, self.kv_seqlen, q_offset) for m in self.masks}
+        self._shared = _shared or _Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
+        transport = self._shared.link.transport
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
+        self.q_layout, self.k_layout, self._why_layout = self._choose_layout(layout, list(bound.values()))
+        self.plans = {m: Plan(b, self.q_layout, self.k_layout) for m, b in bound.items()}
+        self.schedule, self._why_schedule = (
+            choose_schedule(list(self.plans.values())) if schedule == "auto" else (schedule, "asked for")
+        )
+        self._schedule = schedules[self.schedule]
+        self._programs: dict[Mask, Program] = {}
+        self._agreed: set[Any] = set()
+
+    def _check_ranks(self, self_attention: bool) -> None:
+        if self_attention and self.world_size > self.seqlen:
+            raise ValueError(
+                f"seqlen={self.seqlen} over {self.world_size} ranks: more ranks than tokens; use fewer ranks "
+                "(empty shards are legal with kv_seqlen or q_offset only)"
+            )
+
+    def _choose_layout(self, layout: str | Layout, bound: list[BoundMask]) -> tuple[Layout, Layout, list[str]]:
+        if isinstance(layout, Layout):
+            if (layout.seqlen, layout.world_size) != (self.seqlen, self.world_size):
+                raise ValueError(
+                    f"{layout!r} does not fit seqlen={self.seqlen} over {self.world_size} ranks; build it for these"
+                )
+            if self.kv_seqlen != self.seqlen:
+                raise ValueError(
+                    f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={self.kv_seqlen} keys; "
+                    "name a layout instead"
+                )
+            return layout, layout, ["given by the caller"]
+        if layout == "auto":
+            return choose_layout(bound, self.seqlen, self.kv_seqlen, self.world_size, self.options.rates)
+        build = {known.__name__: known for known in LAYOUTS}[layout]
+        q_layout = build(self.seqlen, self.world_size)
+        same = self.kv_seqlen == self.seqlen
+        return q_layout, q_layout if same else build(self.kv_seqlen, self.world_size), ["asked for"]
+
+    def replace(self, **changes: Any) -> ContextParallel:
+        """The context of the next batch: any argument of the constructor but the group, replaced.
+
+        Shares transport, buffers and counters with this one; both stay usable.
+        """
+        unknown = sorted(set(changes) - set(self._settings))
+        if unknown:
+            raise ValueError(f"replace() cannot change {', '.join(unknown)}; it can: {', '.join(self._settings)}")
+        return ContextParallel(None, **{**self._settings, **changes}, _shared=self._shared)
+
+    # -- what a rank holds ----------------------------------------------------------------------
+
+    @property
+    def local_seqlen(self) -> int:
+        """Tokens of this rank's shard."""
+        return int(self.q_layout.sizes[self.rank])
+
+    @property
+    def local_kv_seqlen(self) -> int:
+        """Keys of this rank's shard."""
+        return int(self.k_layout.sizes[self.rank])
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """int64 ``[local_seqlen]`` on the CPU: the global position of each local token, ``q_offset`` included."""
+        return torch.from_numpy(self.q_layout.frame(self.rank).positions() + self.q_offset)
+
+    @cached_property
+    def kv_position_ids(self) -> Tensor:
+        """int64 ``[local_kv_seqlen]`` on the CPU: the global position of each local key."""
+        return torch.from_numpy(self.k_layout.frame(self.rank).positions())
+
+    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of a tensor that every rank holds whole; ``x.size(dim) == seqlen``.
+
+        Differentiable: backward gathers, so that ``x.grad`` is the same on every rank as on one process.
+        """
+        return _shard(self._shared.link, self.q_layout, x, dim, "seqlen")
+
+    def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
+        """The whole tensor in global order from every rank's shard; backward takes this rank's slice."""
+        return _unshard(self._shared.link, self.q_layout, local, dim, "local_seqlen")
+
+    def shard_kv(self, x: Tensor, dim: int = 1) -> Tensor:
+        """:meth:`shard` for the key side."""
+        return _shard(self._shared.link, self.k_layout, x, dim, "kv_seqlen")
+
+    def unshard_kv(self, local: Tensor, dim: int = 1) -> Tensor:
+        """:meth:`unshard` for the key side."""
+        return _unshard(self._shared.link, self.k_layout, local, dim, "local_kv_seqlen")
+
+    # -- what a rank does -----------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first mask; ``plans[mask]`` has the others."""
+        return self.plans[self.masks[0]]
+
+    def program(self, mask: Mask) -> Program:
+        """This rank's compiled schedule for one of the masks."""
+        if mask not in self._programs:
+            plan = self.plans[mask]
+            self._programs[mask] = compile_program(plan, self._schedule(plan, self.rank), self.rank)
+        return self._programs[mask]
+
+    @property
+    def link(self) -> Link:
+        return self._shared.link
+
+    def describe(self) -> str:
+        """Printable text: lengths, layout and schedule with the reasons, and each mask's work, bytes and steps."""
+        return describe(self, self._why_layout, self._why_schedule)
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
+
+        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``. Replacements count together.
+        """
+        traffic = self._shared.link.traffic
+        return {
+            "sent": dict(traffic.sent),
+            "received": dict(traffic.received),
+            "wait_seconds": traffic.wait_seconds,
+        }
+
+    def agreement(self, signature: Any) -> int | None:
+        """A fresh call number if this signature was not yet compared between the ranks, else None."""
+        if self.world_size == 1 or signature in self._agreed:
+            return None
+        self._agreed.add(signature)
+        return next(self._shared.calls)
+
+    def __repr__(self) -> str:
+        return (
+            f"ContextParallel(rank {self.rank} of {self.world_size}, seqlen={self.seqlen}, "
+            f"layout={self.q_layout.name}, schedule={self.schedule}, masks={list(self.masks)})"
+        )
+
+
+def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, int, int]:
+    for name, value, least in (("seqlen", seqlen, 1), ("kv_seqlen", kv_seqlen, 1), ("q_offset", q_offset, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            raise ValueError(f"{name}={value!r}: must be an integer of at least {least}, a number of tokens")
+    return seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
+
+
+def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
+    masks = (mask,) if isinstance(mask, Mask) else tuple(mask)
+    if not masks or not all(isinstance(m, Mask) for m in masks):
+        raise ValueError(f"mask={mask!r}: give one mask or several, e.g. ringattn.causal()")
+    return tuple(dict.fromkeys(masks))
+
+
+def _transport(group: Group, timeout: float) -> Transport:
+    if group is None:
+        return Solo(timeout)
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise NotImplementedError(
+                f"a {group.ndim}-D mesh {group.mesh_dim_names}: ring x ulysses is not built yet; pass its 1-D "
+                "sub-mesh of the context axis, e.g. mesh['cp']"
+            )
+        return ProcessGroupTransport(group.get_group(), timeout)
+    if isinstance(group, dist.ProcessGroup):
+        return ProcessGroupTransport(group, timeout)
+    if isinstance(group, Transport):
+        return group
+    raise ValueError(f"group_or_mesh={group!r}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None")
+
+
+# -- sharding -----------------------------------------------------------------------------------
+
+
+def _shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
+    if x.size(dim) != layout.seqlen:
+        raise ValueError(f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence")
+    return _Shard.apply(x, link, layout, dim % x.ndim)
+
+
+def _unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
+    size = int(layout.sizes[link.transport.rank])
+    if local.size(dim) != size:
+        raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
+    return _Unshard.apply(local, link, layout, dim % local.ndim)
+
+
+def _slices(frame: Frame) -> list[slice]:
+    return [slice(s, s + (n - 1) * step + 1, step) for s, n, step in frame.spans.tolist()]
+
+
+def _pick(x: Tensor, frame: Frame, dim: int) -> Tensor:
+    parts = [x[(slice(None),) * dim + (rows,)] for rows in _slices(frame)]
+    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
+
+
+def _gather(local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+    """Every rank's shard put in global order, the sequence moved to the front for the wire."""
+    transport = link.transport
+    mine = local.movedim(dim, 0).contiguous()
+    others = [r for r in range(transport.world_size) if r != transport.rank]
+    parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
+    sends, recvs = (
+        [(mine, r) for r in others if mine.numel()],
+        [(parts[r], r) for r in others if parts[r].numel()],
+    )
+    link.traffic.count("unshard", sends, recvs)
+    link.traffic.wait(transport.post(sends, recvs, "unshard"))
+    parts[transport.rank] = mine
+    whole = mine.new_empty((layout.seqlen, *mine.shape[1:]))
+    for rank, part in parts.items():
+        at = 0
+        for rows in _slices(layout.frame(rank)):
+            n = len(range(rows.start, rows.stop, rows.step))
+            whole[rows] = part[at : at + n]
+            at += n
+    return whole.movedim(0, dim)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+        ctx.link, ctx.layout, ctx.dim = link, layout, dim
+        return _pick(x, layout.frame(link.transport.rank), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, ctx.link, ctx.layout, ctx.dim), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+        ctx.link, ctx.layout, ctx.dim = link, layout, dim
+        return _gather(local, link, layout, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _pick(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.dim), None, None, None

@@ -1,0 +1,52 @@
+"""A context in words: what lies where, what was chosen and why, what every step computes and moves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ringattn.context import ContextParallel
+    from ringattn.masks import Mask
+
+MAX_STEPS = 8
+
+
+def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> str:
+    """Printable text, the same on every rank but for the rank's own steps."""
+    keys = f", {cp.kv_seqlen:,} keys" if cp.kv_seqlen != cp.seqlen else ""
+    offset = f", first query at {cp.q_offset:,}" if cp.q_offset else ""
+    sizes = cp.q_layout.sizes
+    lines = [
+        f"ringattn: {cp.seqlen:,} tokens{keys}{offset} over {cp.world_size} ranks "
+        f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {cp.rank}",
+        f"layout {cp.q_layout.name}",
+        *(f"    {line}" for line in why_layout),
+        f"schedule {cp.schedule}: {why_schedule}",
+        f"kernel {cp.kernel}",
+    ]
+    for mask in cp.masks:
+        lines += _describe_mask(cp, mask)
+    return "\n".join(lines)
+
+
+def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
+    plan, program = cp.plans[mask], cp.program(mask)
+    work, mean = plan.work, float(plan.work.mean())
+    full = cp.seqlen * cp.kv_seqlen
+    balance = f"{work.max() / mean:.2f}" if mean else "no work"
+    lines = [
+        f"mask {mask}",
+        f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
+        f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
+        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.tiles} kernel calls, "
+        f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
+        f"sends {program.tokens('grad_sends'):,} of gradients",
+    ]
+    for t, stage in enumerate(program.stages[:MAX_STEPS]):
+        shapes = ", ".join(f"{tile.area:,}" for tile in stage.tiles[:4]) + (" ..." if len(stage.tiles) > 4 else "")
+        peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"
+        source = "own shard" if t == 0 else f"receives {peers}"
+        lines.append(f"    step {t}: {source}; tiles of {shapes or 'no'} pairs")
+    if len(program.stages) > MAX_STEPS:
+        lines.append(f"    ... {len(program.stages) - MAX_STEPS} more steps")
+    return lines

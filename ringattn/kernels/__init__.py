@@ -1,0 +1,9 @@
+"""Kernels compute tiles. `KERNELS` is the order of preference of `choose("auto", ...)`."""
+
+from ringattn.kernels.base import Call, Grads, Kernel, Rows, choose
+from ringattn.kernels.reference import Reference
+from ringattn.kernels.sdpa import Sdpa
+
+KERNELS: tuple[Kernel, ...] = (Sdpa(), Reference())
+
+__all__ = ["KERNELS", "Call", "Grads", "Kernel", "Rows", "choose"]

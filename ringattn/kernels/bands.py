@@ -1,0 +1,81 @@
+"""How a banded tile is cut into shapes that attention operators know: rectangles and triangles.
+
+Operators compute full rectangles and squares below their diagonal, and little else. A tile bounded on the right is
+one or more rectangles and such squares; a bound on the left is the same picture read backwards, so its triangle
+is a square above the diagonal. Integers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Shape(Enum):
+    FULL = "full"  # every pair
+    LOWER = "lower"  # a square, column <= row
+    UPPER = "upper"  # a square, column >= row
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One operator call on some rows and columns of a tile."""
+
+    rows: slice
+    cols: slice
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Row `i` sees column `j` iff `lo <= j - i <= hi`; a bound that excludes no pair of the tile is None."""
+
+    nq: int
+    nk: int
+    lo: int | None
+    hi: int | None
+
+    @staticmethod
+    def of(nq: int, nk: int, window: tuple[int | None, int | None]) -> Band:
+        """The band of a tile with a bottom-right aligned window, without the bounds that do not bind."""
+        left, right = window
+        lo = None if left is None or nk - nq - left <= 1 - nq else nk - nq - left
+        hi = None if right is None or nk - nq + right >= nk - 1 else nk - nq + right
+        return Band(nq, nk, lo, hi)
+
+    @property
+    def width(self) -> int | None:
+        """Columns seen by a row that the tile's borders do not clip; None without two bounds."""
+        return None if self.lo is None or self.hi is None else self.hi - self.lo + 1
+
+    def pieces(self, limit: int, triangle: int) -> Iterator[Piece]:
+        """Disjoint pieces of at most `limit` rows and columns that cover the band exactly.
+
+        They come in order of their rows, and of the pieces that share rows the first holds all of these rows.
+        With two bounds a piece has at most `triangle` rows, as each chunk of rows then costs two triangles.
+        """
+        height = limit if self.width is None else min(limit, triangle, self.width)
+        for a, b in self._chunks(height):
+            left = self.lo is not None and a + self.lo >= 0
+            right = self.hi is not None and b + self.hi <= self.nk
+            start = b - 1 + self.lo if left else 0
+            stop = a + self.hi if right else self.nk
+            for c in range(start, stop, limit):
+                yield Piece(slice(a, b), slice(c, min(c + limit, stop)), Shape.FULL)
+            if right:
+                yield Piece(slice(a, b), slice(a + self.hi, b + self.hi), Shape.LOWER)
+            if left and b - a > 1:
+                yield Piece(slice(a, b - 1), slice(a + self.lo, b - 1 + self.lo), Shape.UPPER)
+
+    def _chunks(self, height: int) -> Iterator[tuple[int, int]]:
+        """Runs of at most `height` rows in which each bound binds on all rows or on none."""
+        cuts = {0, self.nq}
+        if self.lo is not None:
+            cuts.add(-self.lo)
+        if self.hi is not None:
+            cuts.add(self.nk - self.hi)
+        edges = sorted(cut for cut in cuts if 0 <= cut <= self.nq)
+        for a, b in zip(edges, edges[1:], strict=False):
+            for row in range(a, b, height):
+                yield row, min(row + height, b)

@@ -1,0 +1,142 @@
+"""What a kernel is: it computes one tile of attention and knows nothing of ranks.
+
+A tile is a rectangle of queries and keys with a band through it, `window = (left, right)`, aligned
+bottom-right: query `i` of `nq` attends key `j` of `nk` iff
+`i + (nk - nq) - left <= j <= i + (nk - nq) + right`, `None` meaning unbounded on that side. Tiles are
+trimmed: every row has a key and every key has a row. The forward folds the tile into a running `Partial`; the
+backward adds the tile's gradients, given the *global* out, lse and delta, so that the tiles of one attention
+may be computed in any number of calls.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ringattn.merge import Partial
+
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of a kernel, for it to accept or refuse before anything is computed."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    windowed: bool = False  # some tile is neither a full rectangle nor a plain causal triangle
+    features: frozenset[str] = frozenset()  # of "softcap", "bias", "sinks", "dropout"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype} on {self.device_type}, head_dim {self.head_dim}, v_head_dim {self.v_head_dim}, "
+            f"{self.num_heads} heads over {self.num_kv_heads} KV heads"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The query side of a backward call.
+
+    q, dout, out: `[batch, nq, num_heads, *]` in the storage dtype; `out` is the global result.
+    lse, delta: `[batch, num_heads, nq]` fp32 (fp64 for fp64); `delta = rowsum(dout * out) - dlse`.
+    dlse: the gradient of `lse`, `[batch, num_heads, nq]`, or None where `lse` has none.
+    """
+
+    q: Tensor
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    delta: Tensor
+    dlse: Tensor | None
+
+    def rows(self, rows: slice) -> Rows:
+        """A view of some query rows; the slice may have a step."""
+        dlse = None if self.dlse is None else self.dlse[:, :, rows]
+        q, dout, out = (x[:, rows] for x in (self.q, self.dout, self.out))
+        return Rows(q, dout, out, self.lse[:, :, rows], self.delta[:, :, rows], dlse)
+
+    def batch(self, batch: slice) -> Rows:
+        """A view of some batch rows."""
+        dlse = None if self.dlse is None else self.dlse[batch]
+        q, dout, out = (x[batch] for x in (self.q, self.dout, self.out))
+        return Rows(q, dout, out, self.lse[batch], self.delta[batch], dlse)
+
+
+@dataclass(frozen=True, slots=True)
+class Grads:
+    """Accumulators in fp32 (fp64 for fp64) that kernels ADD into; they may be views.
+
+    dq: `[batch, nq, num_heads, head_dim]`.
+    dk, dv: `[batch, nk, num_kv_heads, head_dim]` and `[batch, nk, num_kv_heads, v_head_dim]`.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    def tile(self, rows: slice, cols: slice) -> Grads:
+        """A view of some query rows and key columns."""
+        return Grads(self.dq[:, rows], self.dk[:, cols], self.dv[:, cols])
+
+
+class Kernel(Protocol):
+    """Computes one tile on one device. Inputs may be strided views with a contiguous last dim."""
+
+    name: str
+
+    def refuse(self, call: Call) -> str | None:
+        """None if the call can be computed, else the reason in words, with the value and the rule."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool
+    ) -> None:
+        """Fold one tile into `acc`, its rows of the running result; `fresh`: nothing is in them yet."""
+        ...
+
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+        """Add one tile's dq, dk, dv, given the global out, lse and delta."""
+        ...
+
+
+def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
+    """The kernel of that name, or for "auto" the first of the registry that does not refuse the call.
+
+    Raises ValueError for an unknown name, NotImplementedError where the named kernel, or with "auto" every
+    kernel, refuses. A named kernel is never replaced by another.
+    """
+    if kernel == "auto":
+        return _first_fit(call, registry)
+    named = {known.name: known for known in registry}
+    if kernel not in named:
+        names = ["auto", *named]
+        near = difflib.get_close_matches(kernel, names, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}"
+        )
+    reason = named[kernel].refuse(call)
+    if reason is not None:
+        raise NotImplementedError(
+            f"kernel {kernel!r} cannot compute {call}: {reason}; kernel='auto' picks one that can, if any"
+        )
+    return named[kernel]
+
+
+def _first_fit(call: Call, registry: Sequence[Kernel]) -> Kernel:
+    reasons = []
+    for kernel in registry:
+        reason = kernel.refuse(call)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise NotImplementedError(f"no kernel for {call}. " + ". ".join(reasons))

@@ -1,0 +1,100 @@
+"""What the sdpa kernel asks of an operator, and the CPU's.
+
+An operator computes a full rectangle, a square below its diagonal, or a rectangle with an additive mask. Tensors
+here are head-major, `[batch, heads, length, head_dim]`, with any strides but a contiguous last dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ringattn.kernels.base import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """The query side of a backward call, head-major: `[batch, heads, nq, *]`; lse and dlse `[batch, heads, nq]`."""
+
+    q: Tensor
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+
+    @staticmethod
+    def of(rows: Rows, dtype: torch.dtype) -> Query:
+        q, dout, out = (x.to(dtype).transpose(1, 2) for x in (rows.q, rows.dout, rows.out))
+        return Query(q, dout, out, rows.lse, rows.dlse)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Query:
+        """The same change to every tensor; the rows are their third dim."""
+        dlse = None if self.dlse is None else change(self.dlse)
+        return Query(change(self.q), change(self.dout), change(self.out), change(self.lse), dlse)
+
+
+class Operator(Protocol):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """`out` and its natural-log `lse`, `[batch, heads, nq]`."""
+        ...
+
+    def backward(
+        self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`dq, dk, dv`, given the global out and lse."""
+        ...
+
+
+class CpuFlash:
+    """`aten::_scaled_dot_product_flash_attention_for_cpu`: fp32 and fp64, GQA, causal aligned top-left."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+
+    def backward(
+        self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        query, k, v, head_dim = carry_dlse(query, k, v)
+        dq, dk, dv = operator(
+            query.dout, query.q, k, v, query.out, query.lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+
+
+def head_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, n, H, D]` copied to a dense `[B, H, n, D]`: operators stream keys faster when they lie together."""
+    return torch.empty(x.transpose(1, 2).shape, dtype=dtype, device=x.device).copy_(x.transpose(1, 2))
+
+
+DLSE_COLUMNS = 8  # keeps head sizes a multiple of eight
+
+
+def carry_dlse(query: Query, k: Tensor, v: Tensor) -> tuple[Query, Tensor, Tensor, int]:
+    """Inputs whose rowsum(dout * out) is less by dlse, and the true head size.
+
+    A fused backward subtracts delta = rowsum(dout * out) from dP and takes no delta of its own. Where lse has a
+    gradient, delta - dlse is wanted: extra head columns hold 1 in dout and -dlse in out (in three parts, so that
+    nothing is lost in 16 bits) and 0 elsewhere. The first columns of the gradients are then exact.
+    """
+    head_dim = query.q.size(-1)
+    if query.dlse is None:
+        return query, k, v, head_dim
+    width = (0, DLSE_COLUMNS)
+    q, k, v, out = pad(query.q, width), pad(k, width), pad(v, width), pad(query.out, width)
+    dout = pad(query.dout, width, value=1.0)
+    rest = -query.dlse
+    for column in range(head_dim, head_dim + 3):
+        out[..., column] = rest
+        rest = rest - out[..., column]
+    return Query(q, dout, out, query.lse, None), k, v, head_dim

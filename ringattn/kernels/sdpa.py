@@ -1,0 +1,109 @@
+"""Tiles by PyTorch's own fused operators.
+
+On the CPU, and in fp32 on CUDA, the operators know full rectangles, squares below their diagonal and dense additive
+masks; `bands` cuts a tile into the former and `windows` computes narrow windows with the latter. They run in the
+accumulators' precision whatever the storage dtype: 16-bit matrix products are slow on most CPUs, and partial sums
+stay fp32. On CUDA in fp16 and bf16 the operators take windows themselves and a tile is one call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels import sdpa_cuda, windows
+from ringattn.kernels.bands import Band, Piece, Shape
+from ringattn.kernels.base import Call, Grads, Rows, Window
+from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
+from ringattn.kernels.reference import refuse_features
+from ringattn.merge import Partial, fold
+
+# Rows and columns of one operator call. It bounds scratch memory, and calls of this size run at full speed.
+LIMIT = 8192
+# Rows of one chunk of a wide window: its two triangles cost about a third of their area more than they need.
+TRIANGLE = 1024
+# The widest window computed by masked blocks: beyond, the triangles of its chunks weigh less than masks do.
+NARROW = 4096
+
+CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Sdpa:
+    name = "sdpa"
+
+    def refuse(self, call: Call) -> str | None:
+        if call.features:
+            return refuse_features(call)
+        if call.device_type == "cuda":
+            return sdpa_cuda.refuse(call)
+        if call.device_type != "cpu":
+            return f"device {call.device_type!r} has no operator here (cpu and cuda have)"
+        if call.dtype not in CPU_DTYPES:
+            return f"dtype {call.dtype} is not floating point (float16, bfloat16, float32, float64)"
+        if call.v_head_dim != call.head_dim:
+            return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} on the CPU"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool
+    ) -> None:
+        if sdpa_cuda.takes_windows(q):
+            fold(acc, *sdpa_cuda.forward(q, k, v, window, scale), fresh)
+            return
+        operator, band = _operator(q), Band.of(q.size(1), k.size(1), window)
+        if _is_narrow(band):
+            windows.forward(operator, band, q, k, v, scale, acc, fresh)
+            return
+        reached = 0  # rows that hold a result already; the first piece on new rows holds all of them
+        for piece in band.pieces(LIMIT, TRIANGLE):
+            out, lse = _forward_piece(operator, piece, q, k, v, scale, acc.out.dtype)
+            fold(acc.rows(piece.rows), out, lse, fresh and piece.rows.stop > reached)
+            reached = max(reached, piece.rows.stop)
+
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+        if sdpa_cuda.takes_windows(k):
+            sdpa_cuda.backward(rows, k, v, window, scale, grads)
+            return
+        operator, band = _operator(k), Band.of(rows.q.size(1), k.size(1), window)
+        if _is_narrow(band):
+            windows.backward(operator, band, rows, k, v, scale, grads)
+            return
+        for piece in band.pieces(LIMIT, TRIANGLE):
+            _backward_piece(operator, piece, rows, k, v, scale, grads.tile(piece.rows, piece.cols))
+
+
+def _operator(x: Tensor) -> Operator:
+    return sdpa_cuda.Efficient() if x.is_cuda else CpuFlash()
+
+
+def _is_narrow(band: Band) -> bool:
+    return band.width is not None and band.width <= NARROW
+
+
+def _forward_piece(
+    operator: Operator, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`out` `[B, n, H, D]` and `lse` of one piece."""
+    q = q[:, piece.rows].to(dtype).transpose(1, 2)
+    k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
+    if piece.shape is Shape.UPPER:  # read backwards it is a square below the diagonal
+        out, lse = operator.forward(q.flip(2), k.flip(2), v.flip(2), True, None, scale)
+        return out.flip(2).transpose(1, 2), lse.flip(2)
+    out, lse = operator.forward(q, k, v, piece.shape is Shape.LOWER, None, scale)
+    return out.transpose(1, 2), lse
+
+
+def _backward_piece(
+    operator: Operator, piece: Piece, rows: Rows, k: Tensor, v: Tensor, scale: float, grads: Grads
+) -> None:
+    dtype = grads.dq.dtype
+    query = Query.of(rows.rows(piece.rows), dtype)
+    k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
+    if piece.shape is Shape.UPPER:
+        query, k, v = query.map(lambda x: x.flip(2)), k.flip(2), v.flip(2)
+    dq, dk, dv = operator.backward(query, k, v, piece.shape is not Shape.FULL, None, scale)
+    if piece.shape is Shape.UPPER:
+        dq, dk, dv = dq.flip(2), dk.flip(2), dv.flip(2)
+    grads.dq.add_(dq.transpose(1, 2))
+    grads.dk.add_(dk.transpose(1, 2))
+    grads.dv.add_(dv.transpose(1, 2))

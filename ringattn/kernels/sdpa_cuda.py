@@ -1,0 +1,197 @@
+"""PyTorch's fused operators on CUDA: cuDNN, flash and memory-efficient attention.
+
+In fp16 and bf16 a tile is one call: cuDNN, the fastest, where the tile is full or a square below its diagonal, and
+flash, which takes bottom-right aligned windows, elsewhere. In fp32 only the memory-efficient operator exists; it
+offers what the CPU's does. Backward is called with the global out and lse, so random states of the forward calls
+are neither kept nor read (there is no dropout).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ringattn.kernels.bands import Band
+from ringattn.kernels.base import Call, Grads, Rows, Window
+from ringattn.kernels.operators import Query, carry_dlse
+
+HALF = (torch.float16, torch.bfloat16)
+CUDNN_HEAD_DIM = 128
+FLASH_HEAD_DIM = 256
+# What the memory-efficient operator asks of the lse's length and of a mask's row stride.
+LSE_ALIGNMENT = 32
+MASK_ALIGNMENT = 16
+
+aten = torch.ops.aten
+
+
+def takes_windows(x: Tensor) -> bool:
+    """Whether operators take this tensor's tiles whole, window included."""
+    return x.is_cuda and x.dtype in HALF
+
+
+def refuse(call: Call) -> str | None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA device is older than compute capability 8.0"
+    if call.dtype in HALF:
+        if call.v_head_dim != call.head_dim:
+            return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} in {call.dtype} on CUDA"
+        if call.head_dim % 8 or call.head_dim > FLASH_HEAD_DIM:
+            return f"head_dim {call.head_dim} must be a multiple of 8 and at most {FLASH_HEAD_DIM}"
+        return None
+    if call.dtype != torch.float32:
+        return f"dtype {call.dtype} has no fused operator on CUDA (float16, bfloat16, float32 have)"
+    if call.head_dim % 4 or call.v_head_dim % 4:
+        return f"head_dim {call.head_dim} and v_head_dim {call.v_head_dim} must be multiples of 4 in float32"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
+    """`out` `[B, nq, H, D]` in the inputs' dtype and `lse` `[B, H, nq]` fp32 of a whole tile."""
+    band = Band.of(q.size(1), k.size(1), window)
+    if _cudnn_takes(band, q.size(-1)):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+        causal = band.hi is not None
+        result = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return result[0].transpose(1, 2), result[1].view(q.shape[:3])
+    left, right = _flash_window(window)
+    result = aten._flash_attention_forward(
+        q, k, v, None, None, band.nq, band.nk, 0.0, False, False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return result[0], result[1]
+
+
+def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+    """Add the gradients of a whole tile."""
+    query, keys, values, head_dim = carry_dlse(Query.of(rows, k.dtype), k.transpose(1, 2), v.transpose(1, 2))
+    band = Band.of(query.q.size(2), k.size(1), window)
+    if _cudnn_takes(band, query.q.size(-1)):
+        dq, dk, dv = _cudnn_backward(query, keys, values, band.hi is not None, scale)
+    else:
+        dq, dk, dv = _flash_backward(query, keys, values, window, scale)
+    grads.dq.add_(dq[..., :head_dim].transpose(1, 2))
+    grads.dk.add_(dk[..., :head_dim].transpose(1, 2))
+    grads.dv.add_(dv[..., :head_dim].transpose(1, 2))
+
+
+class Efficient:
+    """`aten::_efficient_attention_forward`, for fp32: no GQA, causal aligned top-left, masks as a bias."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        k, v, bias = _expand_heads(k, q), _expand_heads(v, q), _bias(mask, q)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        result = aten._efficient_attention_forward(
+            q, k, v, bias, None, None, None, None, 0.0, int(causal), True, scale=scale
+        )
+        return result[0].transpose(1, 2), result[1][..., : q.size(1)]
+
+    def backward(
+        self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_kv_heads, v_head_dim = k.size(1), v.size(-1)
+        query, k, v, head_dim = carry_dlse(query, k, v)
+        k, v, bias = _expand_heads(k, query.q), _expand_heads(v, query.q), _bias(mask, query.q)
+        q, dout, out, k, v = (x.transpose(1, 2) for x in (query.q, query.dout, query.out, k, v))
+        nq, nk = q.size(1), k.size(1)
+        lse = pad(query.lse, (0, -nq % LSE_ALIGNMENT), value=torch.inf)
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._efficient_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            bias,
+            out,
+            None,
+            None,
+            nq,
+            nk,
+            lse,
+            0.0,
+            unused,
+            unused,
+            int(causal),
+            False,
+            scale=scale,
+        )
+        dk, dv = (x.transpose(1, 2).unflatten(1, (num_kv_heads, -1)).sum(2) for x in (dk, dv))
+        return dq.transpose(1, 2)[..., :head_dim], dk[..., :head_dim], dv[..., :v_head_dim]
+
+
+def _cudnn_takes(band: Band, head_dim: int) -> bool:
+    """A full rectangle, or a square below its diagonal where both alignments agree."""
+    square = band.lo is None and band.hi == 0 and band.nq == band.nk
+    full = band.lo is None and band.hi is None
+    fits = head_dim <= CUDNN_HEAD_DIM and band.nq > 1 and band.nk > 1
+    return (square or full) and fits and torch.backends.cudnn.is_available()
+
+
+def _cudnn_backward(
+    query: Query, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    k, v, lse = k.contiguous(), v.contiguous(), query.lse.contiguous().unsqueeze(-1)
+    unused = torch.zeros(1, dtype=torch.int64, device=k.device)
+    nq, nk = query.q.size(2), k.size(2)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        query.dout,
+        query.q,
+        k,
+        v,
+        query.out,
+        lse,
+        unused,
+        unused,
+        None,
+        None,
+        None,
+        nq,
+        nk,
+        0.0,
+        causal,
+        scale=scale,
+    )
+
+
+def _flash_backward(
+    query: Query, k: Tensor, v: Tensor, window: Window, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head-major like its arguments, though the operator is row-major."""
+    if query.q.size(-1) > FLASH_HEAD_DIM:
+        raise NotImplementedError(
+            f"the gradient of lse takes 8 more head columns, and head_dim {query.q.size(-1) - 8} + 8 is above "
+            f"{FLASH_HEAD_DIM}: kernel='reference' computes it, or use the output alone"
+        )
+    q, k, v, dout, out = (x.transpose(1, 2) for x in (query.q, k, v, query.dout, query.out))
+    left, right = _flash_window(window)
+    state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)
+    unused = torch.zeros((), dtype=torch.int64, device=q.device).view(torch.uint64)
+    grads = aten._flash_attention_backward(
+        dout, q, k, v, out, query.lse.contiguous(), None, None, q.size(1), k.size(1), 0.0, False, state, unused,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+
+
+def _flash_window(window: Window) -> tuple[int, int]:
+    left, right = window
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _expand_heads(x: Tensor, q: Tensor) -> Tensor:
+    """K or V with one head for each query head."""
+    return x if x.size(1) == q.size(1) else x.repeat_interleave(q.size(1) // x.size(1), dim=1)
+
+
+def _bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask for every batch row and head, its rows aligned as the operator wants them."""
+    if mask is None:
+        return None
+    nk = mask.size(1)
+    aligned = pad(mask, (0, -nk % MASK_ALIGNMENT))[:, :nk]
+    return aligned.expand(q.size(0), q.size(1), -1, -1)

@@ -1,0 +1,70 @@
+"""Partial attention results over a subset of keys, and the one operation that joins them.
+
+A partial result is the pair `(out, lse)`: the softmax-weighted mean of the values seen so far and the natural
+logarithm of the softmax's denominator. Two partials over disjoint keys join into the one over their union:
+`lse = log(exp(lse_a) + exp(lse_b))` and `out = out_a + w * (out_b - out_a)` with `w = exp(lse_b - lse)` (the
+online softmax, Milakov & Gimelshein 2018, arXiv 1805.02867). The operation is associative with identity
+`(0, -inf)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Attention over a subset of the keys.
+
+    out: `[batch, seqlen, num_heads, v_head_dim]`, fp32 (fp64 for fp64 inputs).
+    lse: `[batch, num_heads, seqlen]`, same dtype, natural log; -inf for rows that saw nothing.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    def rows(self, rows: slice) -> Partial:
+        """A view of some query rows; the slice may have a step."""
+        return Partial(self.out[:, rows], self.lse[:, :, rows])
+
+    @staticmethod
+    def empty(
+        batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Partial:
+        """The identity of `merge`: nothing seen yet, `out` 0 and `lse` -inf."""
+        out = torch.zeros(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
+        lse = torch.full((batch, num_heads, seqlen), -math.inf, dtype=dtype, device=device)
+        return Partial(out, lse)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The partial over the union of two disjoint sets of keys, as new tensors."""
+    lse, weight = _join(a.lse, b.lse)
+    return Partial(torch.lerp(a.out, b.out, weight), lse)
+
+
+def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False) -> None:
+    """`acc <- merge(acc, (block_out, block_lse))` in place; `acc` may be a view.
+
+    `fresh` says that nothing was ever written to `acc`: the block is then copied. The block may be of a lower
+    precision than `acc`.
+    """
+    if fresh:
+        acc.out.copy_(block_out)
+        acc.lse.copy_(block_lse)
+        return
+    lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
+    acc.out.lerp_(block_out.to(acc.out.dtype), weight)
+    acc.lse.copy_(lse)
+
+
+def _join(lse: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The joint lse, and the block's weight as `[batch, seqlen, num_heads, 1]`."""
+    joint = torch.logaddexp(lse, block_lse)
+    # -inf - (-inf) is NaN where both saw nothing; a NaN of the inputs must survive, so only -inf is replaced.
+    weight = torch.exp(block_lse - joint).masked_fill_(block_lse == -math.inf, 0.0)
+    return joint, weight.transpose(1, 2).unsqueeze(-1)

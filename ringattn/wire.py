@@ -1,0 +1,106 @@
+"""Messages: key rows packed for the wire, the buffers they land in, and the count of what moved.
+
+A row of a message is one token's K and V for all batch rows and KV heads, ``[batch, num_kv_heads,
+head_dim + v_head_dim]``, so a message is one contiguous tensor ``[tokens, ...]`` and messages from
+several owners laid end to end are still one K and one V (strided views, no copy).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ringattn.comm import Pending, Transport
+from ringattn.program import Move
+
+
+@dataclass
+class Traffic:
+    """Bytes sent and received so far, by kind of message, and the seconds the host stood waiting."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    wait_seconds: float = 0.0
+
+    def count(self, kind: str, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> None:
+        self.sent[kind] += sum(t.nbytes for t, _ in sends)
+        self.received[kind] += sum(t.nbytes for t, _ in recvs)
+
+    def wait(self, pending: Pending) -> None:
+        start = time.perf_counter()
+        pending.wait()
+        self.wait_seconds += time.perf_counter() - start
+
+
+class Workspace:
+    """Buffers by name, allocated once and grown when a call needs more. One call uses them at a time."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor that lives until the name is taken again."""
+        key, size = (name, dtype, like.device), int(torch.Size(shape).numel())
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            self._flat.pop(key, None)
+            flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
+        return flat[:size].view(*shape)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a rank moves messages with."""
+
+    transport: Transport
+    workspace: Workspace
+    traffic: Traffic
+
+
+def rows_kv(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Message rows ``[n, B, H, D + Dv]`` seen as ``k [B, n, H, D]`` and ``v [B, n, H, Dv]``."""
+    kv = rows.transpose(0, 1)
+    return kv[..., :head_dim], kv[..., head_dim:]
+
+
+def pack_shard(k: Tensor, v: Tensor, move: Move, out: Tensor) -> Tensor:
+    """Rows of a shard ``k, v`` (BSHD) copied into a message."""
+    at, head_dim = 0, k.shape[-1]
+    for rows in move.rows:
+        part_k, part_v = k[:, rows], v[:, rows]
+        n = part_k.shape[1]
+        to_k, to_v = rows_kv(out[at : at + n], head_dim)
+        to_k.copy_(part_k)
+        to_v.copy_(part_v)
+        at += n
+    return out
+
+
+def pack_rows(rows: Tensor, move: Move, out: Tensor) -> Tensor:
+    """Rows of a buffer copied into a message."""
+    at = 0
+    for part in (rows[r] for r in move.rows):
+        out[at : at + len(part)].copy_(part)
+        at += len(part)
+    return out
+
+
+def in_place(rows: Tensor, move: Move) -> Tensor | None:
+    """The message itself, where the buffer already holds it in one run."""
+    if len(move.rows) == 1 and move.rows[0].step in (None, 1):
+        return rows[move.rows[0]]
+    return None
+
+
+def add_rows(rows: Tensor, move: Move, message: Tensor) -> None:
+    """A gradient message added into the rows of a buffer it belongs to."""
+    at = 0
+    for r in move.rows:
+        part = rows[r]
+        part.add_(message[at : at + len(part)])
+        at += len(part)

@@ -1,0 +1,436 @@
+"""The main job: sharded training equals a single process, a run goes on where it stopped on any number of
+ranks, and bad input is refused with a reason."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_processes
+from typer.testing import CliRunner
+
+import ringattn
+from launch import checkpoint
+from launch.config import CONFIGS, Config, ModelConfig, OptimizerConfig, dump, load
+from launch.data import IGNORED, Sample, open_text
+from launch.loss import share_of_token_mean
+from launch.mask_text import parse_mask
+from launch.model import Decoder, rotate
+from launch.pretrain import app
+from launch.processes import World
+from launch.run import Job, prepare, start, train
+from launch.verify import verify
+
+TINY = Config(
+    name="tiny",
+    seqlen=257,
+    steps=6,
+    masks=("(sliding_window(40) | global_tokens(4)) & causal()", "causal()"),
+    documents=True,
+    dtype="float64",
+    model=ModelConfig(d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24),
+    optimizer=OptimizerConfig(lr=1e-2, warmup=2),
+)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A directory of short documents, of 3,600 bytes in all."""
+    root = tmp_path / "text"
+    root.mkdir()
+    generator = np.random.default_rng(0)
+    for index, length in enumerate((40, 700, 1, 300, 999, 60, 1500)):
+        (root / f"{index}.txt").write_bytes(generator.integers(97, 110, length, dtype=np.uint8).tobytes())
+    return root
+
+
+def tiny(text: Path, **changes: object) -> Config:
+    return dataclasses.replace(TINY, data=(str(text),), **changes)
+
+
+def world_of(rank: int, world_size: int) -> World:
+    return World(rank, world_size, torch.device("cpu"), dist.group.WORLD if world_size > 1 else None)
+
+
+def largest_difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Over all parameters, relative to each one's largest entry."""
+    assert a.keys() == b.keys()
+    return max(float(np.abs(a[name] - b[name]).max() / np.abs(b[name]).max()) for name in b)
+
+
+# -- settings, masks, text ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_survive_writing(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    assert config.name == path.stem
+    assert all(parse_mask(mask) for mask in config.masks)
+    (tmp_path / "copy.toml").write_text(dump(config))
+    assert load(tmp_path / "copy.toml") == config
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    settings = OptimizerConfig(lr=1.0, warmup=4, final_lr=0.1)
+    rates = [settings.lr_at(step, 20) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_mask_texts_are_the_library_s_masks() -> None:
+    parsed = parse_mask("(sliding_window(1023, right=0) | global_tokens([0, 7])) & causal() - chunked(5)")
+    built = (ringattn.sliding_window(1023) | ringattn.global_tokens((0, 7))) & (ringattn.causal() - ringattn.chunked(5))
+    assert torch.equal(parsed.dense(40, 40), built.dense(40, 40))
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        ("causual()", "did you mean 'causal'"),
+        ("documents([0, 5])", "set documents = true"),
+        ("sliding_window(-3)", "-3"),
+        ("sliding_window()", "sliding_window"),
+        ("causal", "is no mask"),
+        ("causal(", "does not parse"),
+        ("__import__('os').system('true')", "is no mask"),
+        ("causal() & 3", "is no mask"),
+    ],
+)
+def test_mask_texts_that_are_refused(mask: str, reason: str) -> None:
+    with pytest.raises(ValueError, match="mask ") as caught:
+        parse_mask(mask)
+    assert reason in str(caught.value)
+
+
+def test_labels_are_shifted_within_documents(text: Path) -> None:
+    data = open_text([str(text)], 257, seed=0)
+    stream = b"".join(path.read_bytes() for path in data.files)
+    borders = {0, *np.cumsum([path.stat().st_size for path in data.files]).tolist()}
+    for position in (0, 257, 3400):  # the last one goes over the end and starts again
+        sample = data.sample(position, 257)
+        assert bytes(sample.tokens.astype(np.uint8)) == (stream + stream)[position : position + 257]
+        ends = {b + turn - position for b in borders for turn in (0, len(stream))} | {0, 257}
+        assert sample.cu_seqlens == tuple(sorted(end for end in ends if 0 <= end <= 257))
+        for i in range(257):
+            last = i + 1 in sample.cu_seqlens
+            assert sample.labels[i] == (IGNORED if last else sample.tokens[i + 1])
+
+
+def test_the_text_is_the_same_each_time_and_the_seed_orders_it(text: Path) -> None:
+    first, again, other = (open_text([str(text)], 257, seed) for seed in (0, 0, 1))
+    assert first.digest == again.digest != other.digest
+    assert np.array_equal(first.sample(99, 257).tokens, again.sample(99, 257).tokens)
+    library = open_text([], 4096, seed=0)
+    assert library.size > 1_000_000
+    assert 2.5 < library.unigram_entropy(0, 1_000_000) < 4.0
+
+
+def test_unigram_entropy_of_known_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abab" * 100)
+    assert open_text([str(tmp_path / "a")], 10, 0).unigram_entropy(0, 400) == pytest.approx(np.log(2))
+
+
+# -- model and loss -------------------------------------------------------------------------------
+
+
+def test_rotation_depends_on_distance_alone() -> None:
+    model = Decoder(TINY.model).double()
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).unbind()
+
+    def score(i: int, j: int) -> float:
+        at = [model.rotation(torch.tensor([position])) for position in (i, j)]
+        return float((rotate(q, at[0]) * rotate(k, at[1])).sum())
+
+    assert score(5, 3) == pytest.approx(score(1_000_005, 1_000_003), abs=1e-8)
+    assert abs(score(5, 3) - score(5, 4)) > 1e-3
+
+
+def test_loss_is_the_mean_over_targets() -> None:
+    logits = torch.randn(1, 9, 256, dtype=torch.float64)
+    labels = torch.randint(256, (1, 9)).index_fill(1, torch.tensor([0, 4]), IGNORED)
+    expected = F.cross_entropy(logits[0], labels[0], ignore_index=IGNORED)
+    torch.testing.assert_close(share_of_token_mean(logits, labels, World()), expected, rtol=1e-14, atol=0)
+    assert share_of_token_mean(logits, torch.full((1, 9), IGNORED), World()) == 0
+
+
+# -- sharded training equals a single process -----------------------------------------------------
+
+
+def samples_of(config: Config) -> list[Sample]:
+    """A sample of the text; and one whose first 200 tokens have no target, so that a shard has none."""
+    sample = open_text(config.data, config.seqlen, config.seed).sample(0, config.seqlen)
+    labels = sample.labels.copy()
+    labels[:200] = IGNORED
+    return [sample, dataclasses.replace(sample, labels=labels)]
+
+
+def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """Loss and gradients of every config and sample."""
+    found = []
+    for config in configs:
+        job = prepare(config, Path("nowhere"), resume=False, overwrite=False)
+        trainer = start(job, world_of(rank, world_size))
+        for sample in samples_of(config):
+            trainer.model.zero_grad()
+            loss = float(trainer.loss_and_gradients(sample))
+            gradients = {name: p.grad.numpy().copy() for name, p in trainer.model.named_parameters()}
+            found.append((loss, gradients))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_loss_and_gradients_equal_a_single_process(world_size: int, text: Path) -> None:
+    configs = [tiny(text), tiny(text, documents=False, layout="zigzag"), tiny(text, recompute=True)]
+    expected = first_steps(0, 1, configs)
+    for rank, found in enumerate(run_processes(first_steps, world_size, configs)):
+        for (loss, gradients), (single_loss, single_gradients) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(single_loss, rel=1e-12), f"rank {rank}"
+            assert largest_difference(gradients, single_gradients) < 1e-11, f"rank {rank}"
+
+
+def verify_twice(rank: int, world_size: int, config: Config) -> list[tuple[bool, str]]:
+    """As it is, and with positions counted from the start of each shard, which is wrong."""
+    job = prepare(config, Path("nowhere"), resume=False, overwrite=False)
+    trainer = start(job, world_of(rank, world_size))
+    sample = job.text.sample(0, config.seqlen)
+    right = verify(trainer, sample)
+    ringattn.ContextParallel.position_ids = property(lambda cp: torch.arange(cp.local_seqlen))
+    wrong = verify(trainer, sample)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    return [(comparison.passed, str(comparison)) for comparison in (right, wrong)]
+
+
+def test_verify_finds_wrong_positions(text: Path) -> None:
+    for (passed, said), (also_passed, also_said) in run_processes(verify_twice, 2, tiny(text)):
+        assert passed and "are equal" in said, said
+        assert not also_passed and "DIFFERENT" in also_said, also_said
+
+
+def start_differently(rank: int, world_size: int, config: Config) -> str:
+    job = prepare(dataclasses.replace(config, seed=rank), Path("nowhere"), resume=False, overwrite=False)
+    with pytest.raises(ValueError, match=r"rank 0 has config .*, rank 1 has") as caught:
+        start(job, world_of(rank, world_size))
+    return str(caught.value)
+
+
+def test_ranks_that_disagree_are_told_apart(text: Path) -> None:
+    first, second = run_processes(start_differently, 2, tiny(text))
+    assert first == second
+    assert "seed=0" in first and "seed=1" in first
+
+
+# -- stopping and going on ------------------------------------------------------------------------
+
+
+class StopAt:
+    """A stop signal that only the last rank receives, when `step` steps are done."""
+
+    def __init__(self, job: Job, world: World, step: int) -> None:
+        self.job, self.step, self.hears = job, step, world.rank == world.size - 1
+
+    @property
+    def number(self) -> int:
+        return signal.SIGINT if self.hears and self.job.progress["step"] == self.step else 0
+
+
+def run_until(rank: int, world_size: int, config: Config, run: Path, resume: bool, stop_step: int) -> bool:
+    job = prepare(config, run, resume, overwrite=False)
+    world = world_of(rank, world_size)
+    return train(job, start(job, world), StopAt(job, world, stop_step))
+
+
+def records_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_over_another_number_of_ranks(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, whole, parts = tiny(text), tmp_path / "whole", tmp_path / "parts"
+    assert run_until(0, 1, config, whole, False, -1)
+    summary = capsys.readouterr().out
+    for line in ("nats a byte", "tokens/s", "GiB", "the masks require", "waiting for other ranks", "6/6"):
+        assert line in summary
+
+    assert run_processes(run_until, 2, config, parts, False, 1) == [False, False]
+    assert len(records_of(parts)) == 2
+    assert run_processes(run_until, 3, config, parts, True, 3) == [False, False, False]
+    assert len(records_of(parts)) == 4
+    assert load(parts / "config.toml") == config
+    assert run_until(0, 1, config, parts, True, -1)
+
+    expected, found = records_of(whole), records_of(parts)
+    assert [record["step"] for record in found] == list(range(6))
+    for name in ("loss", "grad_norm", "lr", "position"):
+        assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=1e-10), name
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert [path.name for path in (parts / "checkpoint").iterdir()] == ["step-00000006"]
+    from matplotlib.image import imread
+
+    picture = imread(parts / "plot.png")
+    assert picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
+
+
+def test_metrics_after_the_checkpoint_are_dropped(text: Path, tmp_path: Path) -> None:
+    config, run = tiny(text), tmp_path / "run"
+    run_until(0, 1, config, run, False, 1)
+    lines = (run / "metrics.jsonl").read_text()
+    with open(run / "metrics.jsonl", "a") as file:  # as by a run that died after two more steps
+        file.write(json.dumps({**json.loads(lines.splitlines()[-1]), "step": 2, "loss": 99.0}) + "\n" + '{"step": 3,')
+    run_until(0, 1, config, run, True, -1)
+    assert [record["step"] for record in records_of(run)] == list(range(6))
+    assert all(record["loss"] < 6 for record in records_of(run))
+
+
+def test_a_loss_that_is_no_number_leaves_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_until(0, 1, tiny(text), run, False, 1)
+    job = prepare(tiny(text), run, resume=True, overwrite=False)
+    trainer = start(job, World())
+    with torch.no_grad():
+        trainer.model.head.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 2 is nan"):
+        train(job, trainer, StopAt(job, World(), -1))
+    assert checkpoint.latest(run) == run / "checkpoint" / "step-00000002"
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+def config_file(tmp_path: Path, before: str, after: str, config: Config = TINY) -> Path:
+    """The tiny config with one piece of its text replaced."""
+    written = dump(config)
+    assert before in written
+    path = tmp_path / "changed.toml"
+    path.write_text(written.replace(before, after))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("num_kv_heads", "num_kv_head", "unknown key model.num_kv_head (did you mean 'num_kv_heads'?)"),
+        ("seqlen = 257\n", "", "missing key seqlen"),
+        ("seqlen = 257", 'seqlen = "long"', "seqlen is 'long'; it must be int"),
+        ("seqlen = 257", "seqlen = 1", "it must be at least 2"),
+        ("num_kv_heads = 2", "num_kv_heads = 3", "num_heads is 4, no multiple of model.num_kv_heads 3"),
+        ("head_dim = 8", "head_dim = 7", "must be even"),
+        ('"float64"', '"float46"', "unknown dtype 'float46' (did you mean 'float64'?)"),
+        ('"cpu"', '"cuda"', "want a GPU each"),
+        ('"causal()"', '"casual()"', "did you mean 'causal'"),
+        ("warmup = 2", "warmup = -1", "warmup is -1"),
+        ("[model]", "[model", "changed.toml: "),
+    ],
+)
+def test_bad_configs_are_refused(before: str, after: str, reason: str, tmp_path: Path) -> None:
+    if after == '"cuda"' and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert reason in refusal("--config", config_file(tmp_path, before, after), "--out", tmp_path / "run")
+
+
+def test_bad_arguments_are_refused(tmp_path: Path, text: Path) -> None:
+    config = config_file(tmp_path, "steps = 6", "steps = 6")
+    empty, missing, hollow = tmp_path / "empty.txt", tmp_path / "missing.txt", tmp_path / "hollow"
+    empty.touch()
+    hollow.mkdir()
+    (hollow / "nothing.txt").touch()
+    out = ("--config", config, "--out", tmp_path / "run")
+    assert "did you mean 'cpu-128k'" in refusal("--config", "cpu-128", "--out", tmp_path / "run")
+    assert f"{missing} does not exist" in refusal(*out, "--data", missing)
+    assert f"{empty} is empty" in refusal(*out, "--data", empty)
+    assert f"{hollow} holds no file" in refusal(*out, "--data", hollow)
+    assert "has 40 bytes in 1 files, one sequence takes 257" in refusal(*out, "--data", text / "0.txt")
+    assert "no config.toml" in refusal("--resume", tmp_path / "run")
+    assert "leave out --out" in refusal("--resume", tmp_path / "run", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: Path) -> None:
+    config, run = tiny(text), tmp_path / "run"
+    run_until(0, 1, config, run, False, 1)
+    before = (run / "metrics.jsonl").read_text()
+    same = config_file(tmp_path, "steps = 6", "steps = 6", config)
+    assert "holds a checkpoint; go on with --resume" in refusal("--config", same, "--out", run)
+    wider = config_file(tmp_path, "d_ff = 24", "d_ff = 32", config)
+    said = refusal("--resume", run, "--config", wider)
+    assert "layers.0.up.weight is [48, 16] there and [64, 16] in the model" in said
+    deeper = config_file(tmp_path, "num_layers = 2", "num_layers = 3", config)
+    assert "layers.2.qkv.weight is missing there" in refusal("--resume", run, "--config", deeper)
+    assert "another text" not in said
+    assert "text other than this one" in refusal("--resume", run, "--data", text / "6.txt")
+    assert "has all 2 steps behind it" in refusal("--resume", run, "--steps", 2)
+    assert (run / "metrics.jsonl").read_text() == before
+    assert checkpoint.latest(run) == run / "checkpoint" / "step-00000002"
+
+
+# -- as it is really started ----------------------------------------------------------------------
+
+
+def torchrun(*arguments: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, *(str(argument) for argument in arguments)]
+
+
+def processes_naming(word: str) -> list[int]:
+    """Processes whose command line holds `word`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it has just ended
+    return found
+
+
+def test_interrupt_saves_and_leaves_no_process(tmp_path: Path, text: Path) -> None:
+    run = tmp_path / "run"
+    config = config_file(tmp_path, "steps = 6", "steps = 100000", tiny(text))
+    command = torchrun("launch/pretrain.py", "--config", config, "--out", run, "--verify")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = run / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "are equal" in said and "the masks require" in said
+    assert not processes_naming(str(run))
+    steps = len(records_of(run))
+    assert checkpoint.latest(run) == run / "checkpoint" / f"step-{steps:08d}"
+    assert (run / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("config", ["cpu-128k", "causal-32k"])
+def test_shipped_configs_train(config: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun("-m", "launch.pretrain", "--config", config, "--steps", 3, "--verify", "--out", run)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "are equal" in done.stdout
+    losses = [record["loss"] for record in records_of(run)]
+    assert losses[0] == pytest.approx(np.log(256), abs=0.1)
+    assert losses[-1] < losses[0] - 0.3

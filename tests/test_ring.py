@@ -1,0 +1,251 @@
+"""The ring against one process: forward, lse and gradients on every rank, in fp64, by rank-threads."""
+
+import functools
+
+import cases
+import pytest
+import torch
+
+import ringattn as ra
+from ringattn.comm import Solo
+
+S = cases.SEQLEN
+GRID = [
+    *("full", "causal", "window", "two_sided", "left_only", "global_scattered", "prefix", "strided", "dilated"),
+    *("documents_causal", "documents_window_globals", "longformer"),
+    *("causal_minus_window", "full_minus_strided"),
+]
+
+
+def dense_attention(q, k, v, mask, scale=None):
+    """Plain softmax attention with zeros and -inf where a row sees nothing: the definition, by autograd."""
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (scale or q.shape[-1] ** -0.5)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    return torch.einsum("bhqk,bkhd->bqhd", probs, v), lse
+
+
+def tensors(q_len=S, kv_len=S, batch=2, heads=4, kv_heads=2, dim=8, v_dim=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, v_dim), (q_len, heads, v_dim))
+    q, k, v, dout = (torch.randn(batch, *s, dtype=dtype, generator=generator) for s in shapes)
+    return q, k, v, dout, torch.randn(batch, heads, q_len, dtype=dtype, generator=generator)
+
+
+def results(out, lse, dout, dlse, inputs):
+    """Everything that must agree: out, lse and all gradients, the lse gradient where the lse is finite."""
+    finite = lse != -torch.inf
+    ((out * dout).sum() + (lse.masked_fill(~finite, 0.0) * dlse).sum()).backward()
+    return [out.detach(), lse.detach(), *(t.grad for t in inputs)]
+
+
+@functools.cache
+def single_process(mask, **sizes):
+    q, k, v, dout, dlse = tensors(**sizes)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    return results(*dense_attention(*inputs, mask.dense(q.shape[1], k.shape[1])), dout, dlse, inputs)
+
+
+def on_ranks(world, mask, call=None, sizes=None, **settings):
+    q, k, v, dout, dlse = tensors(**(sizes or {}))
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, q.shape[1], mask=mask, **settings)
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        local = [cp.shard(inputs[0]), cp.shard_kv(inputs[1]), cp.shard_kv(inputs[2])]
+        out, lse = ra.attention(*local, cp=cp, return_lse=True, **(call or {}))
+        return results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs)
+
+    return ra.Loopback(world, timeout=20).run(one_rank)
+
+
+def check(ranks, expected, tolerance=1e-11):
+    for rank, found in enumerate(ranks):
+        for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"rank {rank} {name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("name", GRID)
+def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
+    mask = cases.ALL[name][0]
+    for world in (2, 3):
+        check(on_ranks(world, mask, layout=layout, schedule=schedule), single_process(mask))
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "layout", "schedule"),
+    [
+        pytest.param(world, name, layout, schedule, marks=[] if keep else pytest.mark.slow)
+        for world in (1, 4, 8)
+        for i, name in enumerate(GRID)
+        for j, layout in enumerate(("contiguous", "zigzag", "striped"))
+        for n, schedule in enumerate(("ring", "exchange"))
+        for keep in [(i + j + n + world // 4) % 6 == 0]
+    ],
+)
+def test_other_worlds(world, name, layout, schedule):
+    mask = cases.ALL[name][0]
+    check(on_ranks(world, mask, layout=layout, schedule=schedule), single_process(mask))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("kernel", ["reference", "sdpa", "auto"])
+def test_each_kernel_choice(world, kernel):
+    check(on_ranks(world, ra.causal(), kernel=kernel), single_process(ra.causal()))
+
+
+def test_v_with_its_own_head_size():
+    sizes = {"v_dim": 5}
+    check(on_ranks(3, ra.causal(), sizes=sizes), single_process(ra.causal(), **sizes))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 3)])
+def test_head_ratios(heads, kv_heads):
+    sizes = {"heads": heads, "kv_heads": kv_heads}
+    check(on_ranks(2, ra.sliding_window(9), sizes=sizes), single_process(ra.sliding_window(9), **sizes))
+
+
+@pytest.mark.parametrize("seqlen", [8, 9, 15, 64, 67])
+def test_uneven_lengths_on_eight_ranks(seqlen):
+    sizes = {"q_len": seqlen, "kv_len": seqlen, "batch": 1}
+    check(on_ranks(8, ra.causal(), sizes=sizes), single_process(ra.causal(), **sizes))
+
+
+def test_scale_is_used():
+    found = on_ranks(2, ra.causal(), {"scale": 0.9})[0][1]
+    q, k, v, *_ = tensors()
+    expected = dense_attention(q, k, v, ra.causal().dense(S, S), scale=0.9)[1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "q_offset", "mask"),
+    [(11, 29, 0, ra.full()), (13, 29, 16, ra.causal()), (2, 29, 27, ra.sliding_window(6)), (1, 29, 28, ra.causal())],
+)
+def test_cross_attention_and_offsets(q_len, kv_len, q_offset, mask, layout, schedule):
+    """Cross-attention, prefill in chunks and decoding: fewer queries than ranks leave empty shards."""
+    q, k, v, dout, dlse = tensors(q_len, kv_len)
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    dense = mask.dense(q_len, kv_len, q_offset)
+    expected = results(*dense_attention(*inputs, dense), dout, dlse, inputs)
+    found = on_ranks(
+        4, mask, sizes={"q_len": q_len, "kv_len": kv_len},
+        kv_seqlen=kv_len, q_offset=q_offset, layout=layout, schedule=schedule,
+    )  # fmt: skip
+    check(found, expected)
+
+
+def test_rows_that_see_nothing():
+    mask = ra.causal() - ra.sliding_window(2)  # the first three queries see no key
+    out, lse, dq, _, _ = on_ranks(3, mask)[1]
+    assert (lse[:, :, :3] == -torch.inf).all() and (lse[:, :, 3:] > -torch.inf).all()
+    assert (out[:, :3] == 0).all() and (dq[:, :3] == 0).all()
+
+
+def test_gradcheck_with_lse():
+    q, k, v = (torch.randn(1, 7, h, 3, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+    mask = ra.longformer(2, 1)
+    for kernel in ("reference", "sdpa"):
+        cp = ra.ContextParallel(None, 7, mask=mask, kernel=kernel)
+        assert torch.autograd.gradcheck(lambda *x, cp=cp: ra.attention(*x, cp=cp, return_lse=True), (q, k, v))
+
+
+def test_bytes_moved_are_the_plans():
+    q, k, v, dout, _ = tensors()
+
+    def one_rank(transport, schedule):
+        cp = ra.ContextParallel(transport, S, mask=ra.longformer(6, 2), layout="contiguous", schedule=schedule)
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        ra.attention(*local, cp=cp).backward(cp.shard(dout))
+        row = 2 * 2 * (8 + 8) * 8  # batch 2, two KV heads, K and V of 8, fp64
+        return cp.traffic(), row, cp.program(cp.masks[0]), int(cp.plan.received[transport.rank])
+
+    for schedule in ("ring", "exchange"):
+        for traffic, row, program, need in ra.Loopback(3).run(lambda t, s=schedule: one_rank(t, s)):
+            for kind in ("forward kv", "backward kv"):
+                assert traffic["received"].get(kind, 0) == row * program.tokens("kv_recvs")
+                assert traffic["sent"].get(kind, 0) == row * program.tokens("kv_sends")
+            assert traffic["received"].get("backward grad", 0) == row * program.tokens("grad_recvs")
+            assert traffic["sent"].get("backward grad", 0) == row * program.tokens("grad_sends")
+            assert program.tokens("kv_recvs") == need, "a window over contiguous shards relays nothing extra here"
+
+
+def test_two_contexts_do_not_disturb_each_other():
+    q, k, v, dout, dlse = tensors()
+
+    def one_rank(transport):
+        a = ra.ContextParallel(transport, S, mask=(ra.causal(), ra.sliding_window(4)))
+        b = a.replace(mask=ra.full(), layout="striped")
+        kept = []
+        for cp, mask in ((a, ra.causal()), (b, ra.full()), (a, ra.sliding_window(4))):
+            inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+            out, lse = ra.attention(*map(cp.shard, inputs), cp=cp, mask=mask, return_lse=True)
+            kept.append((cp.unshard(out), cp.unshard(lse, dim=2), inputs))
+        return [results(out, lse, dout, dlse, inputs) for out, lse, inputs in reversed(kept)]
+
+    for found in ra.Loopback(3).run(one_rank):
+        for mine, mask in zip(found, (ra.sliding_window(4), ra.full(), ra.causal()), strict=True):
+            check([mine], single_process(mask))
+
+
+def test_buffers_are_reused():
+    def one_rank(transport):
+        q, k, v, dout, _ = tensors()
+        cp = ra.ContextParallel(transport, S)
+        places = set()
+        for _ in range(3):
+            local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+            ra.attention(*local, cp=cp).backward(cp.shard(dout))
+            places.add(tuple(sorted(t.data_ptr() for t in cp.link.workspace._flat.values())))
+        return len(places)
+
+    assert ra.Loopback(2).run(one_rank) == [1, 1]
+
+
+class Rank(Solo):
+    """A rank of a world that never talks, to look at contexts."""
+
+    def __init__(self, rank, world_size):
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+
+def test_describe_says_what_and_why():
+    text = ra.ContextParallel(Rank(1, 4), 4096, mask=(ra.causal(), ra.sliding_window(63))).describe()
+    for part in ("4,096 tokens", "over 4 ranks", "layout zigzag", "contiguous: slowest rank", "schedule", "causal()"):
+        assert part in text, text
+    assert "sliding_window(63, 0)" in text and "step 1: receives" in text
+
+
+def test_position_ids_and_sharding():
+    x = torch.arange(2 * S).view(2, S)
+    for rank in range(3):
+        for layout in ("contiguous", "zigzag", "striped"):
+            cp = ra.ContextParallel(Rank(rank, 3), S, layout=layout, q_offset=4, kv_seqlen=S + 4)
+            assert (cp.shard(x)[0] + 4 == cp.position_ids).all() and len(cp.position_ids) == cp.local_seqlen
+            assert len(cp.kv_position_ids) == cp.local_kv_seqlen
+
+
+def test_autocast_casts_and_backward_repeats_it():
+    q, k, v, dout, _ = tensors(dtype=torch.float32)
+
+    def grads(cast):
+        cp = ra.ContextParallel(None, S)
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = ra.attention(*inputs, cp=cp)
+            assert out.dtype == (torch.bfloat16 if cast else torch.float32)
+            out.backward(dout.to(out.dtype))
+        assert all(t.grad.dtype == torch.float32 for t in inputs)
+        return [t.grad for t in inputs]
+
+    rounded = [t.bfloat16().float() for t in (q, k, v)]
+    for a, b, x in zip(grads(True), grads(False), rounded, strict=True):
+        assert not torch.equal(a, b) and (a - b).norm() < 0.02 * b.norm() and x.isfinite().all()
