@@ -52,6 +52,10 @@ class Workspace:
             flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
         return flat[:size].view(*shape)
 
+    def buffers(self) -> list[Tensor]:
+        """All buffers held now."""
+        return list(self._flat.values())
+
 
 @dataclass(frozen=True)
 class Link:

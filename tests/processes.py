@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 import traceback
@@ -69,7 +70,7 @@ def _collect(readers: list[Connection], timeout: float, casualties: Sequence[int
         for reader in ready:
             rank = open_ranks.pop(reader)
             try:
-                results[rank], failure = reader.recv()
+                results[rank], failure = pickle.loads(reader.recv_bytes())
             except EOFError:
                 failure = None if rank in casualties else "it died without a result"
             if failure is not None:
@@ -93,10 +94,10 @@ def _child(
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=deadline)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=deadline)
-        pipe.send((fn(rank, world_size, *args), None))
+        pipe.send_bytes(pickle.dumps((fn(rank, world_size, *args), None)))
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
         os._exit(1)  # a group with a failed peer may not come down cleanly
 
 

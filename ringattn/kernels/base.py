@@ -65,12 +65,6 @@ class Rows:
         q, dout, out = (x[:, rows] for x in (self.q, self.dout, self.out))
         return Rows(q, dout, out, self.lse[:, :, rows], self.delta[:, :, rows], dlse)
 
-    def batch(self, batch: slice) -> Rows:
-        """A view of some batch rows."""
-        dlse = None if self.dlse is None else self.dlse[batch]
-        q, dout, out = (x[batch] for x in (self.q, self.dout, self.out))
-        return Rows(q, dout, out, self.lse[batch], self.delta[batch], dlse)
-
 
 @dataclass(frozen=True, slots=True)
 class Grads:
@@ -88,6 +82,12 @@ class Grads:
         """A view of some query rows and key columns."""
         return Grads(self.dq[:, rows], self.dk[:, cols], self.dv[:, cols])
 
+    def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Add head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
+        self.dq.add_(dq[..., : self.dq.size(-1)].transpose(1, 2))
+        self.dk.add_(dk[..., : self.dk.size(-1)].transpose(1, 2))
+        self.dv.add_(dv[..., : self.dv.size(-1)].transpose(1, 2))
+
 
 class Kernel(Protocol):
     """Computes one tile on one device. Inputs may be strided views with a contiguous last dim."""
@@ -98,9 +98,7 @@ class Kernel(Protocol):
         """None if the call can be computed, else the reason in words, with the value and the rule."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
         """Fold one tile into `acc`, its rows of the running result; `fresh`: nothing is in them yet."""
         ...
 
@@ -121,9 +119,7 @@ def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
     if kernel not in named:
         names = ["auto", *named]
         near = difflib.get_close_matches(kernel, names, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}"
-        )
+        raise ValueError(f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}")
     reason = named[kernel].refuse(call)
     if reason is not None:
         raise NotImplementedError(

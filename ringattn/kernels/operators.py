@@ -1,7 +1,7 @@
 """What the sdpa kernel asks of an operator, and the CPU's.
 
-An operator computes a full rectangle, a square below its diagonal, or a rectangle with an additive mask. Tensors
-here are head-major, `[batch, heads, length, head_dim]`, with any strides but a contiguous last dim.
+An operator computes a full rectangle, a square below its diagonal, or a rectangle with an additive mask.
+Tensors here are head-major, `[batch, heads, length, head_dim]`, with any strides but a contiguous last dim.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch.nn.functional import pad
 
 from ringattn.kernels.base import Rows
 
+DLSE_COLUMNS = 8  # keeps head sizes a multiple of eight
+
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The query side of a backward call, head-major: `[batch, heads, nq, *]`; lse and dlse `[batch, heads, nq]`."""
+    """The query side of a backward call: `[batch, heads, nq, *]`; lse and dlse `[batch, heads, nq]`."""
 
     q: Tensor
     dout: Tensor
@@ -48,7 +50,7 @@ class Operator(Protocol):
     def backward(
         self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`dq, dk, dv`, given the global out and lse."""
+        """`dq, dk, dv`, given the global out and lse; there may be padding columns behind them."""
         ...
 
 
@@ -65,36 +67,29 @@ class CpuFlash:
         self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        query, k, v, head_dim = carry_dlse(query, k, v)
-        dq, dk, dv = operator(
-            query.dout, query.q, k, v, query.out, query.lse, 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+        x, k, v = carry_dlse(query, k, v)
+        return operator(x.dout, x.q, k, v, x.out, x.lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 def head_major(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, n, H, D]` copied to a dense `[B, H, n, D]`: operators stream keys faster when they lie together."""
-    return torch.empty(x.transpose(1, 2).shape, dtype=dtype, device=x.device).copy_(x.transpose(1, 2))
+    """`[B, n, H, D]` copied to a dense `[B, H, n, D]`: operators stream keys faster if they lie together."""
+    x = x.transpose(1, 2)
+    return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
 
-DLSE_COLUMNS = 8  # keeps head sizes a multiple of eight
+def carry_dlse(query: Query, k: Tensor, v: Tensor) -> tuple[Query, Tensor, Tensor]:
+    """The same inputs, but with a rowsum(dout * out) that is less by dlse.
 
-
-def carry_dlse(query: Query, k: Tensor, v: Tensor) -> tuple[Query, Tensor, Tensor, int]:
-    """Inputs whose rowsum(dout * out) is less by dlse, and the true head size.
-
-    A fused backward subtracts delta = rowsum(dout * out) from dP and takes no delta of its own. Where lse has a
-    gradient, delta - dlse is wanted: extra head columns hold 1 in dout and -dlse in out (in three parts, so that
-    nothing is lost in 16 bits) and 0 elsewhere. The first columns of the gradients are then exact.
+    A fused backward subtracts delta = rowsum(dout * out) from dP and takes no delta of its own. Where lse has
+    a gradient, delta - dlse is wanted: extra head columns hold 1 in dout and -dlse in out (in three parts, so
+    that nothing is lost in 16 bits) and 0 elsewhere. The first columns of the gradients are then exact.
     """
-    head_dim = query.q.size(-1)
     if query.dlse is None:
-        return query, k, v, head_dim
-    width = (0, DLSE_COLUMNS)
+        return query, k, v
+    head_dim, width = query.out.size(-1), (0, DLSE_COLUMNS)
     q, k, v, out = pad(query.q, width), pad(k, width), pad(v, width), pad(query.out, width)
-    dout = pad(query.dout, width, value=1.0)
-    rest = -query.dlse
+    dout, rest = pad(query.dout, width, value=1.0), -query.dlse
     for column in range(head_dim, head_dim + 3):
         out[..., column] = rest
         rest = rest - out[..., column]
-    return Query(q, dout, out, query.lse, None), k, v, head_dim
+    return Query(q, dout, out, query.lse, None), k, v

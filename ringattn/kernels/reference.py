@@ -26,9 +26,7 @@ class Reference:
             return f"dtype {call.dtype} is not floating point (float16, bfloat16, float32, float64)"
         return refuse_features(call)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
         with torch.autocast(q.device.type, enabled=False):
             dtype = acc.out.dtype
             scores = _scores(_grouped(q.to(dtype), k), k.to(dtype), window, scale)

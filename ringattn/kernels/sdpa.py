@@ -1,9 +1,9 @@
 """Tiles by PyTorch's own fused operators.
 
-On the CPU, and in fp32 on CUDA, the operators know full rectangles, squares below their diagonal and dense additive
-masks; `bands` cuts a tile into the former and `windows` computes narrow windows with the latter. They run in the
-accumulators' precision whatever the storage dtype: 16-bit matrix products are slow on most CPUs, and partial sums
-stay fp32. On CUDA in fp16 and bf16 the operators take windows themselves and a tile is one call.
+On the CPU, and in fp32 on CUDA, the operators know full rectangles, squares below their diagonal and dense
+additive masks: `pieces` cuts a tile into the former, and `windows` computes narrow windows with the latter.
+They run in the accumulators' precision whatever the storage dtype: partial sums stay fp32, and 16-bit matrix
+products are slow on most CPUs. On CUDA in fp16 and bf16 the operators take windows, and a tile is one call.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import sdpa_cuda, windows
-from ringattn.kernels.bands import Band, Piece, Shape
 from ringattn.kernels.base import Call, Grads, Rows, Window
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
-from ringattn.kernels.reference import refuse_features
+from ringattn.kernels.pieces import Piece, Shape, TileBand
+from ringattn.kernels.reference import FLOATING, refuse_features
 from ringattn.merge import Partial, fold
 
-# Rows and columns of one operator call. It bounds scratch memory, and calls of this size run at full speed.
+# Rows and columns of one operator call: it bounds scratch memory, and such calls run at full speed.
 LIMIT = 8192
-# Rows of one chunk of a wide window: its two triangles cost about a third of their area more than they need.
+# Rows of one chunk of a wide window, whose two triangles cost about a third more than their area.
 TRIANGLE = 1024
-# The widest window computed by masked blocks: beyond, the triangles of its chunks weigh less than masks do.
-NARROW = 4096
-
-CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# The widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
+NARROW = 2048
 
 
 class Sdpa:
+    """The `sdpa` kernel; see the module's docstring."""
+
     name = "sdpa"
 
     def refuse(self, call: Call) -> str | None:
@@ -38,19 +38,17 @@ class Sdpa:
             return sdpa_cuda.refuse(call)
         if call.device_type != "cpu":
             return f"device {call.device_type!r} has no operator here (cpu and cuda have)"
-        if call.dtype not in CPU_DTYPES:
-            return f"dtype {call.dtype} is not floating point (float16, bfloat16, float32, float64)"
+        if call.dtype not in FLOATING:
+            return f"dtype {call.dtype} must be one of float16, bfloat16, float32, float64"
         if call.v_head_dim != call.head_dim:
             return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} on the CPU"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool
-    ) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
         if sdpa_cuda.takes_windows(q):
             fold(acc, *sdpa_cuda.forward(q, k, v, window, scale), fresh)
             return
-        operator, band = _operator(q), Band.of(q.size(1), k.size(1), window)
+        operator, band = _operator(q), TileBand.of(q.size(1), k.size(1), window)
         if _is_narrow(band):
             windows.forward(operator, band, q, k, v, scale, acc, fresh)
             return
@@ -62,9 +60,9 @@ class Sdpa:
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
         if sdpa_cuda.takes_windows(k):
-            sdpa_cuda.backward(rows, k, v, window, scale, grads)
+            grads.add(*sdpa_cuda.backward(rows, k, v, window, scale))
             return
-        operator, band = _operator(k), Band.of(rows.q.size(1), k.size(1), window)
+        operator, band = _operator(k), TileBand.of(rows.q.size(1), k.size(1), window)
         if _is_narrow(band):
             windows.backward(operator, band, rows, k, v, scale, grads)
             return
@@ -76,7 +74,7 @@ def _operator(x: Tensor) -> Operator:
     return sdpa_cuda.Efficient() if x.is_cuda else CpuFlash()
 
 
-def _is_narrow(band: Band) -> bool:
+def _is_narrow(band: TileBand) -> bool:
     return band.width is not None and band.width <= NARROW
 
 
@@ -86,7 +84,7 @@ def _forward_piece(
     """`out` `[B, n, H, D]` and `lse` of one piece."""
     q = q[:, piece.rows].to(dtype).transpose(1, 2)
     k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
-    if piece.shape is Shape.UPPER:  # read backwards it is a square below the diagonal
+    if piece.shape is Shape.UPPER:  # read backwards it is a square below its diagonal
         out, lse = operator.forward(q.flip(2), k.flip(2), v.flip(2), True, None, scale)
         return out.flip(2).transpose(1, 2), lse.flip(2)
     out, lse = operator.forward(q, k, v, piece.shape is Shape.LOWER, None, scale)
@@ -100,10 +98,8 @@ def _backward_piece(
     query = Query.of(rows.rows(piece.rows), dtype)
     k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
     if piece.shape is Shape.UPPER:
-        query, k, v = query.map(lambda x: x.flip(2)), k.flip(2), v.flip(2)
-    dq, dk, dv = operator.backward(query, k, v, piece.shape is not Shape.FULL, None, scale)
-    if piece.shape is Shape.UPPER:
-        dq, dk, dv = dq.flip(2), dk.flip(2), dv.flip(2)
-    grads.dq.add_(dq.transpose(1, 2))
-    grads.dk.add_(dk.transpose(1, 2))
-    grads.dv.add_(dv.transpose(1, 2))
+        query = query.map(lambda x: x.flip(2))
+        dq, dk, dv = operator.backward(query, k.flip(2), v.flip(2), True, None, scale)
+        grads.add(dq.flip(2), dk.flip(2), dv.flip(2))
+    else:
+        grads.add(*operator.backward(query, k, v, piece.shape is Shape.LOWER, None, scale))

@@ -1,9 +1,9 @@
 """PyTorch's fused operators on CUDA: cuDNN, flash and memory-efficient attention.
 
-In fp16 and bf16 a tile is one call: cuDNN, the fastest, where the tile is full or a square below its diagonal, and
-flash, which takes bottom-right aligned windows, elsewhere. In fp32 only the memory-efficient operator exists; it
-offers what the CPU's does. Backward is called with the global out and lse, so random states of the forward calls
-are neither kept nor read (there is no dropout).
+In fp16 and bf16 a tile is one call: cuDNN, the fastest, where the tile is full or a square below its diagonal,
+and flash, which takes bottom-right aligned windows, elsewhere. In fp32 only the memory-efficient operator
+exists; it offers what the CPU's does. Backward is called with the global out and lse, so the random states of
+the forward calls are neither kept nor read (there is no dropout).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringattn.kernels.bands import Band
-from ringattn.kernels.base import Call, Grads, Rows, Window
-from ringattn.kernels.operators import Query, carry_dlse
+from ringattn.kernels.base import Call, Rows, Window
+from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
+from ringattn.kernels.pieces import TileBand
 
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM = 128
@@ -49,13 +49,11 @@ def refuse(call: Call) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
     """`out` `[B, nq, H, D]` in the inputs' dtype and `lse` `[B, H, nq]` fp32 of a whole tile."""
-    band = Band.of(q.size(1), k.size(1), window)
+    band = TileBand.of(q.size(1), k.size(1), window)
     if _cudnn_takes(band, q.size(-1)):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         causal = band.hi is not None
-        result = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
+        result = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return result[0].transpose(1, 2), result[1].view(q.shape[:3])
     left, right = _flash_window(window)
     result = aten._flash_attention_forward(
@@ -65,17 +63,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tu
     return result[0], result[1]
 
 
-def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
-    """Add the gradients of a whole tile."""
-    query, keys, values, head_dim = carry_dlse(Query.of(rows, k.dtype), k.transpose(1, 2), v.transpose(1, 2))
-    band = Band.of(query.q.size(2), k.size(1), window)
-    if _cudnn_takes(band, query.q.size(-1)):
-        dq, dk, dv = _cudnn_backward(query, keys, values, band.hi is not None, scale)
-    else:
-        dq, dk, dv = _flash_backward(query, keys, values, window, scale)
-    grads.dq.add_(dq[..., :head_dim].transpose(1, 2))
-    grads.dk.add_(dk[..., :head_dim].transpose(1, 2))
-    grads.dv.add_(dv[..., :head_dim].transpose(1, 2))
+def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq, dk, dv` of a whole tile, head-major, in the inputs' dtype and with padding columns behind them."""
+    band = TileBand.of(rows.q.size(1), k.size(1), window)
+    query, k, v = carry_dlse(Query.of(rows, k.dtype), k.transpose(1, 2), v.transpose(1, 2))
+    if _cudnn_takes(band, k.size(-1)):
+        return _cudnn_backward(query, k, v, band.hi is not None, scale)
+    return _flash_backward(query, k, v, window, scale)
 
 
 class Efficient:
@@ -94,8 +88,8 @@ class Efficient:
     def backward(
         self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_kv_heads, v_head_dim = k.size(1), v.size(-1)
-        query, k, v, head_dim = carry_dlse(query, k, v)
+        num_kv_heads = k.size(1)
+        query, k, v = carry_dlse(query, k, v)
         k, v, bias = _expand_heads(k, query.q), _expand_heads(v, query.q), _bias(mask, query.q)
         q, dout, out, k, v = (x.transpose(1, 2) for x in (query.q, query.dout, query.out, k, v))
         nq, nk = q.size(1), k.size(1)
@@ -121,10 +115,10 @@ class Efficient:
             scale=scale,
         )
         dk, dv = (x.transpose(1, 2).unflatten(1, (num_kv_heads, -1)).sum(2) for x in (dk, dv))
-        return dq.transpose(1, 2)[..., :head_dim], dk[..., :head_dim], dv[..., :v_head_dim]
+        return dq.transpose(1, 2), dk, dv
 
 
-def _cudnn_takes(band: Band, head_dim: int) -> bool:
+def _cudnn_takes(band: TileBand, head_dim: int) -> bool:
     """A full rectangle, or a square below its diagonal where both alignments agree."""
     square = band.lo is None and band.hi == 0 and band.nq == band.nk
     full = band.lo is None and band.hi is None
@@ -132,9 +126,7 @@ def _cudnn_takes(band: Band, head_dim: int) -> bool:
     return (square or full) and fits and torch.backends.cudnn.is_available()
 
 
-def _cudnn_backward(
-    query: Query, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(query: Query, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     k, v, lse = k.contiguous(), v.contiguous(), query.lse.contiguous().unsqueeze(-1)
     unused = torch.zeros(1, dtype=torch.int64, device=k.device)
     nq, nk = query.q.size(2), k.size(2)
@@ -158,24 +150,23 @@ def _cudnn_backward(
     )
 
 
-def _flash_backward(
-    query: Query, k: Tensor, v: Tensor, window: Window, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(query: Query, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Head-major like its arguments, though the operator is row-major."""
     if query.q.size(-1) > FLASH_HEAD_DIM:
         raise NotImplementedError(
-            f"the gradient of lse takes 8 more head columns, and head_dim {query.q.size(-1) - 8} + 8 is above "
-            f"{FLASH_HEAD_DIM}: kernel='reference' computes it, or use the output alone"
+            f"the gradient of lse needs head_dim <= {FLASH_HEAD_DIM - DLSE_COLUMNS} here, got "
+            f"{query.q.size(-1) - DLSE_COLUMNS}: kernel='reference' computes it, or use the output alone"
         )
     q, k, v, dout, out = (x.transpose(1, 2) for x in (query.q, k, v, query.dout, query.out))
     left, right = _flash_window(window)
     state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)
     unused = torch.zeros((), dtype=torch.int64, device=q.device).view(torch.uint64)
-    grads = aten._flash_attention_backward(
-        dout, q, k, v, out, query.lse.contiguous(), None, None, q.size(1), k.size(1), 0.0, False, state, unused,
+    lse, nq, nk = query.lse.contiguous(), q.size(1), k.size(1)
+    dq, dk, dv = aten._flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, nq, nk, 0.0, False, state, unused,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _flash_window(window: Window) -> tuple[int, int]:

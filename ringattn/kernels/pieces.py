@@ -1,8 +1,8 @@
 """How a banded tile is cut into shapes that attention operators know: rectangles and triangles.
 
-Operators compute full rectangles and squares below their diagonal, and little else. A tile bounded on the right is
-one or more rectangles and such squares; a bound on the left is the same picture read backwards, so its triangle
-is a square above the diagonal. Integers only.
+Operators compute full rectangles and squares below their diagonal, and little else. A tile bounded on the
+right is one or more rectangles and such squares; a bound on the left is the same picture read backwards, so
+its triangle is a square above the diagonal. Integers only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 
 class Shape(Enum):
@@ -28,7 +29,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Band:
+class TileBand:
     """Row `i` sees column `j` iff `lo <= j - i <= hi`; a bound that excludes no pair of the tile is None."""
 
     nq: int
@@ -37,12 +38,12 @@ class Band:
     hi: int | None
 
     @staticmethod
-    def of(nq: int, nk: int, window: tuple[int | None, int | None]) -> Band:
+    def of(nq: int, nk: int, window: tuple[int | None, int | None]) -> TileBand:
         """The band of a tile with a bottom-right aligned window, without the bounds that do not bind."""
         left, right = window
         lo = None if left is None or nk - nq - left <= 1 - nq else nk - nq - left
         hi = None if right is None or nk - nq + right >= nk - 1 else nk - nq + right
-        return Band(nq, nk, lo, hi)
+        return TileBand(nq, nk, lo, hi)
 
     @property
     def width(self) -> int | None:
@@ -57,16 +58,17 @@ class Band:
         """
         height = limit if self.width is None else min(limit, triangle, self.width)
         for a, b in self._chunks(height):
-            left = self.lo is not None and a + self.lo >= 0
-            right = self.hi is not None and b + self.hi <= self.nk
-            start = b - 1 + self.lo if left else 0
-            stop = a + self.hi if right else self.nk
+            start, stop = 0, self.nk  # the columns that all rows of the chunk see
+            if self.hi is not None and b + self.hi <= self.nk:
+                stop = a + self.hi
+            if self.lo is not None and a + self.lo >= 0:
+                start = b - 1 + self.lo
             for c in range(start, stop, limit):
                 yield Piece(slice(a, b), slice(c, min(c + limit, stop)), Shape.FULL)
-            if right:
-                yield Piece(slice(a, b), slice(a + self.hi, b + self.hi), Shape.LOWER)
-            if left and b - a > 1:
-                yield Piece(slice(a, b - 1), slice(a + self.lo, b - 1 + self.lo), Shape.UPPER)
+            if stop < self.nk:
+                yield Piece(slice(a, b), slice(stop, stop + b - a), Shape.LOWER)
+            if self.lo is not None and 0 <= a + self.lo < start:
+                yield Piece(slice(a, b - 1), slice(a + self.lo, start), Shape.UPPER)
 
     def _chunks(self, height: int) -> Iterator[tuple[int, int]]:
         """Runs of at most `height` rows in which each bound binds on all rows or on none."""
@@ -76,6 +78,6 @@ class Band:
         if self.hi is not None:
             cuts.add(self.nk - self.hi)
         edges = sorted(cut for cut in cuts if 0 <= cut <= self.nq)
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             for row in range(a, b, height):
                 yield row, min(row + height, b)

@@ -1,0 +1,130 @@
+"""The ring beside its ideal: two processes, one thread each, fp32, forward + backward.
+
+``causal``: the ideal is the same rank's work as raw operator calls without communication or merges (one
+causal call and one rectangle, or the causal call split along its diagonal, whichever is faster here).
+``local+global``: useful GFLOP/s by exact area against one causal operator call on 8,192 tokens.
+
+    python -m benchmarks.ring
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import typer
+from torch import Tensor
+
+import ringattn
+from benchmarks.common import interleaved, on_processes, write
+
+HEADS, DIM = 4, 64
+FLOP = 3.5 * 4 * HEADS * DIM  # of one attending pair, forward + backward
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def tensors(*lengths: int) -> list[Tensor]:
+    return [torch.randn(1, HEADS, n, DIM) for n in lengths]
+
+
+def operator_call(nq: int, nk: int, causal: bool) -> Callable[[], object]:
+    """One forward and one backward call of PyTorch's CPU operator."""
+    q, k, v, dout = tensors(nq, nk, nk, nq)
+
+    def run() -> None:
+        out, lse = flash(q, k, v, 0.0, causal)
+        flash_backward(dout, q, k, v, out, lse, 0.0, causal)
+
+    return run
+
+
+def split_causal(n: int, least: int = 256) -> list[Callable[[], object]]:
+    """A causal square as rectangles and small squares, halved down to ``least`` tokens."""
+    if n <= least:
+        return [operator_call(n, n, True)]
+    half = n // 2
+    return [*split_causal(half, least), operator_call(n - half, half, False), *split_causal(n - half, least)]
+
+
+def together(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    return lambda: [call() for call in calls]
+
+
+def ring_call(seqlen: int, mask: ringattn.Mask, **settings: Any) -> tuple[Callable[[], object], Any]:
+    cp = ringattn.ContextParallel(dist.group.WORLD, seqlen, mask=mask, **settings)
+    q, k, v, dout = (t.transpose(1, 2).contiguous() for t in tensors(*[cp.local_seqlen] * 4))
+    for t in (q, k, v):
+        t.requires_grad_()
+
+    def run() -> None:
+        q.grad = k.grad = v.grad = None
+        ringattn.attention(q, k, v, cp=cp).backward(dout)
+
+    return run, cp
+
+
+def causal(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
+    half = seqlen // 2
+    rectangle = operator_call(half // 2, half, False) if rank == 0 else operator_call(half, half // 2, False)
+    ours, cp = ring_call(seqlen, ringattn.causal())
+    cases = {
+        "ringattn": ours,
+        "ideal: causal + rectangle": together([operator_call(half, half, True), rectangle]),
+        "ideal: split causal + rectangle": together([*split_causal(half), rectangle]),
+    }
+    seconds = interleaved(cases, rounds)
+    ideal = min(s for name, s in seconds.items() if name.startswith("ideal"))
+    return {
+        "seqlen": seqlen,
+        "layout": cp.q_layout.name,
+        "schedule": cp.schedule,
+        "seconds": seconds,
+        "of_ideal": ideal / seconds["ringattn"],
+    }
+
+
+def local_global(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
+    mask = ringattn.longformer(1023, 64)
+    ours, cp = ring_call(seqlen, mask, schedule="exchange")
+    seconds = interleaved({"ringattn": ours, "causal 8192": operator_call(8192, 8192, True)}, rounds)
+    useful = cp.plan.work.max() * FLOP / seconds["ringattn"] / 1e9
+    peak = 8192 * 8193 / 2 * FLOP / seconds["causal 8192"] / 1e9
+    least = int(cp.plan.received[rank]) * 2 * HEADS * DIM * 4
+    received = cp.traffic()["received"].get("forward kv", 0) // (rounds + 1)
+    both = torch.tensor([received, least])
+    dist.all_reduce(both)
+    return {
+        "seqlen": seqlen,
+        "layout": cp.q_layout.name,
+        "seconds": seconds,
+        "useful_gflops": useful,
+        "causal_8192_gflops": peak,
+        "of_causal_8192": useful / peak,
+        "received_bytes_forward_all_ranks": int(both[0]),
+        "least_bytes_forward_all_ranks": int(both[1]),
+    }
+
+
+def main(rounds: int = 7, json: str = "ring-cpu") -> None:
+    """Measure, print and write JSON."""
+    result: dict[str, Any] = {"causal": [], "local_global": None}
+    for seqlen in (16384, 4096):
+        case = on_processes(causal, 2, seqlen, rounds if seqlen > 8192 else 5 * rounds)
+        result["causal"].append(case)
+        print(f"causal {seqlen:>6}: {case['of_ideal']:.3f} of ideal  ({case['layout']}, {case['schedule']})")
+        for name, seconds in case["seconds"].items():
+            print(f"    {name:34} {1000 * seconds:9.1f} ms")
+    case = result["local_global"] = on_processes(local_global, 2, 131072, max(rounds // 2, 2))
+    print(
+        f"local+global 131072: {case['useful_gflops']:.1f} useful GFLOP/s a rank, "
+        f"{case['of_causal_8192']:.3f} of one causal call on 8,192 ({case['causal_8192_gflops']:.1f}); "
+        f"received {case['received_bytes_forward_all_ranks']:,} bytes, least {case['least_bytes_forward_all_ranks']:,}"
+    )
+    write(json, result)
+
+
+if __name__ == "__main__":
+    typer.run(main)

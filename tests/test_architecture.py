@@ -1,0 +1,34 @@
+"""Rules of the house that a tool can check: geometry runs without torch, the public names are the contract's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import ringattn
+
+GEOMETRY = ("bands", "masks", "layouts", "plan", "schedules", "program", "cost")
+
+
+def test_geometry_runs_without_torch():
+    code = f"""
+import sys, types
+sys.modules["torch"] = None
+package = types.ModuleType("ringattn"); package.__path__ = [{str(Path(ringattn.__file__).parent)!r}]
+sys.modules["ringattn"] = package
+import importlib
+for name in {GEOMETRY}: importlib.import_module("ringattn." + name)
+masks = sys.modules["ringattn.masks"]
+assert (masks.longformer(3, 2) & masks.documents([0, 7, 20])).area(20, 20) == {
+        (ringattn.longformer(3, 2) & ringattn.documents([0, 7, 20])).dense(20, 20).sum()
+    }
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    contract = {
+        *("full", "causal", "sliding_window", "global_tokens", "documents", "prefix_lm", "chunked", "strided"),
+        *("dilated", "longformer", "bigbird", "ContextParallel", "Options", "attention", "Loopback"),
+    }
+    assert contract <= set(ringattn.__all__)
+    assert all(hasattr(ringattn, name) and getattr(ringattn, name).__doc__ for name in ringattn.__all__)

@@ -1,0 +1,115 @@
+"""Bad input: a clear error with the value, the rule and the remedy, before anything moves."""
+
+import pytest
+import torch
+from test_ring import Rank
+
+import ringattn as ra
+
+
+def qkv(heads=4, kv_heads=2, q_len=8, kv_len=8, dim=4, v_dim=4, batch=1, dtype=torch.float32):
+    shapes = ((q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, v_dim))
+    return [torch.zeros(batch, *s, dtype=dtype) for s in shapes]
+
+
+def change(index, fn):
+    tensors = qkv()
+    tensors[index] = fn(tensors[index])
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        (qkv(heads=4, kv_heads=3), "4 heads over 3 KV heads: num_kv_heads must divide num_heads"),
+        (change(1, lambda t: t.expand(2, -1, -1, -1)), "batch differs: q 1, k 2, v 1"),
+        (change(2, lambda t: t[:, :7]), "must agree in batch, length and heads"),
+        (change(0, lambda t: t.double()), "dtype differs: q torch.float64"),
+        (change(1, lambda t: t.to("meta")), "device differs: q cpu, k meta"),
+        (change(0, lambda t: t[..., :3]), "head_dim of q is 3 and of k 4"),
+        (change(0, lambda t: t[0]), r"q has shape \(8, 4, 4\): must be \[batch, tokens"),
+        ([t.long() for t in qkv()], "q is torch.int64: must be float16"),
+        (qkv(q_len=7), "q has 7 tokens, but rank 0 of 1 holds 8 of seqlen=8"),
+        (qkv(kv_len=9), "k has 9 tokens, but rank 0 of 1 holds 8 of kv_seqlen=8"),
+    ],
+)
+def test_tensors_that_do_not_fit(tensors, text):
+    with pytest.raises(ValueError, match=text):
+        ra.attention(*tensors, cp=ra.ContextParallel(None, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"mask": ra.full()}, r"mask full\(\) is not one of the context's \(causal\(\)\)"),
+        ({"scale": float("nan")}, "scale=nan: must be finite"),
+        ({"dropout_p": 1.5}, "dropout_p=1.5"),
+        ({"seed": 3}, "seed=3 without dropout_p"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        ra.attention(*qkv(), cp=ra.ContextParallel(None, 8), **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"softcap": 30.0}, {"bias": torch.zeros(1, 1, 8, 8)}, {"sinks": torch.zeros(4)}, {"dropout_p": 0.1}]
+)
+def test_features_no_kernel_has_are_refused_with_every_reason(arguments):
+    (feature,) = arguments
+    with pytest.raises(NotImplementedError, match=f"sdpa: .*{feature.split('_')[0]}.*reference: "):
+        ra.attention(*qkv(), cp=ra.ContextParallel(None, 8), **arguments)
+
+
+def test_a_named_kernel_is_never_replaced():
+    with pytest.raises(NotImplementedError, match="v_head_dim 3 must equal head_dim 4"):
+        ra.attention(*qkv(v_dim=3), cp=ra.ContextParallel(None, 8, kernel="sdpa"))
+    assert ra.attention(*qkv(v_dim=3), cp=ra.ContextParallel(None, 8)).shape[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"layout": "zigzig"}, "layout='zigzig' is unknown.*did you mean 'zigzag'"),
+        ({"schedule": "rings"}, "did you mean 'ring'"),
+        ({"kernel": "sdp"}, "did you mean 'sdpa'"),
+        ({"seqlen": 0}, "seqlen=0: must be an integer of at least 1"),
+        ({"seqlen": 8.0}, "seqlen=8.0"),
+        ({"kv_seqlen": -3}, "kv_seqlen=-3"),
+        ({"mask": []}, "give one mask or several"),
+        ({"mask": "causal"}, "give one mask or several"),
+        ({"mask": ra.documents([0, 5])}, "cu_seqlens ends at 5 but the sequence ends at 8"),
+        ({"layout": ra.Layout.from_spans([[(0, 4)], [(4, 4)]])}, "does not fit seqlen=8 over 1 ranks"),
+    ],
+)
+def test_contexts_that_do_not_fit(settings, text):
+    with pytest.raises(ValueError, match=text):
+        ra.ContextParallel(None, **{"seqlen": 8, **settings})
+
+
+def test_other_refusals():
+    with pytest.raises(ValueError, match="more ranks than tokens"):
+        ra.ContextParallel(Rank(0, 9), 8)
+    assert ra.ContextParallel(Rank(8, 9), 8, kv_seqlen=20).local_seqlen == 0
+    with pytest.raises(NotImplementedError, match="ulysses=2"):
+        ra.ContextParallel(None, 8, ulysses=2)
+    with pytest.raises(ValueError, match="group_or_mesh='nccl'"):
+        ra.ContextParallel("nccl", 8)
+    with pytest.raises(ValueError, match=r"replace\(\) cannot change ulises"):
+        ra.ContextParallel(None, 8).replace(ulises=2)
+    with pytest.raises(ValueError, match=r"timeout=0"):
+        ra.Options(timeout=0)
+    cp = ra.ContextParallel(Rank(0, 2), 8)
+    with pytest.raises(ValueError, match=r"x.size\(1\)=4 but seqlen=8"):
+        cp.shard(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"local.size\(1\)=8 but local_seqlen=4"):
+        cp.unshard(torch.zeros(1, 8))
+
+
+def test_check_nan_names_the_tensor():
+    q, k, v = qkv()
+    k[0, 3] = float("nan")
+    cp = ra.ContextParallel(None, 8, options=ra.Options(check_nan=True))
+    with pytest.raises(FloatingPointError, match="k holds NaN"):
+        ra.attention(q, k, v, cp=cp)
+    assert ra.attention(q, k, v, cp=ra.ContextParallel(None, 8)).isnan().any(), "and unasked NaN passes through"
