@@ -9,12 +9,10 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from ringattn.bands import INF, LO
 from ringattn.comm import agree
 from ringattn.context import ContextParallel
 from ringattn.kernels import KERNELS, Call, Kernel, choose
 from ringattn.masks import Mask
-from ringattn.plan import Plan
 from ringattn.ring import RingAttention, Run
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,7 +67,7 @@ def attention(
         v.shape[-1],
         q.shape[2],
         k.shape[2],
-        _windowed(cp.plans[mask]),
+        cp.plans[mask].windowed,
         features,
     )
     kernel = choose(cp.kernel, call, KERNELS)
@@ -153,12 +151,6 @@ def _check_scale(scale: float | None, q: Tensor) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
     return float(scale)
-
-
-def _windowed(plan: Plan) -> bool:
-    """Whether any rank's tiles may be bounded on the left: the same answer on every rank."""
-    bands = plan.mask.bands(plan.mask.q_offset, plan.mask.q_offset + plan.mask.q_len)
-    return bool((bands.data[:, LO] > -INF).any())
 
 
 def _check_finite(**tensors: Tensor) -> None:

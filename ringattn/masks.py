@@ -11,6 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,13 @@ class Mask:
 
     rule: Callable[..., Bands]
     args: tuple[Any, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash  # thousands of document bounds are hashed once, not at every call
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rule, self.args))
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))

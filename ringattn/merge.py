@@ -21,7 +21,8 @@ class Partial:
     """Attention over a subset of the keys.
 
     out: `[batch, seqlen, num_heads, v_head_dim]`, fp32 (fp64 for fp64 inputs).
-    lse: `[batch, num_heads, seqlen]`, same dtype, natural log; -inf for rows that saw nothing.
+    lse: `[batch, num_heads, seqlen]`, natural log; -inf for rows that saw nothing. fp32, or fp64 while it runs: it is
+    small, and each merge rounds it, which would otherwise add up over a long ring.
     """
 
     out: Tensor
@@ -35,16 +36,16 @@ class Partial:
     def empty(
         batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> Partial:
-        """The identity of `merge`: nothing seen yet, `out` 0 and `lse` -inf."""
+        """The identity of `merge`: nothing seen yet, `out` 0 in `dtype` and `lse` -inf in fp64."""
         out = torch.zeros(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
-        lse = torch.full((batch, num_heads, seqlen), -math.inf, dtype=dtype, device=device)
+        lse = torch.full((batch, num_heads, seqlen), -math.inf, dtype=torch.float64, device=device)
         return Partial(out, lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the union of two disjoint sets of keys, as new tensors."""
     lse, weight = _join(a.lse, b.lse)
-    return Partial(torch.lerp(a.out, b.out, weight), lse)
+    return Partial(torch.lerp(a.out, b.out, weight.to(a.out.dtype)), lse)
 
 
 def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False) -> None:
@@ -58,7 +59,7 @@ def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False
         acc.lse.copy_(block_lse)
         return
     lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
-    acc.out.lerp_(block_out.to(acc.out.dtype), weight)
+    acc.out.lerp_(block_out.to(acc.out.dtype), weight.to(acc.out.dtype))
     acc.lse.copy_(lse)
 
 

@@ -116,6 +116,12 @@ class Plan:
         return np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size).astype(np.int64)
 
     @cached_property
+    def windowed(self) -> bool:
+        """Whether any tile of any rank may be bounded on the left."""
+        bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
+        return bool((bands.data[:, LO] > -INF).any())
+
+    @cached_property
     def world_needs(self) -> Ints:
         """Rows (rank, owner, start, length, step): the foreign key spans every rank needs, each token once."""
         return self._needs(self.world)

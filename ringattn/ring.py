@@ -65,13 +65,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
                 )
         run.link.traffic.wait(pending)
         held = fetched
-    return acc.out.to(q.dtype), acc.lse
+    return acc.out.to(q.dtype), acc.lse.to(acc.out.dtype)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says."""
+    """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says.
+
+    Half of the own shard's heads are computed first, while the first keys arrive, and half last, while
+    the last gradients come home.
+    """
     wide = accumulator_dtype(q.dtype)
     delta = (dout.to(wide) * out).sum(-1).transpose(1, 2).contiguous()
     rows = Rows(q, dout, out, lse, delta if dlse is None else delta - dlse, dlse)
@@ -91,12 +95,13 @@ def backward(
         returned = batch.bring_home(t, stages[t - 1] if t else NOTHING, left, own)
         pending = batch.post()
         grads, gathered = own, None
-        if t and stage.size:
+        if 0 < t < len(stages) and stage.size:
             gathered = _zeros(run, f"grads {t % 2}", stage.size, k, v, wide)
             grads = Grads(dq, *rows_kv(gathered, k.shape[-1]))
-        keys, values = (k, v) if t == 0 else _held_kv(held, k, v)
-        for tile in stage.tiles:
-            _tile_backward(run, tile, rows, keys, values, grads)
+        keys, values = (k, v) if t in (0, len(stages)) else _held_kv(held, k, v)
+        for heads in _turn(t, len(stages), k.shape[2]):
+            for tile in (stages[0] if t == len(stages) else stage).tiles:
+                _tile_backward(run, tile, heads, rows, keys, values, grads)
         run.link.traffic.wait(pending)
         for move, message in returned:
             _add_home(own, move, message) if move.home else add_rows(_present(gathered), move, message)
@@ -228,19 +233,27 @@ def _grad_rows(grad: Tensor, rows: RowIndex) -> Iterator[Tensor]:
     grad.index_add_(1, index, part)
 
 
-def _tile_backward(run: Run, tile: Tile, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
-    if isinstance(tile.q, slice):
-        taken = rows.rows(tile.q)
-    else:
-        dlse = None if rows.dlse is None else _take(rows.dlse, tile.q, 2)
-        q, dout, out = (_take(x, tile.q) for x in (rows.q, rows.dout, rows.out))
-        taken = Rows(q, dout, out, _take(rows.lse, tile.q, 2), _take(rows.delta, tile.q, 2), dlse)
+def _turn(t: int, stages: int, kv_heads: int) -> list[slice]:
+    """The KV heads computed at turn ``t`` of a backward pass; turn ``stages`` comes back to the own shard."""
+    half = (kv_heads + 1) // 2 if stages > 1 else kv_heads
+    if t == 0:
+        return [slice(0, half)]
+    if t == stages:
+        return [slice(half, kv_heads)] if half < kv_heads else []
+    return [slice(0, kv_heads)]
+
+
+def _tile_backward(run: Run, tile: Tile, heads: slice, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
+    group = rows.q.shape[2] // k.shape[2]
+    rows = rows.heads(slice(heads.start * group, heads.stop * group))
+    rows = rows.map(lambda x: _take(x, tile.q), lambda x: _take(x, tile.q, 2))
     with (
-        _grad_rows(grads.dq, tile.q) as dq,
-        _grad_rows(grads.dk, tile.k) as dk,
-        _grad_rows(grads.dv, tile.k) as dv,
+        _grad_rows(grads.dq[:, :, heads.start * group : heads.stop * group], tile.q) as dq,
+        _grad_rows(grads.dk[:, :, heads], tile.k) as dk,
+        _grad_rows(grads.dv[:, :, heads], tile.k) as dv,
     ):
-        run.kernel.backward(taken, _take(k, tile.k), _take(v, tile.k), tile.window, run.scale, Grads(dq, dk, dv))
+        keys, values = _take(k[:, :, heads], tile.k), _take(v[:, :, heads], tile.k)
+        run.kernel.backward(rows, keys, values, tile.window, run.scale, Grads(dq, dk, dv))
 
 
 class RingAttention(torch.autograd.Function):

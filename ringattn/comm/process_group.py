@@ -144,9 +144,7 @@ class ProcessGroupTransport:
 class _Batch:
     """One batch under way. It holds the tensors, which must outlive the transfers."""
 
-    def __init__(
-        self, who: str, timeout: float, group: dist.ProcessGroup, transfers: list[_Transfer]
-    ) -> None:
+    def __init__(self, who: str, timeout: float, group: dist.ProcessGroup, transfers: list[_Transfer]) -> None:
         self._who = who
         self._timeout = timeout
         self._errors: dict[int, RuntimeError] = {}  # by peer

@@ -11,7 +11,7 @@ may be computed in any number of calls.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,9 +61,16 @@ class Rows:
 
     def rows(self, rows: slice) -> Rows:
         """A view of some query rows; the slice may have a step."""
-        dlse = None if self.dlse is None else self.dlse[:, :, rows]
-        q, dout, out = (x[:, rows] for x in (self.q, self.dout, self.out))
-        return Rows(q, dout, out, self.lse[:, :, rows], self.delta[:, :, rows], dlse)
+        return self.map(lambda x: x[:, rows], lambda x: x[:, :, rows])
+
+    def heads(self, heads: slice) -> Rows:
+        """A view of some query heads."""
+        return self.map(lambda x: x[:, :, heads], lambda x: x[:, heads])
+
+    def map(self, tokens: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> Rows:
+        """`tokens` applied to q, dout and out, `rows` to lse, delta and dlse."""
+        q, dout, out = (tokens(x) for x in (self.q, self.dout, self.out))
+        return Rows(q, dout, out, rows(self.lse), rows(self.delta), None if self.dlse is None else rows(self.dlse))
 
 
 @dataclass(frozen=True, slots=True)
