@@ -403,7 +403,7 @@ def _explode(bands: Bands, axis: tuple[int, ...]) -> Bands:
         piece[:, list(axis)] = clip_spans(piece[:, list(axis)], bounds[at, 0], bounds[at, 1] - 1)
         piece[:, members] = ANY
         parts.append(piece)
-    out = trim(_tighten(Bands(np.concatenate(parts), bands.sets)))
+    out = trim(_tighten(trim(Bands(np.concatenate(parts), bands.sets))))
     if axis is K_AXIS:
         return out
     again = (out.data[:, KSET] != ANY) & (out.binding | (out.data[:, KS] > 1))

@@ -157,13 +157,17 @@ class Plan:
 def key_spans(bands: Bands) -> Ints:
     """Rows (tag, start, length, step) of all keys the bands hold; a tag's spans may still overlap."""
     data = bands.data
-    plain = data[data[:, KSET] == ANY]
-    parts = [plain[:, [TAG, K0, KN, KS]]]
-    for row in np.unique(data[data[:, KSET] != ANY][:, [TAG, K0, KN, KSET]], axis=0):
-        bounds = np.clip(bands.sets[row[3] - 1].bounds, row[1], row[1] + row[2])
-        bounds = bounds[bounds[:, 1] > bounds[:, 0]]
-        tag, one = np.full(len(bounds), row[0]), np.ones(len(bounds), np.int64)
-        parts.append(np.stack((tag, bounds[:, 0], bounds[:, 1] - bounds[:, 0], one), 1))
+    parts = [data[data[:, KSET] == ANY][:, [TAG, K0, KN, KS]]]
+    for i, members in enumerate(bands.sets, start=1):
+        # Queries of one rank see nested ranges of the same scattered keys: join the ranges first.
+        rows = data[data[:, KSET] == i]
+        runs = _merge_runs(rows[:, TAG], rows[:, K0], rows[:, KN])
+        tag, start, stop = runs[:, 0], runs[:, 1], runs[:, 1] + runs[:, 2]
+        first = np.searchsorted(members.bounds[:, 1], start, "right")
+        of, within = expand(np.maximum(np.searchsorted(members.bounds[:, 0], stop, "left") - first, 0))
+        bounds = members.bounds[first[of] + within]
+        low, high = np.maximum(bounds[:, 0], start[of]), np.minimum(bounds[:, 1], stop[of])
+        parts.append(np.stack((tag[of], low, high - low, np.ones_like(low)), 1))
     return np.concatenate(parts)
 
 
@@ -189,11 +193,13 @@ def merge_spans(group: Ints, spans: Ints, step: int = 0) -> Ints:
 
 def _merge_runs(lane: Ints, start: Ints, length: Ints) -> Ints:
     """Union of step-1 runs within each lane, as rows (lane, start, length), sorted."""
+    if not len(lane):
+        return np.empty((0, 3), np.int64)
     order = np.lexsort((start, lane))
     lane, start, end = lane[order], start[order], (start + length)[order]
     # Lanes are laid end to end on one axis, so that one running maximum serves all of them.
     width = int(end.max(initial=0)) + 2
-    base = (lane - lane[0]) * width if len(lane) else lane
+    base = (lane - lane[0]) * width
     reach = np.maximum.accumulate(base + end)
     new = np.concatenate(([True], (base + start)[1:] > reach[:-1]))
     first = np.flatnonzero(new)

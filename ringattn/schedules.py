@@ -58,18 +58,35 @@ def exchange(plan: Plan, rank: int) -> list[Step]:
 
     Buffers: the needed foreign K/V once, and their gradients once.
     """
-    needs = plan.world_needs
-    mine = needs[needs[:, 0] == rank][:, 1:]
-    served = needs[needs[:, 1] == rank]
-    arriving = [(o, mine[mine[:, 0] == o, 1:]) for o in np.unique(mine[:, 0]).tolist()]
-    # Owners in order of their first key, so that a halo and its neighbour lie side by side.
-    arriving.sort(key=lambda pair: int(pair[1][:, 0].min()))
-    kv = [Transfer(o, rank, o, spans) for o, spans in arriving]
-    kv += [Transfer(rank, c, rank, served[served[:, 0] == c, 2:]) for c in np.unique(served[:, 0]).tolist()]
+    rows, message = _messages(plan.world_needs)
+    mine, served = rows[:, 0] == rank, rows[:, 1] == rank
+    arriving = [(int(part[0, 1]), part[:, 2:]) for part in _split(rows[mine], message[mine])]
+    kv = [Transfer(owner, rank, owner, spans) for owner, spans in arriving]
+    kv += [Transfer(rank, int(part[0, 0]), rank, part[:, 2:]) for part in _split(rows[served], message[served])]
     if not kv:
         return [own_step(plan, rank)]
     grads = tuple(Transfer(t.dst, t.src, t.owner, t.spans) for t in kv)
     return [own_step(plan, rank), Step(tuple(arriving), tuple(kv), grads)]
+
+
+def _messages(needs: Ints) -> tuple[Ints, Ints]:
+    """Needs in the order they lie in the receiver's buffer, and the number of the message each is part of.
+
+    Keys are packed in global order, so that what one query sees of several owners lies side by side; a
+    message is a run of one owner. Strided spans interleave: there each owner is one message.
+    """
+    interleaved = bool((needs[:, 4] > 1).any())
+    order = np.lexsort((needs[:, 2], needs[:, 1] if interleaved else np.zeros(len(needs)), needs[:, 0]))
+    rows = needs[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (rows[1:, :2] != rows[:-1, :2]).any(1)
+    return rows, np.cumsum(new)
+
+
+def _split(rows: Ints, message: Ints) -> list[Ints]:
+    if not len(rows):
+        return []
+    return np.split(rows, np.flatnonzero(np.diff(message)) + 1)
 
 
 def ring(plan: Plan, rank: int) -> list[Step]:

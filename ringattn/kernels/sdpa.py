@@ -25,6 +25,9 @@ TRIANGLE = 1024
 # The widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
 NARROW = 2048
 
+# The rows from which on a dense copy of the keys pays: they are read once for every 256 rows.
+PACKING = 2048
+
 
 class Sdpa:
     """The `sdpa` kernel; see the module's docstring."""
@@ -78,12 +81,17 @@ def _is_narrow(band: TileBand) -> bool:
     return band.width is not None and band.width <= NARROW
 
 
+def _keys(x: Tensor, nq: int, dtype: torch.dtype) -> Tensor:
+    """K or V head-major, copied where enough rows read them."""
+    return head_major(x, dtype) if nq >= PACKING else x.to(dtype).transpose(1, 2)
+
+
 def _forward_piece(
     operator: Operator, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`out` `[B, n, H, D]` and `lse` of one piece."""
     q = q[:, piece.rows].to(dtype).transpose(1, 2)
-    k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
+    k, v = (_keys(x[:, piece.cols], q.size(2), dtype) for x in (k, v))
     if piece.shape is Shape.UPPER:  # read backwards it is a square below its diagonal
         out, lse = operator.forward(q.flip(2), k.flip(2), v.flip(2), True, None, scale)
         return out.flip(2).transpose(1, 2), lse.flip(2)
@@ -96,7 +104,7 @@ def _backward_piece(
 ) -> None:
     dtype = grads.dq.dtype
     query = Query.of(rows.rows(piece.rows), dtype)
-    k, v = head_major(k[:, piece.cols], dtype), head_major(v[:, piece.cols], dtype)
+    k, v = (_keys(x[:, piece.cols], query.q.size(2), dtype) for x in (k, v))
     if piece.shape is Shape.UPPER:
         query = query.map(lambda x: x.flip(2))
         dq, dk, dv = operator.backward(query, k.flip(2), v.flip(2), True, None, scale)
