@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from importlib.metadata import version
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +14,25 @@ from ringattn.context import ContextParallel
 from ringattn.kernels import KERNELS, Call, Kernel, choose
 from ringattn.masks import Mask
 from ringattn.ring import RingAttention, Run
+from ringattn.version import VERSION
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., bias: object = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
+    softcap: float | None = ..., bias: object = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    seed: int | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
@@ -169,7 +186,7 @@ def _agree(cp: ContextParallel, mask: Mask, call: Call, kernel: Kernel, scale: f
         cp.link.transport,
         number,
         {
-            "version": f"ringattn {version('ringattn')}",
+            "version": f"ringattn {VERSION}",
             "lengths": f"seqlen {cp.seqlen}, kv_seqlen {cp.kv_seqlen}, q_offset {cp.q_offset}",
             "layout": f"{cp.q_layout.name} {cp.q_layout.digest}",
             "schedule": cp.schedule,

@@ -26,11 +26,12 @@ class Rates:
     """
 
     pairs_per_token: float = 500.0
+    exposed: float = 0.1  # part of a transfer that costs time even while hidden behind compute
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The slowest rank's figures: ``work`` pairs, ``received`` foreign tokens, ``time`` in pairs."""
+    """The slowest rank's figures: ``work`` pairs, ``received`` foreign tokens, ``time`` in units of pairs."""
 
     work: int
     received: int
@@ -39,9 +40,10 @@ class Cost:
 
 
 def cost(plan: Plan, rates: Rates) -> Cost:
-    """The slowest rank's max(compute, transfer), in units of attending pairs."""
+    """The slowest rank's max(compute, transfer), plus the part of the shorter one that does not hide."""
     work, received = plan.work, plan.received
-    slowest = np.maximum(work, received * rates.pairs_per_token).max(initial=0)
+    transfer = received * rates.pairs_per_token
+    slowest = (np.maximum(work, transfer) + rates.exposed * np.minimum(work, transfer)).max(initial=0)
     mean = work.mean() if len(work) else 0.0
     return Cost(
         int(work.max(initial=0)),

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest", "ringattn"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.distributed.checkpoint", "torch._dynamo", "numpy", "pytest", "ringattn"]
+)
 
 
 class ChildError(RuntimeError):

@@ -176,6 +176,8 @@ def test_auto_follows_the_integers():
 
     assert layout_for(ra.sliding_window(63))[0].name == "contiguous"
     assert layout_for(ra.causal())[0].name == "zigzag"
+    # Half a per cent of balance is not worth receiving half the sequence.
+    assert layout_for(ra.longformer(1023, 64), 131072, 2)[0].name == "contiguous"
     assert layout_for((ra.causal(), ra.sliding_window(63)))[0].name == "zigzag", "one layout for the whole stack"
     assert any("zigzag" in line and "balance 1.00" in line for line in layout_for(ra.causal())[2])
     assert choose_schedule([plan_of(ra.sliding_window(63), contiguous, 8, 4096, 4096)])[0] == "exchange"

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from processes import run_processes
-from typer.testing import CliRunner
 
 import ringattn
 from launch import checkpoint
@@ -25,7 +24,6 @@ from launch.data import IGNORED, Sample, open_text
 from launch.loss import share_of_token_mean
 from launch.mask_text import parse_mask
 from launch.model import Decoder, rotate
-from launch.pretrain import app
 from launch.processes import World
 from launch.run import Job, prepare, start, train
 from launch.verify import verify
@@ -198,35 +196,30 @@ def test_loss_and_gradients_equal_a_single_process(world_size: int, text: Path) 
             assert largest_difference(gradients, single_gradients) < 1e-11, f"rank {rank}"
 
 
-def verify_twice(rank: int, world_size: int, config: Config) -> list[tuple[bool, str]]:
-    """As it is, and with positions counted from the start of each shard, which is wrong."""
+def check_the_checks(rank: int, world_size: int, config: Config) -> tuple[str, str, str]:
+    """What `verify` says as it is, and with positions counted from the start of each shard, which is wrong; and
+    what ranks hear whose configs differ."""
     job = prepare(config, Path("nowhere"), resume=False, overwrite=False)
-    trainer = start(job, world_of(rank, world_size))
+    world = world_of(rank, world_size)
+    trainer = start(job, world)
     sample = job.text.sample(0, config.seqlen)
     right = verify(trainer, sample)
     ringattn.ContextParallel.position_ids = property(lambda cp: torch.arange(cp.local_seqlen))
     wrong = verify(trainer, sample)
+    assert right.passed and not wrong.passed
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    return [(comparison.passed, str(comparison)) for comparison in (right, wrong)]
-
-
-def test_verify_finds_wrong_positions(text: Path) -> None:
-    for (passed, said), (also_passed, also_said) in run_processes(verify_twice, 2, tiny(text)):
-        assert passed and "are equal" in said, said
-        assert not also_passed and "DIFFERENT" in also_said, also_said
-
-
-def start_differently(rank: int, world_size: int, config: Config) -> str:
-    job = prepare(dataclasses.replace(config, seed=rank), Path("nowhere"), resume=False, overwrite=False)
+    different = dataclasses.replace(config, seed=rank)
     with pytest.raises(ValueError, match=r"rank 0 has config .*, rank 1 has") as caught:
-        start(job, world_of(rank, world_size))
-    return str(caught.value)
+        start(prepare(different, Path("nowhere"), resume=False, overwrite=False), world)
+    return str(right), str(wrong), str(caught.value)
 
 
-def test_ranks_that_disagree_are_told_apart(text: Path) -> None:
-    first, second = run_processes(start_differently, 2, tiny(text))
+def test_verify_finds_wrong_positions_and_ranks_that_disagree_are_told_apart(text: Path) -> None:
+    first, second = run_processes(check_the_checks, 2, tiny(text))
     assert first == second
-    assert "seed=0" in first and "seed=1" in first
+    right, wrong, disagreement = first
+    assert "are equal" in right and "are DIFFERENT" in wrong
+    assert "seed=0" in disagreement and "seed=1" in disagreement
 
 
 # -- stopping and going on ------------------------------------------------------------------------
@@ -308,6 +301,10 @@ def test_a_loss_that_is_no_number_leaves_the_checkpoint(text: Path, tmp_path: Pa
 
 
 def refusal(*arguments: object) -> str:
+    from typer.testing import CliRunner  # not needed in the processes that this module starts
+
+    from launch.pretrain import app
+
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
@@ -414,11 +411,20 @@ def test_interrupt_saves_and_leaves_no_process(tmp_path: Path, text: Path) -> No
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
-    assert "are equal" in said and "the masks require" in said
+    assert "are equal" in said and "the masks require" in said and f"go on with --resume {run}" in said
     assert not processes_naming(str(run))
     steps = len(records_of(run))
     assert checkpoint.latest(run) == run / "checkpoint" / f"step-{steps:08d}"
     assert (run / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_bad_input_is_said_once_however_many_ranks_there_are(tmp_path: Path) -> None:
+    command = torchrun("-m", "launch.pretrain", "--data", tmp_path / "missing.txt", "--out", tmp_path / "run")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "missing.txt does not exist" in said[0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,72 @@
+# `make help` lists what there is. PYTHON=python3 takes the machine's own python instead of .venv;
+# BASE_PYTHON is the one that .venv is made with.
+
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+BASE_PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+CONFIG ?= cpu-128k
+NPROC ?= 2
+THREADS ?= 1
+ARGS ?=
+
+INSTALLED := $(VENV)/.installed
+BENCHMARKS := $(filter-out common gpu,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+# only these files, so that a machine's own python needs no more packages than they do
+GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(INSTALLED))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup pretrain test test-slow test-all lint types imports bench gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv and install everything into it; happens by itself, once
+
+$(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(BASE_PYTHON) is missing or older than Python 3.11;" \
+	    "name a newer one, for instance make setup BASE_PYTHON=python3.12"; exit 1; }
+	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(BASE_PYTHON) has no working venv module;" \
+	    "install it (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	$(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	@touch $@
+
+pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--verify --steps 4"
+	OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
+	  -m launch.pretrain --config $(CONFIG) $(ARGS)
+
+test: $(SETUP) ## the tests, without the slow ones
+	$(PYTHON) -m pytest $(ARGS)
+
+test-slow: $(SETUP) ## the slow tests alone
+	$(PYTHON) -m pytest --run-slow -m slow $(ARGS)
+
+test-all: $(SETUP) ## all tests
+	$(PYTHON) -m pytest --run-slow $(ARGS)
+
+lint: $(SETUP) ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: $(SETUP) ## mypy
+	$(PYTHON) -m mypy
+
+imports: $(SETUP) ## the directions of import
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+
+bench: $(SETUP) ## the benchmarks that run on a CPU; results under benchmarks/results
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name; done
+
+gpu: $(SETUP) ## where there is a GPU: its tests, then its benchmarks
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  set -ex; \
+	  $(PYTHON) -m pytest -o addopts=-q -W ignore::pytest.PytestConfigWarning -m gpu $(GPU_TESTS) $(ARGS); \
+	  $(PYTHON) -m benchmarks.gpu; \
+	else echo "no GPU here (torch sees no CUDA device): nothing to run"; fi
+
+clean: ## remove the environment, caches and build outputs; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

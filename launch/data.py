@@ -1,0 +1,125 @@
+"""Bytes of real text as training sequences: files in a fixed shuffled order, read as one endless stream
+from which step n takes its bytes; every file is a document. Nothing is kept in memory but the list of
+files, so a corpus may be larger than the machine."""
+
+import hashlib
+import os
+import random
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+IGNORED = -100
+VOCABULARY = 256
+# Not the library's own sources, missing on some systems, or (pydoc_data) one generated file as long as six steps.
+LIBRARY_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One packed sequence. `tokens` and `labels` are int64 [seqlen]; `labels[i]` is the byte after position
+    i, or -100 where that lies in another document or behind the end; `cu_seqlens` are the borders of the
+    documents, from 0 to seqlen."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    cu_seqlens: tuple[int, ...]
+
+
+class Text:
+    """Files as one stream of bytes that starts again when it is over."""
+
+    def __init__(self, files: Sequence[Path], seed: int) -> None:
+        self.files = list(files)
+        random.Random(seed).shuffle(self.files)
+        sizes = np.array([path.stat().st_size for path in self.files], dtype=np.int64)
+        self.ends = np.cumsum(sizes)
+        self.size = int(self.ends[-1])
+        # names and sizes in order; contents are read only when their turn comes
+        listing = "\n".join(f"{path.name} {size}" for path, size in zip(self.files, sizes, strict=True))
+        self.digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def read(self, position: int, length: int) -> tuple[np.ndarray, list[int]]:
+        """uint8 [length] from absolute byte `position` on, and where in it files end."""
+        pieces: list[np.ndarray] = []
+        ends: list[int] = []
+        filled = 0
+        while filled < length:
+            at = (position + filled) % self.size
+            index = int(np.searchsorted(self.ends, at, side="right"))
+            left = int(self.ends[index]) - at
+            count = min(left, length - filled)
+            pieces.append(self._piece(index, at, count))
+            filled += count
+            if count == left:
+                ends.append(filled)
+        return np.concatenate(pieces), ends
+
+    def _piece(self, index: int, at: int, count: int) -> np.ndarray:
+        start = int(self.ends[index - 1]) if index else 0
+        piece = np.fromfile(self.files[index], dtype=np.uint8, count=count, offset=at - start)
+        if piece.size != count:
+            raise ValueError(f"{self.files[index]} became shorter while it was being read; restore it and resume")
+        return piece
+
+    def sample(self, position: int, seqlen: int) -> Sample:
+        """The packed sequence of `seqlen` bytes at absolute byte `position`."""
+        data, ends = self.read(position, seqlen)
+        tokens = data.astype(np.int64)
+        borders = sorted({0, seqlen, *ends})
+        labels = np.append(tokens[1:], IGNORED)
+        labels[np.array(borders[1:]) - 1] = IGNORED
+        return Sample(tokens, labels, tuple(borders))
+
+    def unigram_entropy(self, position: int, length: int) -> float:
+        """Entropy in nats of the byte frequencies of that stretch: what a model reaches that ignores
+        context."""
+        counts = np.zeros(VOCABULARY, dtype=np.int64)
+        for start in range(position, position + length, 1 << 24):
+            piece, _ = self.read(start, min(1 << 24, position + length - start))
+            counts += np.bincount(piece, minlength=VOCABULARY)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def open_text(paths: Sequence[str], seqlen: int, seed: int) -> Text:
+    """The text of `paths` (files, or directories searched for files), or of the standard library's sources
+    where there are none. Raises ValueError naming what is missing, empty, unreadable or too little for one
+    sequence."""
+    files = [file for path in paths for file in _files(Path(path))] if paths else _standard_library()
+    unreadable = [file for file in files if not os.access(file, os.R_OK)]
+    if unreadable:
+        raise ValueError(f"data {unreadable[0]} cannot be read; check its permissions")
+    text = Text(files, seed)
+    if text.size < seqlen:
+        raise ValueError(
+            f"the text has {text.size:,} bytes in {len(files)} files, one sequence takes {seqlen:,}; "
+            "give more with --data, or set a smaller seqlen"
+        )
+    return text
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        if not path.stat().st_size:
+            raise ValueError(f"data file {path} is empty; give a file with text in it")
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"data {path} does not exist; give an existing file or directory")
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    found = [file for file in found if file.stat().st_size]
+    if not found:
+        raise ValueError(f"data directory {path} holds no file with text in it")
+    return found
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = (path for path in sorted(root.rglob("*.py")) if not LIBRARY_SKIPS & set(path.relative_to(root).parts))
+    found = [path for path in sources if path.stat().st_size]
+    if not found:
+        raise ValueError(f"no Python sources under {root}; give text with --data")
+    return found

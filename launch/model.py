@@ -1,0 +1,94 @@
+"""A decoder over bytes: RMSNorm, grouped-query attention with RoPE on global positions, SwiGLU. It knows
+nothing of ranks: tokens and positions are those of one shard, and `attend` is whatever gives each layer its
+attention."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from launch.config import ModelConfig
+from launch.data import VOCABULARY
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> out, all [batch, tokens, heads, dim]
+
+
+class Decoder(nn.Module):
+    """`model(tokens, position_ids, attend)` gives logits [batch, local_seqlen, 256]. `recompute` drops each
+    layer's activations and computes them again in backward."""
+
+    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        self.embedding = nn.Embedding(VOCABULARY, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Unit embeddings, 1/sqrt(fan-in) weights; the two branches of each layer are scaled down by the
+        depth, and the head by ten, so that the loss starts near ln 256 and no gradient is zero."""
+        scales = {
+            "head": 0.1,
+            "output": (2 * len(self.layers)) ** -0.5,
+            "down": (2 * len(self.layers)) ** -0.5,
+        }
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                scale = scales.get(name.rpartition(".")[2], 1.0)
+                nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        rotation = self.rotation(position_ids)
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            if self.recompute:
+                x = checkpoint(layer, x, rotation, attend, use_reentrant=False)
+            else:
+                x = layer(x, rotation, attend)
+        return self.head(self.norm(x))
+
+    def rotation(self, position_ids: Tensor) -> Tensor:
+        """Complex unit numbers [local_seqlen, 1, head_dim / 2], one turn per position and pair. The angles
+        are taken in fp64: at a million tokens fp32 angles would be off by a twentieth of a radian."""
+        dim = self.config.head_dim
+        pairs = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device)
+        angles = position_ids.double()[:, None, None] * self.config.rope_base ** (-pairs / dim)
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        return rotation if self.head.weight.dtype == torch.float64 else rotation.to(torch.complex64)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        heads, kv_heads, dim = self.heads
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.qkv = nn.Linear(config.d_model, (heads + 2 * kv_heads) * dim, bias=False)
+        self.output = nn.Linear(heads * dim, config.d_model, bias=False)
+        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+        heads, kv_heads, dim = self.heads
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (heads + 2 * kv_heads, dim))
+        # split, not slices: its backward is one concatenation
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
+        q, k = rotate(qk, rotation).split((heads, kv_heads), dim=2)
+        x = x + self.output(attend(self.index, q, k, v).flatten(2))
+        gate, value = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * value)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """RoPE on neighbouring pairs of x [batch, tokens, heads, dim] (Su et al., 2021, equation 34)."""
+    pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)

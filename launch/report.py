@@ -1,0 +1,141 @@
+"""What a run shows and leaves behind: a progress bar (plain lines where there is no terminal), metrics as
+JSON lines, a plot, and a closing summary. Rank 0 has one."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from launch.config import Config, dump
+from launch.training import Counters
+
+FINAL_STEPS = 4  # single steps scatter with the text
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats a byte, `grad_norm` its
+    gradient's before clipping, `position` the byte of the text at which the sample began; `seconds` is the
+    whole step's wall time and `waiting_s` rank 0's share of it spent waiting for others."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+    tokens_per_s: float
+    waiting_s: float
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankSummary:
+    """What one rank says at the end: its largest memory in bytes, and its counters over the steps."""
+
+    peak_memory: int
+    counters: Counters
+
+
+class Report:
+    """Writes into `run`: config.toml, metrics.jsonl and plot.png. `first` is the step a resumed run begins
+    with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
+
+    def __init__(self, run: Path, config: Config, entropy: float, first: int) -> None:
+        self.run = run
+        self.config = config
+        self.entropy = entropy
+        self.first = first
+        self.console = Console(soft_wrap=True)
+        self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first]
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.toml").write_text(dump(config))
+        kept = run / "metrics.jsonl.kept"
+        kept.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records))
+        kept.replace(run / "metrics.jsonl")
+        self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task(config.name, total=config.steps, completed=first, figures="")
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+        self.metrics.close()
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.console.print(text, markup=False, highlight=False)
+
+    def add(self, record: Record) -> None:
+        """Notes one step."""
+        self.records.append(record)
+        self.metrics.write(json.dumps(asdict(record)) + "\n")
+        figures = f"loss {record.loss:.3f}  {record.tokens_per_s:,.0f} tokens/s"
+        self.progress.update(self.task, completed=record.step + 1, figures=figures)
+        if not self.console.is_terminal:
+            left = record.seconds * (self.config.steps - record.step - 1)
+            self.say(f"step {record.step + 1}/{self.config.steps}  {figures}  about {left:.0f} s left")
+
+    def summarize(self, ranks: Sequence[RankSummary]) -> None:
+        """Draws the plot and prints the summary of the steps done since the start or the resume."""
+        from launch.plot import draw  # slow to import, and only rank 0 draws
+
+        self.progress.stop()
+        title = f"{self.config.name}: {self.config.seqlen:,} tokens a step on {len(ranks)} ranks"
+        draw([asdict(record) for record in self.records], self.entropy, title, self.run / "plot.png")
+        table = Table(title=title, show_header=False)
+        for name, value in self._rows(ranks):
+            table.add_row(name, value)
+        self.console.print(table)
+
+    def _rows(self, ranks: Sequence[RankSummary]) -> Iterator[tuple[str, str]]:
+        done = [record for record in self.records if record.step >= self.first]
+        seconds = sum(record.seconds for record in done)
+        last = [record.loss for record in self.records[-FINAL_STEPS:]]
+        received = sum(rank.counters.received for rank in ranks)
+        required = sum(rank.counters.required for rank in ranks)
+        waiting = sum(rank.counters.waited for rank in ranks) / (len(ranks) * seconds)
+        on_host = " by the hosts; what the devices wait is not measured" if self.config.device == "cuda" else ""
+        yield f"loss, mean of the last {len(last)} steps", f"{sum(last) / len(last):.3f} nats a byte"
+        yield "unigram entropy of the text", f"{self.entropy:.3f} nats a byte"
+        yield "time", f"{seconds:.0f} s for {len(done)} steps, {seconds / len(done):.2f} s a step"
+        yield "throughput", f"{self.config.seqlen * len(done) / seconds:,.0f} tokens/s"
+        yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
+        yield "K/V and gradients received", f"{mebibytes(received)}; the masks require {mebibytes(required)}"
+        yield "waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"
+        yield "written to", str(self.run)
+
+
+def mebibytes(count: int) -> str:
+    """A number of bytes, readable."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _read(path: Path) -> list[Record]:
+    if not path.exists():
+        return []
+    return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
