@@ -93,7 +93,8 @@ class Efficient:
         k, v, bias = _expand_heads(k, query.q), _expand_heads(v, query.q), _bias(mask, query.q)
         q, dout, out, k, v = (x.transpose(1, 2) for x in (query.q, query.dout, query.out, k, v))
         nq, nk = q.size(1), k.size(1)
-        lse = pad(query.lse, (0, -nq % LSE_ALIGNMENT), value=torch.inf)
+        # The operator takes the strides of these two from their shapes.
+        out, lse = out.contiguous(), pad(query.lse, (0, -nq % LSE_ALIGNMENT), value=torch.inf).contiguous()
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = aten._efficient_attention_backward(
             dout,
