@@ -30,9 +30,10 @@ class Query:
     dlse: Tensor | None
 
     @staticmethod
-    def of(rows: Rows, dtype: torch.dtype) -> Query:
-        q, dout, out = (x.to(dtype).transpose(1, 2) for x in (rows.q, rows.dout, rows.out))
-        return Query(q, dout, out, rows.lse, rows.dlse)
+    def of(rows: Rows, head_major: Callable[[Tensor], Tensor]) -> Query:
+        """The rows, `head_major` applied to q and dout; out is read once only, as it lies."""
+        q, dout = head_major(rows.q), head_major(rows.dout)
+        return Query(q, dout, rows.out.to(q.dtype).transpose(1, 2), rows.lse, rows.dlse)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Query:
         """The same change to every tensor; the rows are their third dim."""

@@ -25,8 +25,8 @@ TRIANGLE = 1024
 # The widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
 NARROW = 2048
 
-# The rows from which on a dense copy of the keys pays: they are read once for every 256 rows.
-PACKING = 2048
+# The rows or columns from which on a dense copy of the other side pays: it is read once for every 256 of them.
+PACKING = 512
 
 
 class Sdpa:
@@ -81,17 +81,18 @@ def _is_narrow(band: TileBand) -> bool:
     return band.width is not None and band.width <= NARROW
 
 
-def _keys(x: Tensor, nq: int, dtype: torch.dtype) -> Tensor:
-    """K or V head-major, copied where enough rows read them."""
-    return head_major(x, dtype) if nq >= PACKING else x.to(dtype).transpose(1, 2)
+def _packed(x: Tensor, readers: int, dtype: torch.dtype) -> Tensor:
+    """`[B, n, H, D]` head-major, copied where enough rows or columns of the other side read it."""
+    return head_major(x, dtype) if readers >= PACKING else x.to(dtype).transpose(1, 2)
 
 
 def _forward_piece(
     operator: Operator, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`out` `[B, n, H, D]` and `lse` of one piece."""
-    q = q[:, piece.rows].to(dtype).transpose(1, 2)
-    k, v = (_keys(x[:, piece.cols], q.size(2), dtype) for x in (k, v))
+    q, k, v = q[:, piece.rows], k[:, piece.cols], v[:, piece.cols]
+    nq, nk = q.size(1), k.size(1)
+    q, k, v = _packed(q, nk, dtype), _packed(k, nq, dtype), _packed(v, nq, dtype)
     if piece.shape is Shape.UPPER:  # read backwards it is a square below its diagonal
         out, lse = operator.forward(q.flip(2), k.flip(2), v.flip(2), True, None, scale)
         return out.flip(2).transpose(1, 2), lse.flip(2)
@@ -102,9 +103,10 @@ def _forward_piece(
 def _backward_piece(
     operator: Operator, piece: Piece, rows: Rows, k: Tensor, v: Tensor, scale: float, grads: Grads
 ) -> None:
-    dtype = grads.dq.dtype
-    query = Query.of(rows.rows(piece.rows), dtype)
-    k, v = (_keys(x[:, piece.cols], query.q.size(2), dtype) for x in (k, v))
+    dtype, k, v = grads.dq.dtype, k[:, piece.cols], v[:, piece.cols]
+    nq, nk = piece.rows.stop - piece.rows.start, k.size(1)
+    query = Query.of(rows.rows(piece.rows), lambda x: _packed(x, nk, dtype))
+    k, v = _packed(k, nq, dtype), _packed(v, nq, dtype)
     if piece.shape is Shape.UPPER:
         query = query.map(lambda x: x.flip(2))
         dq, dk, dv = operator.backward(query, k.flip(2), v.flip(2), True, None, scale)

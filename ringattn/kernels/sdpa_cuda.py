@@ -66,7 +66,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tu
 def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """`dq, dk, dv` of a whole tile, head-major, in the inputs' dtype and with padding columns behind them."""
     band = TileBand.of(rows.q.size(1), k.size(1), window)
-    query, k, v = carry_dlse(Query.of(rows, k.dtype), k.transpose(1, 2), v.transpose(1, 2))
+    query, k, v = carry_dlse(Query.of(rows, lambda x: x.transpose(1, 2)), k.transpose(1, 2), v.transpose(1, 2))
     if _cudnn_takes(band, k.size(-1)):
         return _cudnn_backward(query, k, v, band.hi is not None, scale)
     return _flash_backward(query, k, v, window, scale)

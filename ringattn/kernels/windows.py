@@ -66,7 +66,7 @@ def backward(operator: Operator, band: TileBand, rows: Rows, k: Tensor, v: Tenso
     dtype, step = grads.dq.dtype, BACKWARD_STEP
     mask = _mask(step, band.width, 0, dtype, k.device).T.contiguous()
     for run in _runs(band.nk, band.nq, step, mask.size(0), -band.hi, most=1):
-        query = Query.of(rows.rows(run.span), dtype)
+        query = Query.of(rows.rows(run.span), lambda x: x.to(dtype).transpose(1, 2))
         keys, values = (x[:, run.block].to(dtype).transpose(1, 2) for x in (k, v))
         part = mask[run.skip : run.skip + query.q.size(2), : keys.size(2)]
         grads.tile(run.span, run.block).add(*operator.backward(query, keys, values, False, part, scale))
