@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Literal, overload
 
@@ -75,8 +74,9 @@ def attention(
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cp)
     mask = _check_mask(mask, cp)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # what kernels ask for
     features = _features(softcap, bias, sinks, dropout_p, seed)
-    scale = _check_scale(scale, q)
+    q, scale = _apply_sign(q, _check_scale(scale, q))
     call = Call(
         q.device.type,
         q.dtype,
@@ -88,11 +88,11 @@ def attention(
         features,
     )
     kernel = choose(cp.kernel, call, KERNELS)
-    if cp.options.check_nan:
-        _check_finite(q=q, k=k, v=v)
     run = Run(cp.program(mask), kernel, scale, cp.link)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     _agree(cp, mask, call, kernel, scale, q.shape[0], grad)
+    if cp.options.check_nan:
+        _check_finite(cp, q=q, k=k, v=v)
     out, lse = RingAttention.apply(q, k, v, run)
     return (out, lse) if return_lse else out
 
@@ -122,6 +122,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
             raise ValueError(f"{what} differs: q {of(q)}, k {of(k)}, v {of(v)}; give all three the same")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: must agree in batch, length and heads")
+    if not q.shape[-1] or not v.shape[-1]:
+        raise ValueError(f"head_dim is {q.shape[-1]} and v_head_dim {v.shape[-1]}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"head_dim of q is {q.shape[-1]} and of k {k.shape[-1]}: must be equal")
     if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
@@ -140,7 +142,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
 def _check_mask(mask: Mask | None, cp: ContextParallel) -> Mask:
     if mask is None:
         return cp.masks[0]
-    if mask not in cp.plans:
+    if not isinstance(mask, Mask) or mask not in cp.plans:
         listed = "; ".join(map(str, cp.masks))
         raise ValueError(f"mask {mask} is not one of the context's ({listed}); name it in ContextParallel(mask=...)")
     return mask
@@ -165,15 +167,31 @@ def _features(
 def _check_scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return q.shape[-1] ** -0.5
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise ValueError("scale is a tensor that requires grad, and its gradient is not computed: multiply q by it")
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
     return float(scale)
 
 
-def _check_finite(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"{name} holds NaN or infinity (Options.check_nan)")
+def _apply_sign(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale: kernels mask with -inf before they scale."""
+    if scale > 0:
+        return q, scale
+    return (q * -1.0, -scale) if scale < 0 else (q * 0.0, 1.0)
+
+
+def _check_finite(cp: ContextParallel, **tensors: Tensor) -> None:
+    """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    found = f"{' and '.join(bad)} holds NaN or infinity" if bad else "all finite"
+    if cp.world_size > 1:
+        try:
+            agree(cp.link.transport, next(cp.link.transport.calls), {"values of q, k and v": found})
+        except ValueError as error:
+            raise FloatingPointError(f"{error} (Options.check_nan)") from None
+    if bad:
+        raise FloatingPointError(f"{found} (Options.check_nan)")
 
 
 def _agree(cp: ContextParallel, mask: Mask, call: Call, kernel: Kernel, scale: float, batch: int, grad: bool) -> None:
@@ -181,7 +199,6 @@ def _agree(cp: ContextParallel, mask: Mask, call: Call, kernel: Kernel, scale: f
     number = cp.agreement((mask, call, kernel.name, scale, batch, grad))
     if number is None:
         return
-    digest = hashlib.sha256(repr([(m.rule.__name__, m.args) for m in (mask,)]).encode()).hexdigest()[:12]
     agree(
         cp.link.transport,
         number,
@@ -190,7 +207,7 @@ def _agree(cp: ContextParallel, mask: Mask, call: Call, kernel: Kernel, scale: f
             "lengths": f"seqlen {cp.seqlen}, kv_seqlen {cp.kv_seqlen}, q_offset {cp.q_offset}",
             "layout": f"{cp.q_layout.name} {cp.q_layout.digest}",
             "schedule": cp.schedule,
-            "mask": f"{mask} (digest {digest})",
+            "mask": f"{mask} (digest {mask.digest})",
             "kernel": kernel.name,
             "shapes": f"batch {batch}, {call}",
             "scale": repr(scale),

@@ -360,7 +360,11 @@ def _subtract_rows(x: Bands, y: Bands) -> tuple[Bands, Ints]:
     put(below, rows)
     put(above, rows)
     data, kept = trim_rows(np.concatenate(pieces))
-    return Bands(data[kept], tuple(sets)), np.concatenate(parents)[kept]
+    out, parent = Bands(data[kept], tuple(sets)), np.concatenate(parents)[kept]
+    if sets:  # a set may be empty inside its span; cut on, such rows would multiply
+        held = (_counts(out) > 0).all(0)
+        out, parent = out.take(held), parent[held]
+    return out, parent
 
 
 def _complements(ids: Ints, sets: list[Intervals]) -> Ints:
@@ -451,15 +455,17 @@ def areas(bands: Bands) -> Ints:
 
 
 def _counts(bands: Bands) -> Ints:
-    """Positions on the query axis and on the key axis of each band, ``[2, n]``."""
+    """Positions on the query axis and on the key axis of each band, ``[2, n]``; where a scattered axis has
+    a step, the members in the span's range, which is 0 only if the axis is empty."""
     counts = bands.data[:, [QN, KN]].T.copy()
-    for count, (start, length, _, members) in zip(counts, (Q_AXIS, K_AXIS), strict=True):
+    for count, (start, length, step, members) in zip(counts, (Q_AXIS, K_AXIS), strict=True):
         for i in np.unique(bands.data[:, members]).tolist():
             rows = np.flatnonzero(bands.data[:, members] == i)
             if i != ANY:
                 first = bands.data[rows, start]
                 chosen = bands.sets[i - 1]
-                count[rows] = chosen.rank(first + bands.data[rows, length]) - chosen.rank(first)
+                stop = first + (bands.data[rows, length] - 1) * bands.data[rows, step] + 1
+                count[rows] = chosen.rank(stop) - chosen.rank(first)
     return counts
 
 

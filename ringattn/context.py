@@ -6,7 +6,6 @@ the buffers and the counters of the first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +27,8 @@ from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES
 from ringattn.wire import Link, Traffic, Workspace
 
+DEADLINE = 300.0  # seconds
+
 Group = dist.ProcessGroup | DeviceMesh | Transport | None
 
 
@@ -35,17 +36,17 @@ Group = dist.ProcessGroup | DeviceMesh | Transport | None
 class Options:
     """Settings of a context.
 
-    timeout: seconds, the deadline on every wait for a peer.
+    timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     rates: how much a device computes while a token arrives; only ``layout="auto"`` uses it.
     """
 
-    timeout: float = 300.0
+    timeout: float | None = None
     check_nan: bool = False
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
-        if not self.timeout > 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"Options.timeout={self.timeout}: must be a positive number of seconds")
 
 
@@ -54,7 +55,6 @@ class _Shared:
     """What a context and its replacements have in common."""
 
     link: Link
-    calls: Any = field(default_factory=itertools.count)  # numbers agreement checks, equally on all ranks
 
 
 class ContextParallel:
@@ -95,20 +95,25 @@ class ContextParallel:
         if ulysses != 1:
             raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
         self._settings: dict[str, Any] = {
-            "seqlen": seqlen, "mask": mask, "kv_seqlen": kv_seqlen, "q_offset": q_offset,
-            "layout": layout, "schedule": schedule, "kernel": kernel, "options": options,
+            "seqlen": seqlen, "mask": _masks(mask), "kv_seqlen": kv_seqlen, "q_offset": q_offset,
+            "layout": layout, "schedule": schedule, "kernel": kernel, "options": options, "ulysses": ulysses,
         }  # fmt: skip
         self.seqlen, self.kv_seqlen, self.q_offset = _lengths(seqlen, kv_seqlen, q_offset)
-        self.masks = _masks(mask)
+        self.masks: tuple[Mask, ...] = self._settings["mask"]
         self.options = options
         self.kernel = named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
         schedules = {known.__name__: known for known in SCHEDULES}
         named("schedule", schedule, ["auto", *schedules])
-        if isinstance(layout, str):
+        if not isinstance(layout, Layout):
             named("layout", layout, ["auto", *(known.__name__ for known in LAYOUTS)])
         bound = {m: m.bind(self.seqlen, self.kv_seqlen, q_offset) for m in self.masks}
         self._shared = _shared or _Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
         transport = self._shared.link.transport
+        if options.timeout not in (None, transport.timeout):
+            raise ValueError(
+                f"Options.timeout={options.timeout}, but the transport's deadline is {transport.timeout} s: it is set "
+                "when the transport is made; leave Options.timeout out here"
+            )
         self.rank, self.world_size = transport.rank, transport.world_size
         self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
         self.q_layout, self.k_layout, self._why_layout = self._choose_layout(layout, list(bound.values()))
@@ -171,12 +176,12 @@ class ContextParallel:
     @cached_property
     def position_ids(self) -> Tensor:
         """int64 ``[local_seqlen]`` on the CPU: the global position of each local token, ``q_offset`` included."""
-        return torch.from_numpy(self.q_layout.frame(self.rank).positions() + self.q_offset)
+        return _positions(self.q_layout.frame(self.rank), self.q_offset)
 
     @cached_property
     def kv_position_ids(self) -> Tensor:
         """int64 ``[local_kv_seqlen]`` on the CPU: the global position of each local key."""
-        return torch.from_numpy(self.k_layout.frame(self.rank).positions())
+        return _positions(self.k_layout.frame(self.rank), 0)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a tensor that every rank holds whole; ``x.size(dim) == seqlen``.
@@ -236,7 +241,7 @@ class ContextParallel:
         if self.world_size == 1 or signature in self._agreed:
             return None
         self._agreed.add(signature)
-        return next(self._shared.calls)
+        return next(self._shared.link.transport.calls)
 
     def __repr__(self) -> str:
         return (
@@ -259,7 +264,10 @@ def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
     return tuple(dict.fromkeys(masks))
 
 
-def _transport(group: Group, timeout: float) -> Transport:
+def _transport(group: Group, timeout: float | None) -> Transport:
+    if isinstance(group, Transport) and not isinstance(group, (dist.ProcessGroup, DeviceMesh)):
+        return group
+    timeout = DEADLINE if timeout is None else timeout
     if group is None:
         return Solo(timeout)
     if isinstance(group, DeviceMesh):
@@ -271,8 +279,6 @@ def _transport(group: Group, timeout: float) -> Transport:
         return ProcessGroupTransport(group.get_group(), timeout)
     if isinstance(group, dist.ProcessGroup):
         return ProcessGroupTransport(group, timeout)
-    if isinstance(group, Transport):
-        return group
     raise ValueError(f"group_or_mesh={group!r}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None")
 
 
@@ -290,6 +296,11 @@ def _unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> 
     if local.size(dim) != size:
         raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
     return _Unshard.apply(local, link, layout, dim % local.ndim)
+
+
+def _positions(frame: Frame, offset: int) -> Tensor:
+    with torch.inference_mode(False):  # kept, and later used where gradients are wanted
+        return torch.from_numpy(frame.positions() + offset)
 
 
 def _slices(frame: Frame) -> list[slice]:

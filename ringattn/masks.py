@@ -7,6 +7,7 @@ large world never builds the whole sequence. ``&``, ``|`` and ``-`` combine mask
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import operator
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ from ringattn.bands import union as _union
 
 if TYPE_CHECKING:
     import torch
+
+
+LARGEST = 1 << 40  # of any argument: sums and products of a few stay far inside int64
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class Mask:
     @cached_property
     def _hash(self) -> int:
         return hash((self.rule, self.args))
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal exactly for equal expressions, in every process: for comparing ranks."""
+        parts = [arg.digest if isinstance(arg, Mask) else repr(arg) for arg in self.args]
+        return hashlib.sha256("|".join((self.rule.__name__, *parts)).encode()).hexdigest()[:16]
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))
@@ -143,12 +153,14 @@ def _count(name: str, value: object, least: int) -> int:
         raise ValueError(f"{name}={value!r}: must be an integer of at least {least}") from None
     if number < least:
         raise ValueError(f"{name}={number}: must be at least {least}")
+    if number > LARGEST:
+        raise ValueError(f"{name}={number}: must be at most {LARGEST} (2**40)")
     return number
 
 
 def _integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
-    numbers = values.tolist() if hasattr(values, "tolist") else list(values)
     try:
+        numbers = values.tolist() if hasattr(values, "tolist") else list(values)
         return tuple(operator.index(v) for v in numbers)
     except TypeError:
         raise ValueError(f"{name}={values!r}: must be a sequence of integers") from None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringattn.comm import Pending
 from ringattn.kernels import Grads, Kernel, Rows
@@ -269,9 +268,11 @@ class RingAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention() is differentiable once: leave out create_graph=True")
         q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             dout = torch.zeros_like(out) if dout is None else dout
+            dout = dout if dout.stride(-1) == 1 else dout.contiguous()
             return (*backward(q, k, v, out, lse, dout, dlse, ctx.run), None)

@@ -49,7 +49,8 @@ class Workspace:
         flat = self._flat.get(key)
         if flat is None or flat.numel() < size:
             self._flat.pop(key, None)
-            flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
+            with torch.inference_mode(False):  # later calls that train use the same buffer
+                flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
         return flat[:size].view(*shape)
 
     def buffers(self) -> list[Tensor]:

@@ -377,7 +377,7 @@ def test_loopback_checks_what_arrives(wrong: Tensor) -> None:
         sends = [(wrong, 1)] if transport.rank == 0 else []
         transport.post(sends, [(torch.zeros(2), 0)] if transport.rank else [], "step 1").wait()
 
-    with pytest.raises(AssertionError, match=r"rank 1 expects 2 x torch\.float32"):
+    with pytest.raises(PeerError, match=r"rank 1 expects 2 x torch\.float32"):
         Loopback(2).run(mismatch)
 
 

@@ -113,3 +113,45 @@ def test_check_nan_names_the_tensor():
     with pytest.raises(FloatingPointError, match="k holds NaN"):
         ra.attention(q, k, v, cp=cp)
     assert ra.attention(q, k, v, cp=ra.ContextParallel(None, 8)).isnan().any(), "and unasked NaN passes through"
+
+
+def test_long_masks_that_differ_in_the_middle_are_told_apart():
+    def one_rank(transport):
+        bounds = [0, 4, 8, 12, 16, 22 if transport.rank else 20, 24, 28, 32]
+        cp = ra.ContextParallel(transport, 32, mask=ra.documents(bounds) & ra.causal(), layout="contiguous")
+        with pytest.raises(ValueError, match=r"ranks disagree[\s\S]*mask: "):
+            ra.attention(*qkv(q_len=16, kv_len=16), cp=cp)
+
+    ra.Loopback(2, timeout=10).run(one_rank)
+
+
+def test_nan_on_one_rank_raises_on_all():
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, 8, options=ra.Options(check_nan=True))
+        q, k, v = qkv(q_len=4, kv_len=4)
+        if transport.rank == 1:
+            v[0, 0] = float("inf")
+        with pytest.raises(FloatingPointError, match="v holds NaN or infinity"):
+            ra.attention(q, k, v, cp=cp)
+
+    ra.Loopback(2, timeout=10).run(one_rank)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: ra.ContextParallel(None, 8, layout=None), "layout=None is unknown"),
+        (lambda: ra.attention(*qkv(), cp=ra.ContextParallel(None, 8), mask=[ra.causal()]), "not one of the context's"),
+        (lambda: ra.attention(*qkv(dim=0), cp=ra.ContextParallel(None, 8)), "head_dim is 0"),
+        (
+            lambda: ra.attention(*qkv(), cp=ra.ContextParallel(None, 8), scale=torch.ones(1, requires_grad=True)),
+            "scale",
+        ),
+        (lambda: ra.sliding_window(10**19), "must be at most"),
+        (lambda: ra.documents(None), "must be a sequence of integers"),
+        (lambda: ra.ContextParallel(Rank(0, 2), 8, options=ra.Options(timeout=1)), "transport's deadline is 60"),
+    ],
+)
+def test_more_bad_input(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()

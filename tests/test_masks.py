@@ -129,3 +129,14 @@ def test_masks_are_values():
 def test_bad_arguments(build, text):
     with pytest.raises(ValueError, match=text):
         build()
+
+
+def test_a_lattice_cut_by_a_window_and_scattered_tokens_stays_small():
+    """Pieces whose scattered set is empty must not be cut on: they once multiplied without end."""
+    mask = ra.dilated(4, 2) | (ra.full() - (ra.sliding_window(2, 2) | ra.global_tokens([20])))
+    assert len(mask.bind(25, 25).bands(0, 25)) < 500
+
+    def predicate(q, k):
+        return np.isin(q - k, [0, 4, 8]) | ~((np.abs(q - k) <= 2) | (q == 20) | (k == 20))
+
+    check(mask, predicate, 25, 25, 0)

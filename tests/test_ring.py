@@ -249,3 +249,57 @@ def test_autocast_casts_and_backward_repeats_it():
     rounded = [t.bfloat16().float() for t in (q, k, v)]
     for a, b, x in zip(grads(True), grads(False), rounded, strict=True):
         assert not torch.equal(a, b) and (a - b).norm() < 0.02 * b.norm() and x.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa"])
+def test_inputs_of_any_strides(kernel):
+    """A last dim that is not contiguous, on every input and on the incoming gradient."""
+    q, k, v, dout, dlse = tensors()
+    expected = single_process(ra.causal())
+    inputs = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in (q, k, v)]
+    assert all(t.stride(-1) != 1 for t in inputs)
+    out, lse = ra.attention(*inputs, cp=ra.ContextParallel(None, S, kernel=kernel), return_lse=True)
+    check([results(out, lse, dout.transpose(1, 2).contiguous().transpose(1, 2), dlse, inputs)], expected)
+    one = torch.randn(2, S, 4, 1, dtype=torch.float64).expand(2, S, 4, 8)
+    cp = ra.ContextParallel(None, S, kernel=kernel)
+    torch.testing.assert_close(ra.attention(one, one, one, cp=cp), ra.attention(*[one.contiguous()] * 3, cp=cp))
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scales_that_are_not_positive(scale):
+    q, k, v, dout, dlse = tensors()
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    scaled = [inputs[0] * (scale * 8**0.5), *inputs[1:]]
+    expected = results(*dense_attention(*scaled, ra.causal().dense(S, S)), dout, dlse, inputs)
+    check(on_ranks(2, ra.causal(), {"scale": scale}), expected)
+
+
+def test_inference_first_then_training():
+    def one_rank(transport):
+        q, k, v, dout, _ = tensors()
+        cp = ra.ContextParallel(transport, S, schedule="ring")
+        with torch.inference_mode():
+            ra.attention(cp.shard(q), cp.shard(k), cp.shard(v), cp=cp)
+            cp.position_ids  # noqa: B018 - computed here, used below
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        ra.attention(*local, cp=cp).backward(cp.shard(dout))
+        table = torch.zeros(S, 2, requires_grad=True)
+        table[cp.position_ids].sum().backward()
+
+    ra.Loopback(2, timeout=20).run(one_rank)
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _, _ = tensors()
+    out = ra.attention(q.requires_grad_(), k, v, cp=ra.ContextParallel(None, S))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+
+def test_two_contexts_made_on_one_transport_never_share_a_call_number():
+    def one_rank(transport):
+        _q, _k, _v, _, _ = tensors()
+        contexts = [ra.ContextParallel(transport, S, mask=m) for m in (ra.causal(), ra.full())]
+        return [cp.agreement("anything") for cp in contexts] + [contexts[0].agreement("other")]
+
+    assert ra.Loopback(2).run(one_rank) == [[0, 1, 2], [0, 1, 2]]

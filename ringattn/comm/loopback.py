@@ -1,6 +1,7 @@
 """A world of rank-threads in one process: every rank runs the same code as a real one, messages pass through
 mailboxes in memory. It tests a ring of any size without processes, and with several ranks on one GPU."""
 
+import itertools
 import threading
 import time
 import uuid
@@ -137,6 +138,7 @@ class LoopbackTransport:
         self.world_size = world.world_size
         self.name = world.name
         self.timeout = world.timeout
+        self.calls = itertools.count()
         self._world = world
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
@@ -203,10 +205,11 @@ class _Receives:
         while self._receives:
             tensor, address = self._receives[0]
             sent = self._take(address, deadline)
-            assert (sent.dtype, sent.numel()) == (tensor.dtype, tensor.numel()), (
-                f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, "
-                f"rank {address[1]} expects {tensor.numel()} x {tensor.dtype}"
-            )
+            if (sent.dtype, sent.numel()) != (tensor.dtype, tensor.numel()):
+                raise PeerError(
+                    f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, rank {address[1]} expects "
+                    f"{tensor.numel()} x {tensor.dtype}: the ranks are not at the same call"
+                )
             with torch.no_grad():
                 tensor.copy_(sent.view_as(tensor))
             del self._receives[0]

@@ -1,6 +1,7 @@
 """The transport over `torch.distributed`: gloo between CPUs, NCCL between GPUs. One batch of transfers is one
 `batch_isend_irecv`; the group's own store serves for agreement; there are no threads of our own."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class ProcessGroupTransport:
         self.world_size: int = dist.get_world_size(group)
         self.name: str = group.group_name
         self.timeout = timeout
+        self.calls = itertools.count()
         self._group = group
         self._devices = _devices(group)
         # The group's own store: every kind of group has one, registered beside its name.

@@ -2,6 +2,7 @@
 with which they can compare notes. It knows nothing of masks, plans or kernels, so the same ring runs over
 processes, threads or a world of one."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -35,12 +36,14 @@ class Transport(Protocol):
         world_size: ranks in the group.
         name: equal on all ranks of the group, different from other groups' names.
         timeout: seconds, the deadline on every wait.
+        calls: numbers this transport's agreement checks, equally on all ranks.
     """
 
     rank: int
     world_size: int
     name: str
     timeout: float
+    calls: "itertools.count[int]"
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """Starts one batch of transfers, in the given order, and returns at once.
@@ -105,6 +108,7 @@ class Solo:
 
     def __init__(self, timeout: float = 60.0) -> None:
         self.timeout = timeout
+        self.calls = itertools.count()
         self._store: dict[str, str] = {}
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
