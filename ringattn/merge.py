@@ -41,6 +41,14 @@ class Partial:
         lse = torch.full((batch, num_heads, seqlen), -math.inf, dtype=torch.float64, device=device)
         return Partial(out, lse)
 
+    @staticmethod
+    def unset(
+        batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Partial:
+        """Uninitialised memory, for rows that are written whole before they are merged with."""
+        out = torch.empty(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
+        return Partial(out, torch.empty(batch, num_heads, seqlen, dtype=torch.float64, device=device))
+
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the union of two disjoint sets of keys, as new tensors."""

@@ -45,12 +45,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Program:
-    """All stages of one rank for one mask. ``stages[0]`` computes on the rank's own shard."""
+    """All stages of one rank for one mask. ``stages[0]`` computes on the rank's own shard.
+
+    ``blank`` says that some query rows are not written whole by a fresh tile first, so the result has
+    to start from the identity.
+    """
 
     rank: int
     q_rows: int
     k_rows: int
     stages: tuple[Stage, ...]
+    blank: bool
 
     @property
     def tiles(self) -> int:
@@ -64,44 +69,43 @@ class Program:
 
 def compile_program(plan: Plan, steps: list[Step], rank: int) -> Program:
     """The local form of a rank's steps."""
-    own = plan.k_layout.frame(rank)
-    frames = [step.frame for step in steps] + [Frame(np.empty((0, 3), np.int64))]
+    own, nothing = plan.k_layout.frame(rank), Frame(np.empty((0, 3), np.int64))
+    frames = [nothing, *(step.frame for step in steps), nothing]
     touched = np.zeros(plan.q_frame(rank).size, bool)
-    stages = []
-    for t, step in enumerate(steps):
-        moves = {"kv_sends": [], "kv_recvs": [], "grad_sends": [], "grad_recvs": []}  # type: dict[str, list[Move]]
-        for transfer in step.kv:
-            sent = transfer.src == rank
-            moves["kv_sends" if sent else "kv_recvs"].append(
-                _move(
-                    transfer,
-                    rank,
-                    own,
-                    frames[t - 1] if sent else frames[t],
-                    home=sent and transfer.owner == rank,
-                )
-            )
-        for transfer in step.grads:
-            sent = transfer.src == rank
-            moves["grad_sends" if sent else "grad_recvs"].append(
-                _move(
-                    transfer,
-                    rank,
-                    own,
-                    frames[t] if sent else frames[t + 1],
-                    home=not sent and transfer.owner == rank,
-                )
-            )
-        tiles = plan.tiles(rank, frames[t]) if frames[t].size else ()
-        tiles = tuple(_mark_fresh(tile, touched) for tile in tiles)
-        stages.append(Stage(frames[t].size, tiles, **{name: tuple(found) for name, found in moves.items()}))
-    return Program(rank, plan.q_frame(rank).size, own.size, tuple(stages))
+    stages, blank = [], False
+    for step, before, here, after in zip(steps, frames, frames[1:], frames[2:], strict=False):
+        tiles = []
+        for tile in plan.tiles(rank, here) if here.size else ():
+            seen = touched[tile.q]
+            fresh = not seen.any()
+            blank |= not (fresh or seen.all())
+            tiles.append(replace(tile, fresh=fresh))
+            touched[tile.q] = True
+        kv_sends, kv_recvs = _kv_moves(step, rank, own, before, here)
+        grad_sends, grad_recvs = _grad_moves(step, rank, own, here, after)
+        stages.append(Stage(here.size, tuple(tiles), kv_sends, kv_recvs, grad_sends, grad_recvs))
+    return Program(rank, len(touched), own.size, tuple(stages), blank or not touched.all())
 
 
-def _move(transfer: Transfer, rank: int, own: Frame, frame: Frame, home: bool) -> Move:
-    peer = transfer.dst if transfer.src == rank else transfer.src
-    runs = (own if home else frame).rows(transfer.spans)
-    return Move(peer, _slices(runs), transfer.tokens, home)
+Moves = tuple[Move, ...]
+
+
+def _kv_moves(step: Step, rank: int, own: Frame, before: Frame, here: Frame) -> tuple[Moves, Moves]:
+    """Keys leave the own shard or the step before, and arrive in this step."""
+    sends = [_move(t, t.dst, own if t.owner == rank else before, t.owner == rank) for t in step.kv if t.src == rank]
+    recvs = [_move(t, t.src, here, False) for t in step.kv if t.dst == rank]
+    return tuple(sends), tuple(recvs)
+
+
+def _grad_moves(step: Step, rank: int, own: Frame, here: Frame, after: Frame) -> tuple[Moves, Moves]:
+    """Gradients leave this step, and arrive in the own shard or in the step after."""
+    sends = [_move(t, t.dst, here, False) for t in step.grads if t.src == rank]
+    recvs = [_move(t, t.src, own if t.owner == rank else after, t.owner == rank) for t in step.grads if t.dst == rank]
+    return tuple(sends), tuple(recvs)
+
+
+def _move(transfer: Transfer, peer: int, frame: Frame, home: bool) -> Move:
+    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.tokens, home)
 
 
 def _slices(runs: Ints) -> tuple[slice, ...]:
@@ -113,10 +117,3 @@ def _slices(runs: Ints) -> tuple[slice, ...]:
         else:
             joined.append([start, length, step])
     return tuple(slice(start, start + (length - 1) * step + 1, step) for start, length, step in joined)
-
-
-def _mark_fresh(tile: Tile, touched: np.ndarray) -> Tile:
-    """The tile with ``fresh`` set if none of its rows was touched yet; its rows are touched from now on."""
-    fresh = not touched[tile.q].any()
-    touched[tile.q] = True
-    return replace(tile, fresh=fresh)

@@ -43,7 +43,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     """``out`` in the dtype of ``q`` and ``lse`` ``[B, H, S]`` in the accumulator dtype."""
     batch, seqlen, num_heads, _ = q.shape
-    acc = Partial.empty(batch, seqlen, num_heads, v.shape[-1], accumulator_dtype(q.dtype), q.device)
+    start = Partial.empty if run.program.blank else Partial.unset
+    acc = start(batch, seqlen, num_heads, v.shape[-1], accumulator_dtype(q.dtype), q.device)
     stages = run.program.stages
     held: Tensor | None = None
     for t, stage in enumerate(stages):
