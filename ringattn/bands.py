@@ -14,132 +14,20 @@ windows, documents, chunks, strides, global tokens and everything made of them. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import lcm
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from ringattn.spans import INF, Intervals, Ints, clip_spans, cross_spans, expand, overlapping
 
-INF = 1 << 60
 Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
 Q_AXIS = (Q0, QN, QS, QSET)
 K_AXIS = (K0, KN, KS, KSET)
 ANY = 0  # the set that holds every position
-
-
-@dataclass(frozen=True, eq=False)
-class Intervals:
-    """A set of positions as sorted, disjoint, non-adjacent half-open intervals, ``bounds [n, 2]``."""
-
-    bounds: Ints
-
-    @staticmethod
-    def of(positions: Iterable[int]) -> Intervals:
-        points = np.unique(np.fromiter(positions, dtype=np.int64))
-        if not len(points):
-            return Intervals(np.empty((0, 2), np.int64))
-        cuts = np.flatnonzero(np.diff(points) > 1) + 1
-        starts = points[np.concatenate(([0], cuts))]
-        ends = points[np.concatenate((cuts - 1, [len(points) - 1]))] + 1
-        return Intervals(np.stack((starts, ends), 1))
-
-    @cached_property
-    def key(self) -> bytes:
-        return self.bounds.tobytes()
-
-    @cached_property
-    def _before(self) -> Ints:
-        return np.concatenate(([0], np.cumsum(self.bounds[:, 1] - self.bounds[:, 0])))
-
-    def complement(self) -> Intervals:
-        flat = self.bounds.reshape(-1)
-        edges = np.concatenate(([-INF], flat, [INF])).reshape(-1, 2)
-        return Intervals(edges)
-
-    def intersect(self, other: Intervals) -> Intervals:
-        a, b = self.bounds, other.bounds
-        i, j = overlapping(a[:, 0], a[:, 1], b[:, 0], b[:, 1])
-        lo, hi = np.maximum(a[i, 0], b[j, 0]), np.minimum(a[i, 1], b[j, 1])
-        order = np.argsort(lo, kind="stable")
-        return Intervals(np.stack((lo[order], hi[order]), 1))
-
-    def rank(self, x: Ints) -> Ints:
-        """How many members lie below each ``x``."""
-        if not len(self.bounds):
-            return np.zeros_like(x)
-        at = np.searchsorted(self.bounds[:, 0], x, "right") - 1
-        inside = np.minimum(x, self.bounds[at, 1]) - self.bounds[at, 0]
-        return np.where(at < 0, 0, self._before[at] + inside)
-
-    def first_at_or_after(self, x: Ints) -> Ints:
-        at = np.searchsorted(self.bounds[:, 1], x, "right")
-        padded = np.append(self.bounds[:, 0], INF)
-        return np.maximum(x, padded[at])
-
-    def last_at_or_before(self, x: Ints) -> Ints:
-        at = np.searchsorted(self.bounds[:, 0], x, "right")
-        padded = np.concatenate(([-INF], self.bounds[:, 1] - 1))
-        return np.minimum(x, padded[at])
-
-
-def overlapping(a0: Ints, a1: Ints, b0: Ints, b1: Ints) -> tuple[Ints, Ints]:
-    """All index pairs ``(i, j)`` for which ``[a0[i], a1[i])`` meets ``[b0[j], b1[j])``, i ascending."""
-    order = np.argsort(b0, kind="stable")
-    starts = b0[order]
-    reach = np.maximum.accumulate(b1[order]) if len(order) else b1
-    first = np.searchsorted(reach, a0, "right")
-    count = np.maximum(np.searchsorted(starts, a1, "left") - first, 0)
-    i, within = expand(count)
-    j = order[first[i] + within]
-    keep = (b1[j] > a0[i]) & (a1[i] > a0[i])
-    return i[keep], j[keep]
-
-
-def expand(count: Ints) -> tuple[Ints, Ints]:
-    """For ``count = [2, 0, 3]``: the row of each copy ``[0, 0, 2, 2, 2]`` and its number ``[0, 1, 0, 1, 2]``."""
-    rows = np.repeat(np.arange(len(count), dtype=np.int64), count)
-    within = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(count) - count, count)
-    return rows, within
-
-
-def clip_spans(spans: Ints, lo: Ints | int, hi: Ints | int) -> Ints:
-    """Spans ``[n, >= 3]`` (start, length, step, ...) restricted to positions in ``[lo, hi]``; length 0 if none."""
-    start, length, step = spans[:, 0], spans[:, 1], spans[:, 2]
-    first = np.maximum(-((start - lo) // step), 0)
-    last = np.minimum((hi - start) // step, length - 1)
-    out = spans.copy()
-    out[:, 0] = start + first * step
-    out[:, 1] = np.maximum(last - first + 1, 0)
-    return out
-
-
-def cross_spans(a: Ints, b: Ints) -> Ints:
-    """Row by row the intersection of two spans (start, length, step), by the Chinese remainder theorem."""
-    step_a, step_b = a[:, 2], b[:, 2]
-    if (step_a == 1).all() and (step_b == 1).all():
-        start = np.maximum(a[:, 0], b[:, 0])
-        length = np.minimum(a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]) - start
-        return np.column_stack((start, np.maximum(length, 0), step_a))
-    gcd = np.gcd(step_a, step_b)
-    gap = b[:, 0] - a[:, 0]
-    modulus = step_b // gcd
-    shift = np.zeros_like(gap)
-    pairs = np.unique(np.stack((step_a // gcd, modulus), 1), axis=0) if len(a) else np.empty((0, 2), np.int64)
-    for reduced, m in pairs.tolist():
-        if m > 1:
-            rows = (step_a // gcd == reduced) & (modulus == m)
-            shift[rows] = (gap[rows] // gcd[rows]) * pow(reduced, -1, m) % m
-    out = np.stack((a[:, 0] + step_a * shift, a[:, 1] - shift, step_a), 1)
-    out[:, 1] = np.maximum(-(-out[:, 1] // modulus), 0)
-    out[:, 2] = step_a * modulus
-    out = clip_spans(out, b[:, 0], b[:, 0] + (b[:, 1] - 1) * step_b)
-    out[gap % gcd != 0, 1] = 0
-    return out
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,11 +19,12 @@ from ringattn.comm import ProcessGroupTransport, Solo, Transport
 from ringattn.cost import Rates, choose_layout, choose_schedule
 from ringattn.describe import describe
 from ringattn.kernels import KERNELS
-from ringattn.layouts import LAYOUTS, Frame, Layout, named
+from ringattn.layouts import LAYOUTS, Layout, named
 from ringattn.masks import BoundMask, Mask, causal
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES
+from ringattn.sharding import position_ids, shard, unshard
 from ringattn.wire import Link, Traffic, Workspace
 
 DEADLINE = 300.0  # seconds
@@ -176,31 +176,31 @@ class ContextParallel:
     @cached_property
     def position_ids(self) -> Tensor:
         """int64 ``[local_seqlen]`` on the CPU: the global position of each local token, ``q_offset`` included."""
-        return _positions(self.q_layout.frame(self.rank), self.q_offset)
+        return position_ids(self.q_layout.frame(self.rank), self.q_offset)
 
     @cached_property
     def kv_position_ids(self) -> Tensor:
         """int64 ``[local_kv_seqlen]`` on the CPU: the global position of each local key."""
-        return _positions(self.k_layout.frame(self.rank), 0)
+        return position_ids(self.k_layout.frame(self.rank), 0)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a tensor that every rank holds whole; ``x.size(dim) == seqlen``.
 
         Differentiable: backward gathers, so that ``x.grad`` is the same on every rank as on one process.
         """
-        return _shard(self._shared.link, self.q_layout, x, dim, "seqlen")
+        return shard(self._shared.link, self.q_layout, x, dim, "seqlen")
 
     def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
         """The whole tensor in global order from every rank's shard; backward takes this rank's slice."""
-        return _unshard(self._shared.link, self.q_layout, local, dim, "local_seqlen")
+        return unshard(self._shared.link, self.q_layout, local, dim, "local_seqlen")
 
     def shard_kv(self, x: Tensor, dim: int = 1) -> Tensor:
         """:meth:`shard` for the key side."""
-        return _shard(self._shared.link, self.k_layout, x, dim, "kv_seqlen")
+        return shard(self._shared.link, self.k_layout, x, dim, "kv_seqlen")
 
     def unshard_kv(self, local: Tensor, dim: int = 1) -> Tensor:
         """:meth:`unshard` for the key side."""
-        return _unshard(self._shared.link, self.k_layout, local, dim, "local_kv_seqlen")
+        return unshard(self._shared.link, self.k_layout, local, dim, "local_kv_seqlen")
 
     # -- what a rank does -----------------------------------------------------------------------
 
@@ -280,78 +280,3 @@ def _transport(group: Group, timeout: float | None) -> Transport:
     if isinstance(group, dist.ProcessGroup):
         return ProcessGroupTransport(group, timeout)
     raise ValueError(f"group_or_mesh={group!r}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None")
-
-
-# -- sharding -----------------------------------------------------------------------------------
-
-
-def _shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
-    if x.size(dim) != layout.seqlen:
-        raise ValueError(f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence")
-    return _Shard.apply(x, link, layout, dim % x.ndim)
-
-
-def _unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
-    size = int(layout.sizes[link.transport.rank])
-    if local.size(dim) != size:
-        raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
-    return _Unshard.apply(local, link, layout, dim % local.ndim)
-
-
-def _positions(frame: Frame, offset: int) -> Tensor:
-    with torch.inference_mode(False):  # kept, and later used where gradients are wanted
-        return torch.from_numpy(frame.positions() + offset)
-
-
-def _slices(frame: Frame) -> list[slice]:
-    return [slice(s, s + (n - 1) * step + 1, step) for s, n, step in frame.spans.tolist()]
-
-
-def _pick(x: Tensor, frame: Frame, dim: int) -> Tensor:
-    parts = [x[(slice(None),) * dim + (rows,)] for rows in _slices(frame)]
-    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
-
-
-def _gather(local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
-    """Every rank's shard put in global order, the sequence moved to the front for the wire."""
-    transport = link.transport
-    mine = local.movedim(dim, 0).contiguous()
-    others = [r for r in range(transport.world_size) if r != transport.rank]
-    parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
-    sends, recvs = (
-        [(mine, r) for r in others if mine.numel()],
-        [(parts[r], r) for r in others if parts[r].numel()],
-    )
-    link.traffic.count("unshard", sends, recvs)
-    link.traffic.wait(transport.post(sends, recvs, "unshard"))
-    parts[transport.rank] = mine
-    whole = mine.new_empty((layout.seqlen, *mine.shape[1:]))
-    for rank, part in parts.items():
-        at = 0
-        for rows in _slices(layout.frame(rank)):
-            n = len(range(rows.start, rows.stop, rows.step))
-            whole[rows] = part[at : at + n]
-            at += n
-    return whole.movedim(0, dim)
-
-
-class _Shard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
-        ctx.link, ctx.layout, ctx.dim = link, layout, dim
-        return _pick(x, layout.frame(link.transport.rank), dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.link, ctx.layout, ctx.dim), None, None, None
-
-
-class _Unshard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
-        ctx.link, ctx.layout, ctx.dim = link, layout, dim
-        return _gather(local, link, layout, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _pick(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.dim), None, None, None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringattn.bands import Ints, cross_spans, expand, overlapping
+from ringattn.spans import Ints, cross_spans, expand, overlapping
 
 
 class Span(NamedTuple):

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringattn.bands import ANY, INF, K_AXIS, Q_AXIS, Bands, Intervals, Ints, areas, concat, regular
+from ringattn.bands import ANY, HI, K_AXIS, LO, Q_AXIS, Bands, areas, concat, regular
 from ringattn.bands import intersect as _intersect
 from ringattn.bands import subtract as _subtract
 from ringattn.bands import union as _union
+from ringattn.spans import INF, Intervals, Ints
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ class Mask:
         for row in bands.data:
             q, k = _positions(bands, row, Q_AXIS), _positions(bands, row, K_AXIS)
             diagonal = k[None, :] - q[:, None]
-            out[np.ix_(q - q_offset, k)] |= (diagonal >= row[8]) & (diagonal <= row[9])
+            out[np.ix_(q - q_offset, k)] |= (diagonal >= row[LO]) & (diagonal <= row[HI])
         return torch.from_numpy(out)
 
 

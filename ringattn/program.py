@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ringattn.bands import Ints
 from ringattn.layouts import Frame
-from ringattn.plan import Plan, Tile
+from ringattn.plan import Plan
 from ringattn.schedules import Step, Transfer
+from ringattn.spans import Ints
+from ringattn.tiles import Tile
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 from ringattn.comm import Pending
 from ringattn.kernels import Grads, Kernel, Rows
 from ringattn.merge import Partial
-from ringattn.plan import Rows as RowIndex
-from ringattn.plan import Tile
 from ringattn.program import Move, Program, Stage
+from ringattn.tiles import Rows as RowIndex
+from ringattn.tiles import Tile
 from ringattn.wire import Link, add_rows, in_place, pack_rows, pack_shard, rows_kv
 
 NOTHING = Stage(0, ())

@@ -1,0 +1,90 @@
+"""Sharding: between a tensor that every rank holds whole and each rank's tokens of it, differentiably.
+
+The semantics are those of replication: the backward of a shard gathers, the backward of a gather slices,
+so that gradients equal one process's on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.layouts import Frame, Layout
+from ringattn.wire import Link
+
+
+def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
+    """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
+    if x.size(dim) != layout.seqlen:
+        raise ValueError(f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence")
+    return _Shard.apply(x, link, layout, dim % x.ndim)
+
+
+def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
+    """The whole tensor from every rank's part along ``dim``."""
+    size = int(layout.sizes[link.transport.rank])
+    if local.size(dim) != size:
+        raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
+    return _Unshard.apply(local, link, layout, dim % local.ndim)
+
+
+def position_ids(frame: Frame, offset: int) -> Tensor:
+    """The global position of every local index, plus the offset, int64 on the CPU."""
+    with torch.inference_mode(False):  # kept, and later used where gradients are wanted
+        return torch.from_numpy(frame.positions() + offset)
+
+
+def _slices(frame: Frame) -> list[slice]:
+    return [slice(s, s + (n - 1) * step + 1, step) for s, n, step in frame.spans.tolist()]
+
+
+def _pick(x: Tensor, frame: Frame, dim: int) -> Tensor:
+    parts = [x[(slice(None),) * dim + (rows,)] for rows in _slices(frame)]
+    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
+
+
+def _gather(local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+    """Every rank's shard put in global order, the sequence moved to the front for the wire."""
+    transport = link.transport
+    mine = local.movedim(dim, 0).contiguous()
+    others = [r for r in range(transport.world_size) if r != transport.rank]
+    parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
+    sends, recvs = (
+        [(mine, r) for r in others if mine.numel()],
+        [(parts[r], r) for r in others if parts[r].numel()],
+    )
+    link.traffic.count("unshard", sends, recvs)
+    link.traffic.wait(transport.post(sends, recvs, "unshard"))
+    parts[transport.rank] = mine
+    whole = mine.new_empty((layout.seqlen, *mine.shape[1:]))
+    for rank, part in parts.items():
+        at = 0
+        for rows in _slices(layout.frame(rank)):
+            n = len(range(rows.start, rows.stop, rows.step))
+            whole[rows] = part[at : at + n]
+            at += n
+    return whole.movedim(0, dim)
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+        ctx.link, ctx.layout, ctx.dim = link, layout, dim
+        return _pick(x, layout.frame(link.transport.rank), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gather(grad, ctx.link, ctx.layout, ctx.dim), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+        ctx.link, ctx.layout, ctx.dim = link, layout, dim
+        return _gather(local, link, layout, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _pick(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.dim), None, None, None

@@ -1,0 +1,178 @@
+"""Tiles: a rank's bands in the local indices of its queries and of a frame of keys, each one kernel call.
+
+Neighbouring tiles whose common hull has exactly their pairs become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.bands import ANY, HI, K0, K_AXIS, KN, KSET, LO, Q0, Q_AXIS, QN, QS, QSET, TAG, Bands, regular, staircase
+from ringattn.layouts import Frame
+from ringattn.spans import INF, Ints, cross_spans, overlapping
+
+Rows = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One kernel call: rows ``q`` of the shard against rows ``k`` of a frame.
+
+    ``window = (left, right)`` is bottom-right aligned: row ``i`` attends column ``j`` where
+    ``i + (nk - nq) - left <= j <= i + (nk - nq) + right``; ``None`` is unbounded, both sides are >= 0,
+    no row and no column is empty. ``fresh`` says that no earlier tile of the rank touched these rows.
+    The global positions are those of the frames: ``frame.positions()[tile.k]``.
+    """
+
+    q: Rows
+    k: Rows
+    window: tuple[int | None, int | None]
+    area: int
+    fresh: bool = False
+
+
+def cut(bands: Bands, axis: tuple[int, ...], spans: Ints, tags: Ints) -> Bands:
+    """The bands restricted to each span ``[n, 3]`` on an axis, the span's tag written into ``TAG``."""
+    i, j = overlapping(*bands.hull(axis), *Frame(spans).hull)
+    data = bands.data[i]
+    data[:, list(axis[:3])] = cross_spans(data[:, list(axis[:3])], spans[j])
+    data[:, TAG] = tags[j]
+    return Bands(data[data[:, axis[1]] > 0], bands.sets)
+
+
+def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> tuple[Tile, ...]:
+    """The tiles of :func:`regular` bands whose queries lie in ``q_frame``, against the keys of ``k_frame``."""
+    scattered = (bands.data[:, [QSET, KSET]] != ANY).any(1)
+    tiles = [t for row in bands.data[scattered] if (t := _product_tile(bands, row, q_frame, k_frame))]
+    plain = cut(bands.take(~scattered), Q_AXIS, q_frame.spans, np.arange(len(q_frame.spans)))
+    q_of = plain.data[:, TAG].copy()
+    i, j = overlapping(*plain.hull(K_AXIS), *k_frame.hull)
+    data = plain.data[i]
+    data[:, list(K_AXIS[:3])] = cross_spans(data[:, list(K_AXIS[:3])], k_frame.spans[j])
+    data[:, TAG] = q_of[i] * max(len(k_frame.spans), 1) + j
+    pieces = regular(Bands(data[data[:, KN] > 0])).data
+    q_of, k_of = np.divmod(pieces[:, TAG], max(len(k_frame.spans), 1))
+    q, k = q_frame.local(pieces[:, list(Q_AXIS[:3])], q_of), k_frame.local(pieces[:, list(K_AXIS[:3])], k_of)
+    gap, step = pieces[:, K0] - pieces[:, Q0], pieces[:, QS]
+    lo = np.where(pieces[:, LO] > -INF, (pieces[:, LO] - gap) // step, 1 - pieces[:, QN])
+    hi = np.where(pieces[:, HI] < INF, (pieces[:, HI] - gap) // step, pieces[:, KN] - 1)
+    boxes = coalesce(np.column_stack((q, k, lo, hi)))
+    order = np.lexsort((boxes[:, 3], boxes[:, 0]))
+    return tuple(_tile(row) for row in boxes[order].tolist()) + tuple(tiles)
+
+
+def _tile(box: Sequence[int]) -> Tile:
+    q0, nq, qs, k0, nk, ks, lo, hi = box
+    shift = nk - nq
+    left = None if lo <= 1 - nq else shift - lo
+    right = None if hi >= nk - 1 else hi - shift
+    area = int(staircase(*np.array([[nq], [nk], [hi]]))[0] - staircase(*np.array([[nq], [nk], [lo - 1]]))[0])
+    return Tile(_slice(q0, nq, qs), _slice(k0, nk, ks), (left, right), area)
+
+
+def _slice(start: int, length: int, step: int) -> slice:
+    return slice(start, start + (length - 1) * step + 1, step)
+
+
+def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Tile | None:
+    """A band of scattered positions with no diagonal: index runs on either axis, one call."""
+    sides = []
+    for axis, frame in ((Q_AXIS, q_frame), (K_AXIS, k_frame)):
+        start, length, step, members = (int(row[c]) for c in axis)
+        spans = np.array([[start, length, step]])
+        if members != ANY:
+            bounds = np.clip(bands.sets[members - 1].bounds, start, start + length)
+            bounds = bounds[bounds[:, 1] > bounds[:, 0]]
+            spans = np.stack((bounds[:, 0], bounds[:, 1] - bounds[:, 0], np.ones(len(bounds), np.int64)), 1)
+        runs = frame.rows(spans)
+        index = np.sort(Frame(runs).positions())
+        if not len(index):
+            return None
+        steps = np.diff(index)
+        even = len(index) == 1 or (steps == steps[0]).all()
+        step = int(steps[0]) if even and len(index) > 1 else 1
+        sides.append((_slice(int(index[0]), len(index), step) if even else index, len(index)))
+    (q, nq), (k, nk) = sides
+    return Tile(q, k, (None, None), nq * nk)
+
+
+def coalesce(boxes: Ints) -> Ints:
+    """Boxes ``(q0, nq, qs, k0, nk, ks, lo, hi)`` merged where a common hull holds exactly their pairs.
+
+    ``lo <= j - i <= hi`` counts from the box's own corner. Merging goes between neighbours in order of
+    queries and in order of keys until nothing changes, then over all pairs where there are few.
+    """
+    if not len(boxes):
+        return boxes
+    lanes = np.column_stack((boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5]))
+    kinds, lane = np.unique(lanes, axis=0, return_inverse=True)
+    out = []
+    for i, (qs, ks, q_rest, k_rest) in enumerate(kinds.tolist()):
+        box = boxes[lane.reshape(-1) == i]
+        q, k = box[:, 0] // qs, box[:, 3] // ks
+        flat = np.column_stack((q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q))
+        flat = _merge_boxes(flat)
+        q0, q1, k0, k1, lo, hi = flat.T
+        steps = np.full((2, len(flat)), [[qs], [ks]])
+        columns = (
+            q0 * qs + q_rest,
+            q1 - q0,
+            steps[0],
+            k0 * ks + k_rest,
+            k1 - k0,
+            steps[1],
+            lo - k0 + q0,
+            hi - k0 + q0,
+        )
+        out.append(np.stack(columns, 1))
+    return np.concatenate(out)
+
+
+def _box_area(b: Ints) -> Ints:
+    nq, nk, gap = b[:, 1] - b[:, 0], b[:, 3] - b[:, 2], b[:, 2] - b[:, 0]
+    return staircase(nq, nk, b[:, 5] - gap) - staircase(nq, nk, b[:, 4] - gap - 1)
+
+
+def _box_hull(a: Ints, b: Ints) -> Ints:
+    low, high = np.minimum(a, b), np.maximum(a, b)
+    return np.stack((low[:, 0], high[:, 1], low[:, 2], high[:, 3], low[:, 4], high[:, 5]), 1)
+
+
+def _merge_boxes(boxes: Ints) -> Ints:
+    """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes."""
+    unchanged = 0
+    keys = ((2, 0), (0, 2))
+    turn = 0
+    while unchanged < len(keys) and len(boxes) > 1:
+        boxes = boxes[np.lexsort(boxes[:, keys[turn % 2]].T)]
+        turn += 1
+        hull = _box_hull(boxes[:-1], boxes[1:])
+        area = _box_area(boxes)
+        fits = _box_area(hull) == area[:-1] + area[1:]
+        if not fits.any():
+            unchanged += 1
+            continue
+        unchanged = 0
+        # Within a run of mergeable neighbours every second pair is merged: no box is used twice.
+        starts = np.flatnonzero(fits & ~np.concatenate(([False], fits[:-1])))
+        run = np.arange(len(fits)) - starts[np.maximum(np.cumsum(np.isin(np.arange(len(fits)), starts)) - 1, 0)]
+        chosen = np.flatnonzero(fits & (run % 2 == 0))
+        boxes[chosen] = hull[chosen]
+        boxes = np.delete(boxes, chosen + 1, 0)
+    return _merge_all_pairs(boxes) if 2 < len(boxes) <= 64 else boxes
+
+
+def _merge_all_pairs(boxes: Ints) -> Ints:
+    while len(boxes) > 1:
+        i, j = np.triu_indices(len(boxes), 1)
+        hull = _box_hull(boxes[i], boxes[j])
+        area = _box_area(boxes)
+        fits = np.flatnonzero(_box_area(hull) == area[i] + area[j])
+        if not len(fits):
+            break
+        at = fits[0]
+        boxes = np.concatenate((np.delete(boxes, [i[at], j[at]], 0), hull[at : at + 1]))
+    return boxes
