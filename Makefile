@@ -34,9 +34,9 @@ $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
-pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--verify --steps 4"
+pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--overwrite --verify --steps 4"
 	OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
-	  -m launch.pretrain --config $(CONFIG) $(ARGS)
+	  -m launch.pretrain $(if $(findstring --resume,$(ARGS)),,--config $(CONFIG)) $(ARGS)
 
 test: $(SETUP) ## the tests, without the slow ones
 	$(PYTHON) -m pytest $(ARGS)

@@ -43,10 +43,20 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progres
     """Fills model, optimizer and `progress` from a checkpoint that `check_fit` has passed; called by every
     rank."""
     state = _state(model, optimizer, progress)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        text = f"checkpoint {path} is damaged ({_reason(error)}); start a new run with --out or --overwrite"
+        raise ValueError(text) from None
     progress.update(state["progress"])
+
+
+def _reason(error: BaseException) -> str:
+    """The end of an error's text, which may hold tracebacks of other ranks, as one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].split(". ")[0]
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -57,8 +67,8 @@ def read_progress(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(state, checkpoint_id=path, no_dist=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no readable checkpoint of this job: {error}") from None
+    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
+        raise ValueError(f"{path} is no readable checkpoint of this job: {_reason(error)}") from None
     return state["progress"]
 
 

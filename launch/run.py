@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from launch import checkpoint
-from launch.config import Config
+from launch.config import Config, load
 from launch.data import Text, open_text
 from launch.mask_text import parse_mask
 from launch.model import Decoder
@@ -57,6 +57,7 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
     checkpoint.check_fit(newest, model)
     saved = checkpoint.read_progress(newest)
     _check_resumable(newest, saved, progress, config)
+    _check_settings(run, config)
     return Job(config, run, newest, saved, text, masks, model)
 
 
@@ -68,6 +69,15 @@ def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], c
         )
     if saved["step"] >= config.steps:
         raise ValueError(f"checkpoint {path} has all {config.steps} steps behind it; ask for more with --steps")
+
+
+def _check_settings(run: Path, config: Config) -> None:
+    """What must not change in the middle of a run: the loss curve would break without a word."""
+    before = load(run / "config.toml") if (run / "config.toml").exists() else config
+    for name in ("seqlen", "masks", "documents", "seed"):
+        was, now = getattr(before, name), getattr(config, name)
+        if was != now:
+            raise ValueError(f"{run} was trained with {name} = {was!r}, not {now!r}; resume without --config")
 
 
 def start(job: Job, world: World) -> Trainer:

@@ -6,6 +6,7 @@ the buffers and the counters of the first.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -258,7 +259,7 @@ def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, in
 
 
 def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
-    masks = (mask,) if isinstance(mask, Mask) else tuple(mask)
+    masks = (mask,) if isinstance(mask, Mask) else tuple(mask) if isinstance(mask, Iterable) else ()
     if not masks or not all(isinstance(m, Mask) for m in masks):
         raise ValueError(f"mask={mask!r}: give one mask or several, e.g. ringattn.causal()")
     return tuple(dict.fromkeys(masks))
@@ -269,6 +270,12 @@ def _transport(group: Group, timeout: float | None) -> Transport:
         return group
     timeout = DEADLINE if timeout is None else timeout
     if group is None:
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if many and dist.is_torchelastic_launched() and not dist.is_initialized():
+            raise ValueError(
+                "group_or_mesh is None under torchrun, before torch.distributed is initialised: this rank would "
+                "attend alone; call init_process_group() first, then pass dist.group.WORLD"
+            )
         return Solo(timeout)
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:

@@ -72,7 +72,7 @@ def choose_layout(
         costs = [cost(Plan(mask, q_layout, k_layout), rates) for mask in masks]
         total = sum(c.time for c in costs)
         table.append(
-            f"{build.__name__}: slowest rank {total:,.0f} pairs of time "
+            f"{build.__name__}: slowest rank takes the time of {total:,.0f} pairs "
             f"(balance {max(c.balance for c in costs):.2f}, receives {max(c.received for c in costs):,} tokens)"
         )
         if best is None or total < best[0]:

@@ -22,7 +22,8 @@ def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> s
         f"layout {cp.q_layout.name}",
         *(f"    {line}" for line in why_layout),
         f"schedule {cp.schedule}: {why_schedule}",
-        f"kernel {cp.kernel}",
+        f"kernel {cp.kernel}"
+        + (": the fastest that accepts a call, chosen at the call" if cp.kernel == "auto" else ""),
     ]
     for mask in cp.masks:
         lines += _describe_mask(cp, mask)

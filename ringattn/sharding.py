@@ -17,6 +17,7 @@ from ringattn.wire import Link
 
 def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
     """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
+    _check_dim(x, dim)
     if x.size(dim) != layout.seqlen:
         raise ValueError(f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence")
     return _Shard.apply(x, link, layout, dim % x.ndim)
@@ -24,10 +25,16 @@ def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
 
 def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
     """The whole tensor from every rank's part along ``dim``."""
+    _check_dim(local, dim)
     size = int(layout.sizes[link.transport.rank])
     if local.size(dim) != size:
         raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
     return _Unshard.apply(local, link, layout, dim % local.ndim)
+
+
+def _check_dim(x: Tensor, dim: int) -> None:
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim={dim} of a tensor of shape {tuple(x.shape)}: name the dim of the tokens")
 
 
 def position_ids(frame: Frame, offset: int) -> Tensor:

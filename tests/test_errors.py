@@ -78,6 +78,7 @@ def test_a_named_kernel_is_never_replaced():
         ({"kv_seqlen": -3}, "kv_seqlen=-3"),
         ({"mask": []}, "give one mask or several"),
         ({"mask": "causal"}, "give one mask or several"),
+        ({"mask": ra.causal}, "give one mask or several"),
         ({"mask": ra.documents([0, 5])}, "cu_seqlens ends at 5 but the sequence ends at 8"),
         ({"layout": ra.Layout.from_spans([[(0, 4)], [(4, 4)]])}, "does not fit seqlen=8 over 1 ranks"),
     ],
@@ -102,6 +103,8 @@ def test_other_refusals():
     cp = ra.ContextParallel(Rank(0, 2), 8)
     with pytest.raises(ValueError, match=r"x.size\(1\)=4 but seqlen=8"):
         cp.shard(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"dim=1 of a tensor of shape \(8,\)"):
+        cp.shard(torch.zeros(8))
     with pytest.raises(ValueError, match=r"local.size\(1\)=8 but local_seqlen=4"):
         cp.unshard(torch.zeros(1, 8))
 

@@ -372,8 +372,13 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: 
     deeper = config_file(tmp_path, "num_layers = 2", "num_layers = 3", config)
     assert "layers.2.qkv.weight is missing there" in refusal("--resume", run, "--config", deeper)
     assert "another text" not in said
+    longer = config_file(tmp_path, f"seqlen = {config.seqlen}", "seqlen = 300", config)
+    assert f"was trained with seqlen = {config.seqlen}, not 300" in refusal("--resume", run, "--config", longer)
     assert "text other than this one" in refusal("--resume", run, "--data", text / "6.txt")
     assert "has all 2 steps behind it" in refusal("--resume", run, "--steps", 2)
+    for part in (run / "checkpoint").glob("*/*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    assert "no readable checkpoint" in refusal("--resume", run)
     assert (run / "metrics.jsonl").read_text() == before
     assert checkpoint.latest(run) == run / "checkpoint" / "step-00000002"
 

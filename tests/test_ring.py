@@ -219,7 +219,14 @@ class Rank(Solo):
 
 def test_describe_says_what_and_why():
     text = ra.ContextParallel(Rank(1, 4), 4096, mask=(ra.causal(), ra.sliding_window(63))).describe()
-    for part in ("4,096 tokens", "over 4 ranks", "layout zigzag", "contiguous: slowest rank", "schedule", "causal()"):
+    for part in (
+        "4,096 tokens",
+        "over 4 ranks",
+        "layout zigzag",
+        "slowest rank takes",
+        "schedule",
+        "causal()",
+    ):
         assert part in text, text
     assert "sliding_window(63, 0)" in text and "step 1: receives" in text
 
