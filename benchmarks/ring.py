@@ -1,7 +1,9 @@
 """The ring beside its ideal: two processes, one thread each, fp32, forward + backward.
 
-``causal``: the ideal is the same rank's work as raw operator calls without communication or merges (one
-causal call and one rectangle, or the causal call split along its diagonal, whichever is faster here).
+``causal``: the ideal is the same rank's work as raw operator calls without communication or merges, on
+tensors that lie in memory as the operator likes them: one causal call and one rectangle, or either split
+into smaller calls, whichever is fastest here. ringattn is given tensors that lie the same way, and, for
+comparison, token-major ones.
 ``local+global``: useful GFLOP/s by exact area against one causal operator call on 8,192 tokens.
 
     python -m benchmarks.ring
@@ -59,9 +61,14 @@ def together(calls: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: [call() for call in calls]
 
 
-def ring_call(seqlen: int, mask: ringattn.Mask, **settings: Any) -> tuple[Callable[[], object], Any]:
+def ring_call(
+    seqlen: int, mask: ringattn.Mask, head_major: bool = False, **settings: Any
+) -> tuple[Callable[[], object], Any]:
+    """One call with its backward; ``head_major``: q, k, v and dout lie in memory as the raw operator's do."""
     cp = ringattn.ContextParallel(dist.group.WORLD, seqlen, mask=mask, **settings)
-    q, k, v, dout = (t.transpose(1, 2).contiguous() for t in tensors(*[cp.local_seqlen] * 4))
+    q, k, v, dout = (t.transpose(1, 2) for t in tensors(*[cp.local_seqlen] * 4))
+    if not head_major:
+        q, k, v, dout = (t.contiguous() for t in (q, k, v, dout))
     for t in (q, k, v):
         t.requires_grad_()
 
@@ -75,9 +82,10 @@ def ring_call(seqlen: int, mask: ringattn.Mask, **settings: Any) -> tuple[Callab
 def causal(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
     half = seqlen // 2
     nq, nk = (half // 2, half) if rank == 0 else (half, half // 2)
-    ours, cp = ring_call(seqlen, ringattn.causal())
+    ours, cp = ring_call(seqlen, ringattn.causal(), head_major=True)
     cases = {
         "ringattn": ours,
+        "ringattn, inputs token-major": ring_call(seqlen, ringattn.causal())[0],
         "ideal: causal + rectangle": together([operator_call(half, half, True), operator_call(nq, nk, False)]),
         "ideal: diagonal split to 256 + rectangle": together([*split_causal(half), operator_call(nq, nk, False)]),
         "ideal: all split to 2,048": together([*split_causal(half, 2048), *split_rectangle(nq, nk)]),
@@ -90,6 +98,7 @@ def causal(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
         "schedule": cp.schedule,
         "seconds": seconds,
         "of_ideal": ideal / seconds["ringattn"],
+        "of_ideal_token_major": ideal / seconds["ringattn, inputs token-major"],
     }
 
 
@@ -121,7 +130,10 @@ def main(rounds: int = 7, json: str = "ring-cpu") -> None:
     for seqlen in (16384, 4096):
         case = on_processes(causal, 2, seqlen, rounds if seqlen > 8192 else 5 * rounds)
         result["causal"].append(case)
-        print(f"causal {seqlen:>6}: {case['of_ideal']:.3f} of ideal  ({case['layout']}, {case['schedule']})")
+        print(
+            f"causal {seqlen:>6}: {case['of_ideal']:.3f} of ideal, {case['of_ideal_token_major']:.3f} with token-major "
+            f"inputs  ({case['layout']}, {case['schedule']})"
+        )
         for name, seconds in case["seconds"].items():
             print(f"    {name:42} {1000 * seconds:9.1f} ms")
     case = result["local_global"] = on_processes(local_global, 2, 131072, max(rounds // 2, 2))
