@@ -32,3 +32,13 @@ def test_public_names():
     }
     assert contract <= set(ringattn.__all__)
     assert all(hasattr(ringattn, name) and getattr(ringattn, name).__doc__ for name in ringattn.__all__)
+
+
+def test_make_resumes_with_the_runs_own_settings():
+    def command(arguments):
+        root = Path(ringattn.__file__).parent.parent
+        made = ["make", "-n", "pretrain", f"PYTHON={sys.executable}", f"ARGS={arguments}"]
+        return subprocess.run(made, cwd=root, check=True, capture_output=True, text=True).stdout
+
+    assert "--config cpu-128k" in command("--steps 3")
+    assert "--resume runs/mine" in command("--resume runs/mine") and "--config" not in command("--resume runs/mine")

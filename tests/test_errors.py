@@ -158,3 +158,12 @@ def test_nan_on_one_rank_raises_on_all():
 def test_more_bad_input(build, text):
     with pytest.raises(ValueError, match=text):
         build()
+
+
+def test_a_context_made_before_its_group_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"call init_process_group\(\) first"):
+        ra.ContextParallel(None, 8)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ra.ContextParallel(None, 8).world_size == 1

@@ -165,6 +165,7 @@ def test_fresh_marks_the_first_tile_of_each_row():
 def test_layout_of_the_callers_own():
     layout = ra.Layout.from_spans([[(0, 5), (20, 9)], [(5, 15)]])
     assert layout.sizes.tolist() == [14, 15]
+    assert layout.spans(0) == ((0, 5, 1), (20, 9, 1))
     with pytest.raises(ValueError, match="position 4 is held 2 times"):
         ra.Layout.from_spans([[(0, 5)], [(4, 3)]])
 
