@@ -74,9 +74,12 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args
     dist.destroy_process_group()
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each case, the cases taking turns; with ranks, the slowest rank of each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+Seconds = dict[str, list[float]]
+
+
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> Seconds:
+    """Seconds of each case by round, the cases taking turns; with ranks, the slowest rank of each round."""
+    seconds: Seconds = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, case in cases.items():
             if dist.is_initialized():
@@ -88,4 +91,15 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
                 dist.all_reduce(spent, dist.ReduceOp.MAX)
             if number:  # the first round warms up
                 seconds[name].append(float(spent))
+    return seconds
+
+
+def medians(seconds: Seconds) -> dict[str, float]:
+    """Median seconds of each case."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: Seconds, above: str, below: str) -> float:
+    """Median over the rounds of one case's seconds over another's: a machine that changes speed between rounds, as
+    shared ones do, changes both."""
+    return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))

@@ -15,7 +15,7 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.common import interleaved, write
+from benchmarks.common import interleaved, medians, write
 from ringattn.kernels import Grads, Rows
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.merge import Partial
@@ -70,7 +70,7 @@ def tile(length: int, window: tuple[int | None, int | None]) -> Pair:
 def rates(pairs: dict[str, int], cases: dict[str, Pair], rounds: int) -> list[dict[str, Any]]:
     """GFLOP/s of the cases, all in one run."""
     calls = {f"{name} {way}": call for name, pair in cases.items() for way, call in zip("fb", pair, strict=True)}
-    seconds = interleaved(calls, rounds)
+    seconds = medians(interleaved(calls, rounds))
     rows = []
     for name in cases:
         flop, forward, backward = 4 * pairs[name] * HEADS * DIM / 1e9, seconds[f"{name} f"], seconds[f"{name} b"]

@@ -16,6 +16,9 @@ from ringattn.schedules import Step, Transfer
 from ringattn.spans import Ints
 from ringattn.tiles import Tile
 
+# Messages of less than this part of a shard are not worth a second turn.
+HIDDEN = 8
+
 
 @dataclass(frozen=True)
 class Move:
@@ -57,6 +60,14 @@ class Program:
     k_rows: int
     stages: tuple[Stage, ...]
     blank: bool
+
+    @property
+    def two_turns(self) -> bool:
+        """Whether the backward pass computes its own shard in two turns, one while the first keys arrive and one
+        while the last gradients come home. It costs twice the calls, so it must hide some share of the shard."""
+        first = self.stages[1].size if len(self.stages) > 1 else 0
+        last = sum(move.tokens for move in self.stages[-1].grad_recvs)
+        return HIDDEN * max(first, last) >= max(self.k_rows, 1)
 
     @property
     def tiles(self) -> int:

@@ -73,18 +73,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says.
 
-    Half of the own shard's heads are computed first, while the first keys arrive, and half last, while
-    the last gradients come home.
+    Where there is enough to hide, half of the own shard's heads are computed first, while the first keys
+    arrive, and half last, while the last gradients come home.
     """
     wide = accumulator_dtype(q.dtype)
-    delta = (dout.to(wide) * out).sum(-1).transpose(1, 2).contiguous()
-    rows = Rows(q, dout, out, lse, delta if dlse is None else delta - dlse, dlse)
-    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-    own = Grads(
-        dq,
-        torch.zeros(k.shape, dtype=wide, device=k.device),
-        torch.zeros(v.shape, dtype=wide, device=v.device),
-    )
+    delta = _delta(dout.to(wide), out, dlse) if run.kernel.reads_delta else None
+    rows = Rows(q, dout, out, lse, delta, dlse)
+    own = Grads(*(torch.zeros_like(x, dtype=wide) for x in (q, k, v)))  # laid in memory as the inputs are
     stages = run.program.stages
     held: Tensor | None = None
     left: Tensor | None = None  # gradients of the stage before, on their way out
@@ -97,9 +92,9 @@ def backward(
         grads, gathered = own, None
         if 0 < t < len(stages) and stage.size:
             gathered = _zeros(run, f"grads {t % 2}", stage.size, k, v, wide)
-            grads = Grads(dq, *rows_kv(gathered, k.shape[-1]))
+            grads = Grads(own.dq, *rows_kv(gathered, k.shape[-1]))
         keys, values = (k, v) if t in (0, len(stages)) else _held_kv(held, k, v)
-        for heads in _turn(t, len(stages), k.shape[2]):
+        for heads in _turn(t, run.program, k.shape[2]):
             for tile in (stages[0] if t == len(stages) else stage).tiles:
                 _tile_backward(run, tile, heads, rows, keys, values, grads)
         run.link.traffic.wait(pending)
@@ -107,6 +102,12 @@ def backward(
             _add_home(own, move, message) if move.home else add_rows(_present(gathered), move, message)
         held, left = fetched, gathered
     return own.dq.to(q.dtype), own.dk.to(k.dtype), own.dv.to(v.dtype)
+
+
+def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """``rowsum(dout * out) - dlse``, ``[B, H, S]``: what the softmax's backward subtracts (FlashAttention-2, eq. 4)."""
+    delta = (dout * out).sum(-1).transpose(1, 2).contiguous()
+    return delta if dlse is None else delta - dlse
 
 
 class _Exchange:
@@ -233,13 +234,13 @@ def _grad_rows(grad: Tensor, rows: RowIndex) -> Iterator[Tensor]:
     grad.index_add_(1, index, part)
 
 
-def _turn(t: int, stages: int, kv_heads: int) -> list[slice]:
-    """The KV heads computed at turn ``t`` of a backward pass; turn ``stages`` comes back to the own shard."""
-    half = (kv_heads + 1) // 2 if stages > 1 else kv_heads
+def _turn(t: int, program: Program, kv_heads: int) -> list[slice]:
+    """The KV heads computed at turn ``t`` of a backward pass; the turn after the last stage is the own shard's second."""
+    first = (kv_heads + 1) // 2 if program.two_turns else kv_heads
     if t == 0:
-        return [slice(0, half)]
-    if t == stages:
-        return [slice(half, kv_heads)] if half < kv_heads else []
+        return [slice(0, first)]
+    if t == len(program.stages):
+        return [slice(first, kv_heads)] if first < kv_heads else []
     return [slice(0, kv_heads)]
 
 

@@ -231,6 +231,15 @@ def test_describe_says_what_and_why():
     assert "sliding_window(63, 0)" in text and "step 1: receives" in text
 
 
+def test_a_second_turn_only_where_there_is_something_to_hide():
+    def turns(mask):
+        cp = ra.ContextParallel(Rank(1, 4), 4096, mask=mask, layout="contiguous")
+        return cp.program(mask).two_turns
+
+    assert turns(ra.causal()) and turns(ra.sliding_window(255))
+    assert not turns(ra.sliding_window(15)) and not turns(ra.chunked(1024))
+
+
 def test_position_ids_and_sharding():
     x = torch.arange(2 * S).view(2, S)
     for rank in range(3):

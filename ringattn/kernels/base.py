@@ -48,7 +48,8 @@ class Rows:
     """The query side of a backward call.
 
     q, dout, out: `[batch, nq, num_heads, *]` in the storage dtype; `out` is the global result.
-    lse, delta: `[batch, num_heads, nq]` fp32 (fp64 for fp64); `delta = rowsum(dout * out) - dlse`.
+    lse: `[batch, num_heads, nq]` fp32 (fp64 for fp64).
+    delta: `rowsum(dout * out) - dlse`, shaped like `lse`; None for a kernel that does not read it.
     dlse: the gradient of `lse`, `[batch, num_heads, nq]`, or None where `lse` has none.
     """
 
@@ -56,7 +57,7 @@ class Rows:
     dout: Tensor
     out: Tensor
     lse: Tensor
-    delta: Tensor
+    delta: Tensor | None
     dlse: Tensor | None
 
     def rows(self, rows: slice) -> Rows:
@@ -70,7 +71,8 @@ class Rows:
     def map(self, tokens: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> Rows:
         """`tokens` applied to q, dout and out, `rows` to lse, delta and dlse."""
         q, dout, out = (tokens(x) for x in (self.q, self.dout, self.out))
-        return Rows(q, dout, out, rows(self.lse), rows(self.delta), None if self.dlse is None else rows(self.dlse))
+        delta, dlse = (None if x is None else rows(x) for x in (self.delta, self.dlse))
+        return Rows(q, dout, out, rows(self.lse), delta, dlse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Kernel(Protocol):
     """Computes one tile on one device. Inputs may be strided views with a contiguous last dim."""
 
     name: str
+    reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
 
     def refuse(self, call: Call) -> str | None:
         """None if the call can be computed, else the reason in words, with the value and the rule."""

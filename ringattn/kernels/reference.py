@@ -20,6 +20,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class Reference:
     name = "reference"
+    reads_delta = True
 
     def refuse(self, call: Call) -> str | None:
         if call.dtype not in FLOATING:
@@ -39,6 +40,7 @@ class Reference:
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
         with torch.autocast(k.device.type, enabled=False):
+            assert rows.delta is not None, "this kernel reads delta"
             dtype = grads.dq.dtype
             q, dout = _grouped(rows.q.to(dtype), k), _grouped(rows.dout.to(dtype), k)
             k, v = k.to(dtype), v.to(dtype)

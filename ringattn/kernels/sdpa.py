@@ -33,6 +33,7 @@ class Sdpa:
     """The `sdpa` kernel; see the module's docstring."""
 
     name = "sdpa"
+    reads_delta = False  # fused operators make their own
 
     def refuse(self, call: Call) -> str | None:
         if call.features:

@@ -22,9 +22,9 @@ from ringattn.merge import Partial, fold
 
 # Rows of a forward block and keys of a backward block: the mask wastes that much of the width, and smaller
 # blocks waste more in the operator. Blocks of one forward call: scratch of a few MiB, shared key copies.
-FORWARD_STEP = 64
-FORWARD_BLOCKS = 32
-BACKWARD_STEP = 128
+FORWARD_STEP = 192
+FORWARD_BLOCKS = 8
+BACKWARD_STEP = 192
 # The CPU operator is fastest on key blocks of whole vector registers.
 ALIGNMENT = 16
 
