@@ -235,7 +235,7 @@ def _grad_rows(grad: Tensor, rows: RowIndex) -> Iterator[Tensor]:
 
 
 def _turn(t: int, program: Program, kv_heads: int) -> list[slice]:
-    """The KV heads computed at turn ``t`` of a backward pass; the turn after the last stage is the own shard's second."""
+    """The KV heads computed at turn ``t`` of a backward pass; the last turn is the own shard's second."""
     first = (kv_heads + 1) // 2 if program.two_turns else kv_heads
     if t == 0:
         return [slice(0, first)]
