@@ -62,10 +62,10 @@ def together(calls: list[Callable[[], object]]) -> Callable[[], object]:
 
 
 def ring_call(
-    seqlen: int, mask: ringattn.Mask, head_major: bool = False, **settings: Any
+    seqlen: int, mask: ringattn.Mask, head_major: bool = False, group: Any = None, **settings: Any
 ) -> tuple[Callable[[], object], Any]:
     """One call with its backward; ``head_major``: q, k, v and dout lie in memory as the raw operator's do."""
-    cp = ringattn.ContextParallel(dist.group.WORLD, seqlen, mask=mask, **settings)
+    cp = ringattn.ContextParallel(group or dist.group.WORLD, seqlen, mask=mask, **settings)
     q, k, v, dout = (t.transpose(1, 2) for t in tensors(*[cp.local_seqlen] * 4))
     if not head_major:
         q, k, v, dout = (t.contiguous() for t in (q, k, v, dout))

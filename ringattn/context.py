@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm import ProcessGroupTransport, Solo, Transport
+from ringattn.comm import Solo, Transport, transport_over
 from ringattn.cost import Rates, choose_layout, choose_schedule
 from ringattn.describe import describe
 from ringattn.kernels import KERNELS
@@ -283,7 +283,7 @@ def _transport(group: Group, timeout: float | None) -> Transport:
                 f"a {group.ndim}-D mesh {group.mesh_dim_names}: ring x ulysses is not built yet; pass its 1-D "
                 "sub-mesh of the context axis, e.g. mesh['cp']"
             )
-        return ProcessGroupTransport(group.get_group(), timeout)
+        return transport_over(group.get_group(), timeout)
     if isinstance(group, dist.ProcessGroup):
-        return ProcessGroupTransport(group, timeout)
+        return transport_over(group, timeout)
     raise ValueError(f"group_or_mesh={group!r}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None")

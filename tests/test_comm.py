@@ -12,7 +12,16 @@ import torch.distributed as dist
 from processes import ChildError, run_processes
 from torch import Tensor
 
-from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Solo, Transport, agree
+from ringattn.comm import (
+    Loopback,
+    PeerError,
+    ProcessGroupTransport,
+    SharedMemoryTransport,
+    Solo,
+    Transport,
+    agree,
+    transport_over,
+)
 from ringattn.comm.transport import name_ranks
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
@@ -143,17 +152,31 @@ def test_loopback(exchange: Callable[[Transport], None], world_size: int, poison
     Loopback(world_size, timeout=20).run(exchange)
 
 
-def all_exchanges(rank: int, world_size: int) -> str:
-    transport = ProcessGroupTransport(dist.group.WORLD, timeout=20)
+def gloo(timeout: float) -> Transport:
+    return ProcessGroupTransport(dist.group.WORLD, timeout)
+
+
+def shared_memory(timeout: float) -> Transport:
+    transport = transport_over(dist.group.WORLD, timeout)
+    assert isinstance(transport, SharedMemoryTransport), "these processes are of one machine"
+    return transport
+
+
+BETWEEN_PROCESSES = pytest.mark.parametrize("make", [gloo, shared_memory])
+
+
+def all_exchanges(rank: int, world_size: int, make: Callable[[float], Transport]) -> str:
+    transport = make(20)
     assert (transport.rank, transport.world_size) == (rank, world_size)
     for exchange in EXCHANGES:
         exchange(transport)
     return transport.name
 
 
+@BETWEEN_PROCESSES
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_gloo(world_size: int) -> None:
-    names = run_processes(all_exchanges, world_size)
+def test_processes(world_size: int, make: Callable[[float], Transport]) -> None:
+    names = run_processes(all_exchanges, world_size, make)
     assert len(names) == world_size and len(set(names)) == 1
 
 
@@ -188,8 +211,8 @@ def test_gloo_subgroups_and_meshes() -> None:
     assert ulysses[0] == ulysses[1] != ulysses[2] == ulysses[3]
 
 
-def two_transports(rank: int, world_size: int) -> None:
-    both = [ProcessGroupTransport(dist.group.WORLD, timeout=20) for _ in range(2)]
+def two_transports(rank: int, world_size: int, make: Callable[[float], Transport]) -> None:
+    both = [make(20) for _ in range(2)]
     for number, transport in enumerate(both):
         transport.publish("key", str(number))
         agree(transport, 0, {"transport": str(number)})
@@ -212,8 +235,9 @@ def exchange_agreement_again(transport: Transport) -> None:
         agree(transport, call, {"call": str(call)})
 
 
-def test_two_transports_on_one_group_do_not_disturb_each_other() -> None:
-    run_processes(two_transports, 2)
+@BETWEEN_PROCESSES
+def test_two_transports_on_one_group_do_not_disturb_each_other(make: Callable[[float], Transport]) -> None:
+    run_processes(two_transports, 2, make)
 
 
 def test_two_loopback_worlds_have_names_of_their_own() -> None:
@@ -247,8 +271,8 @@ def leave_together(transport: Transport) -> None:
     assert transport.await_key("both gave up", 20.0)
 
 
-def post_after_a_death(rank: int, world_size: int) -> tuple[str, float]:
-    transport = ProcessGroupTransport(dist.group.WORLD, timeout=10)
+def post_after_a_death(rank: int, world_size: int, make: Callable[[float], Transport]) -> tuple[str, float]:
+    transport = make(10)
     if rank == 1:
         os._exit(3)
     start = time.monotonic()
@@ -263,16 +287,17 @@ def post_after_a_death(rank: int, world_size: int) -> tuple[str, float]:
     return str(caught.value), seconds
 
 
-def test_a_killed_rank_is_named_on_the_others() -> None:
-    results = run_processes(post_after_a_death, 3, casualties=[1])
+@BETWEEN_PROCESSES
+def test_a_killed_rank_is_named_on_the_others(make: Callable[[float], Transport]) -> None:
+    results = run_processes(post_after_a_death, 3, make, casualties=[1])
     assert results[1] is None
     for text, seconds in (results[0], results[2]):
         assert "forward step 0" in text and "for rank 1 in vain" in text
         assert seconds < 8.0  # a closed connection shows at once, well before the deadline
 
 
-def post_to_the_silent(rank: int, world_size: int) -> str:
-    transport = ProcessGroupTransport(dist.group.WORLD, timeout=20)
+def post_to_the_silent(rank: int, world_size: int, make: Callable[[float], Transport]) -> str:
+    transport = make(20)
     transport.timeout = 1.0
     if rank == 1:
         assert transport.await_key("both gave up", 20.0)
@@ -290,8 +315,9 @@ def post_to_the_silent(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_a_silent_rank_is_named_within_the_deadline() -> None:
-    for text in run_processes(post_to_the_silent, 3)[::2]:
+@BETWEEN_PROCESSES
+def test_a_silent_rank_is_named_within_the_deadline(make: Callable[[float], Transport]) -> None:
+    for text in run_processes(post_to_the_silent, 3, make)[::2]:
         assert "backward step 2" in text and "(deadline 1.0 s) for rank 1 in vain" in text
 
 
@@ -308,14 +334,60 @@ def test_construction_by_some_ranks_only_is_named() -> None:
     run_processes(construct_alone, 2)
 
 
-def refuse_devices(rank: int, world_size: int) -> None:
-    transport = ProcessGroupTransport(dist.group.WORLD)
+def fill_shared_memory(rank: int, world_size: int) -> int:
+    """Batches that grow, shrink and go one way only, by a rank that would run ahead if it were let."""
+    transport = shared_memory(20)
+    handles = len(os.listdir("/proc/self/fd"))
+    for turn, size in enumerate([10, 1_000_000, 3, 100_000, 2_000_000, *[1000] * 200]):
+        if rank == 0:
+            transport.post([(torch.full((size,), float(turn)), 1)], [], f"turn {turn}").wait()
+        else:
+            got = torch.zeros(size)
+            transport.post([], [(got, 0)], f"turn {turn}").wait()
+            assert (got == turn).all()
+    assert len(os.listdir("/proc/self/fd")) == handles + 2, "one for each arena, what it outgrew is closed"
+    return len(transport._peers[1 - rank]._arenas)
+
+
+def test_shared_memory_is_reused_and_no_rank_runs_ahead() -> None:
+    assert run_processes(fill_shared_memory, 2) == [2, 0]
+
+
+def send_a_wrong_size(rank: int, world_size: int) -> str:
+    transport = shared_memory(20)
+    if rank == 0:
+        transport.post([(torch.zeros(3), 1)], [], "step 1").wait()
+        return ""
+    with pytest.raises(PeerError) as caught:
+        transport.post([], [(torch.zeros(2), 0)], "step 1").wait()
+    return str(caught.value)
+
+
+def test_shared_memory_checks_what_arrives() -> None:
+    assert "rank 0: it sent 12 bytes where 8 were expected" in run_processes(send_a_wrong_size, 2)[1]
+
+
+def take_part_elsewhere(rank: int, world_size: int) -> str:
+    import ringattn.comm.shared_memory as module
+
+    module._machine = lambda: f"machine {rank // 2}"
+    return type(transport_over(dist.group.WORLD, 20)).__name__
+
+
+def test_ranks_on_several_machines_use_the_groups_engine() -> None:
+    assert set(run_processes(take_part_elsewhere, 3)) == {"ProcessGroupTransport"}
+    assert set(run_processes(take_part_elsewhere, 2)) == {"SharedMemoryTransport"}
+
+
+def refuse_devices(rank: int, world_size: int, make: Callable[[float], Transport]) -> None:
+    transport = make(20)
     with pytest.raises(ValueError, match=r"step 1: the tensors are on 'meta'.*\['cpu'\].*Loopback"):
         transport.post([(torch.empty(2, device="meta"), 1 - rank)], [], "step 1")
 
 
-def test_gloo_refuses_devices_it_cannot_move() -> None:
-    run_processes(refuse_devices, 2)
+@BETWEEN_PROCESSES
+def test_devices_that_cannot_be_moved_are_refused(make: Callable[[float], Transport]) -> None:
+    run_processes(refuse_devices, 2, make)
 
 
 def test_an_exception_on_one_rank_releases_all() -> None:

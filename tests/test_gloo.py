@@ -11,17 +11,25 @@ from processes import run_processes
 from test_ring import check, dense_attention, results, tensors
 
 import ringattn as ra
-from ringattn.comm import PeerError
+from ringattn.comm import PeerError, ProcessGroupTransport, SharedMemoryTransport, transport_over
 
 S = cases.SEQLEN
 MASKS = [ra.causal(), ra.longformer(4, [2, 9, 20]), ra.documents(cases.CU) & ra.causal()]
 
 
-def attend_everywhere(rank, world):
+def over_gloo():
+    return ProcessGroupTransport(dist.group.WORLD, 20)
+
+
+def over_shared_memory():
+    return transport_over(dist.group.WORLD, 20)
+
+
+def attend_everywhere(rank, world, transport):
     """Every mask, layout and schedule on this process; the tensors that must equal one process's."""
     q, k, v, dout, dlse = tensors()
     found = {}
-    first = ra.ContextParallel(dist.group.WORLD, S, mask=MASKS, options=ra.Options(timeout=20))
+    first = ra.ContextParallel(transport(), S, mask=MASKS)
     for layout in ("contiguous", "zigzag", "striped"):
         for schedule in ("ring", "exchange"):
             cp = first.replace(layout=layout, schedule=schedule)
@@ -33,13 +41,14 @@ def attend_everywhere(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_every_layout_and_schedule(world):
+@pytest.mark.parametrize("transport", [over_gloo, over_shared_memory])
+def test_every_layout_and_schedule(world, transport):
     q, k, v, dout, dlse = tensors()
     expected = []
     for mask in MASKS:
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
         expected.append(results(*dense_attention(*inputs, mask.dense(S, S)), dout, dlse, inputs))
-    ranks = run_processes(attend_everywhere, world)
+    ranks = run_processes(attend_everywhere, world, transport)
     for case in ranks[0]:
         check([found[case] for found in ranks], expected[case[2]])
 
@@ -70,6 +79,15 @@ def test_bf16_travels_as_bf16_and_errs_like_one_device():
     for found in run_processes(attend_in_low_precision, 3):
         for a, b, exact in zip(found, peer, truth, strict=True):
             assert (a - exact).abs().max() <= 2 * (b - exact).abs().max()
+
+
+def choose_transports(rank, world):
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    return [type(ra.ContextParallel(group, S).link.transport) for group in (dist.group.WORLD, mesh)]
+
+
+def test_processes_of_one_machine_share_memory():
+    assert run_processes(choose_transports, 2) == [[SharedMemoryTransport] * 2] * 2
 
 
 def use_sub_groups(rank, world):

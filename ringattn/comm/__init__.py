@@ -3,6 +3,7 @@
 from ringattn.comm.agreement import agree
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.process_group import ProcessGroupTransport
+from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
 from ringattn.comm.transport import PeerError, Pending, Solo, Transport
 
 __all__ = [
@@ -11,7 +12,9 @@ __all__ = [
     "PeerError",
     "Pending",
     "ProcessGroupTransport",
+    "SharedMemoryTransport",
     "Solo",
     "Transport",
     "agree",
+    "transport_over",
 ]

@@ -1,6 +1,7 @@
 """The transport over `torch.distributed`: gloo between CPUs, NCCL between GPUs. One batch of transfers is one
 `batch_isend_irecv`; the group's own store serves for agreement; there are no threads of our own."""
 
+import hashlib
 import itertools
 import re
 import time
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ringattn.comm.transport import Done, Parcels, PeerError, Pending, check_batch, name_ranks
+from ringattn.comm.transport import Done, Parcels, PeerError, Pending, check_batch, in_vain
 
 Answer = TypeVar("Answer")
 _Transfer = tuple[Callable[..., Any], Tensor, int]  # isend or irecv, what, with whom
@@ -77,6 +78,19 @@ class ProcessGroupTransport:
                     f"transport within {self.timeout} s ({error})"
                 ) from error
         return total
+
+    @property
+    def devices(self) -> set[str]:
+        """The types of device whose tensors the group moves."""
+        return set(self._devices)
+
+    def same_everywhere(self, text: str) -> bool:
+        """Whether every rank asks with the same text. Collective; for groups that move CPU tensors."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        bounds = torch.tensor([number, -number])
+        work = dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        _wait(work, self.timeout, bounds.device)
+        return bool(bounds.sum() == 0)
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See `Transport`. Raises ValueError for tensors on a device the group cannot move."""
@@ -171,20 +185,13 @@ class _Batch:
                 self._blame(part, error)
         self._under_way = []
         if self._errors:
-            raise self._failure(time.monotonic() - start) from next(iter(self._errors.values()))
+            # gloo's texts start with a source line and end with advice
+            texts = {peer: re.sub(r"^\[\S*\] ", "", str(e)).split(". ")[0] for peer, e in self._errors.items()}
+            raise in_vain(self._who, start, self._timeout, texts) from next(iter(self._errors.values()))
 
     def _blame(self, part: list[_Transfer], error: RuntimeError) -> None:
         for _, _, peer in part:
             self._errors.setdefault(peer, error)
-
-    def _failure(self, seconds: float) -> PeerError:
-        # gloo's texts start with a source line and end with advice
-        texts = {peer: re.sub(r"^\[\S*\] ", "", str(e)).split(". ")[0] for peer, e in self._errors.items()}
-        reasons = "; ".join(f"rank {peer}: {text}" for peer, text in sorted(texts.items()))
-        return PeerError(
-            f"{self._who} waited {seconds:.1f} s (deadline {self._timeout} s) for "
-            f"{name_ranks(list(texts))} in vain ({reasons})"
-        )
 
 
 def _parts(transfers: list[_Transfer]) -> list[list[_Transfer]]:

@@ -3,6 +3,7 @@ with which they can compare notes. It knows nothing of masks, plans or kernels, 
 processes, threads or a world of one."""
 
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -90,6 +91,15 @@ def name_ranks(ranks: Sequence[int]) -> str:
             runs.append([rank])
     noun = "rank" if len(set(ranks)) == 1 else "ranks"
     return f"{noun} {', '.join('-'.join(map(str, run)) for run in runs)}"
+
+
+def in_vain(who: str, start: float, timeout: float, reasons: dict[int, str]) -> PeerError:
+    """The error of a rank that has waited since `start` (`time.monotonic`) for the ranks in `reasons`."""
+    texts = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(reasons.items()))
+    return PeerError(
+        f"{who} waited {time.monotonic() - start:.1f} s (deadline {timeout} s) for {name_ranks(list(reasons))} in vain "
+        f"({texts})"
+    )
 
 
 class Done:
