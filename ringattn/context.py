@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm import Solo, Transport, transport_over
-from ringattn.cost import Rates, choose_layout, choose_schedule
+from ringattn.cost import Rates, choose_schedule
 from ringattn.describe import describe
 from ringattn.kernels import KERNELS
 from ringattn.layouts import LAYOUTS, Layout, named
 from ringattn.masks import BoundMask, Mask, causal
+from ringattn.placement import PLACEMENTS, Problem, balanced, choose_layout
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES
@@ -39,7 +40,7 @@ class Options:
 
     timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
-    rates: how much a device computes while a token arrives; only ``layout="auto"`` uses it.
+    rates: how much a device computes while a token arrives; ``layout`` auto and balanced use it.
     """
 
     timeout: float | None = None
@@ -67,7 +68,7 @@ class ContextParallel:
         mask: one mask, or several (those of a whole stack of layers); the first is ``attention()``'s default.
         kv_seqlen: tokens of the keys where they are another sequence (cross-attention, a cache).
         q_offset: position of the first query, for prefill in chunks and decoding.
-        layout: auto, contiguous, zigzag, striped, or a :class:`Layout` of ``seqlen`` positions.
+        layout: auto, balanced, contiguous, zigzag, striped, or a :class:`Layout` of ``seqlen`` positions.
         schedule: auto, ring, exchange.
         ulysses: ranks of the head axis; 1 until the head split lands.
         kernel: auto, or one by name, which is then never replaced by another.
@@ -106,7 +107,7 @@ class ContextParallel:
         schedules = {known.__name__: known for known in SCHEDULES}
         named("schedule", schedule, ["auto", *schedules])
         if not isinstance(layout, Layout):
-            named("layout", layout, ["auto", *(known.__name__ for known in LAYOUTS)])
+            named("layout", layout, PLACEMENTS)
         bound = {m: m.bind(self.seqlen, self.kv_seqlen, q_offset) for m in self.masks}
         self._shared = _shared or _Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
         transport = self._shared.link.transport
@@ -145,8 +146,9 @@ class ContextParallel:
                     "name a layout instead"
                 )
             return layout, layout, ["given by the caller"]
-        if layout == "auto":
-            return choose_layout(bound, self.seqlen, self.kv_seqlen, self.world_size, self.options.rates)
+        if layout in ("auto", "balanced"):
+            problem = Problem(tuple(bound), self.world_size, self.options.rates)
+            return choose_layout(problem) if layout == "auto" else balanced(problem)
         build = {known.__name__: known for known in LAYOUTS}[layout]
         q_layout = build(self.seqlen, self.world_size)
         same = self.kv_seqlen == self.seqlen

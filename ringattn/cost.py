@@ -1,4 +1,4 @@
-"""What a plan costs on a schedule, in one function that serves every ``auto``, and the choices made with it."""
+"""What a plan costs, in one function that serves every ``auto``, and the choice of a schedule."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.bands import Q_AXIS
-from ringattn.layouts import LAYOUTS, Layout
-from ringattn.masks import BoundMask
 from ringattn.plan import Plan
-
-# Cutting every band by every rank's spans beyond this many pieces costs seconds and plans tiny tiles.
-PIECE_BUDGET = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -51,42 +45,6 @@ def cost(plan: Plan, rates: Rates) -> Cost:
         float(slowest),
         float(work.max() / mean) if mean else 1.0,
     )
-
-
-def choose_layout(
-    masks: Sequence[BoundMask], q_len: int, kv_len: int, world_size: int, rates: Rates
-) -> tuple[Layout, Layout, list[str]]:
-    """The query and key layouts with the least summed cost over the masks, and a table of why.
-
-    Self-attention uses one layout for both sides. Layouts that would break the piece budget are left out.
-    """
-    best: tuple[float, Layout, Layout] | None = None
-    table = []
-    for build in LAYOUTS:
-        q_layout = build(q_len, world_size)
-        k_layout = q_layout if kv_len == q_len else build(kv_len, world_size)
-        pieces = max(_pieces(mask, q_layout) for mask in masks)
-        if pieces > PIECE_BUDGET and best is not None:
-            table.append(f"{build.__name__}: left out, about {pieces:,} pieces (budget {PIECE_BUDGET:,})")
-            continue
-        costs = [cost(Plan(mask, q_layout, k_layout), rates) for mask in masks]
-        total = sum(c.time for c in costs)
-        table.append(
-            f"{build.__name__}: slowest rank takes the time of {total:,.0f} pairs "
-            f"(balance {max(c.balance for c in costs):.2f}, receives {max(c.received for c in costs):,} tokens)"
-        )
-        if best is None or total < best[0]:
-            best = (total, q_layout, k_layout)
-    assert best is not None
-    return best[1], best[2], table
-
-
-def _pieces(mask: BoundMask, layout: Layout) -> int:
-    """How many band pieces a world plan would hold, at most: bands that meet spans, by their hulls."""
-    start, stop = mask.bands(mask.q_offset, mask.q_offset + mask.q_len).hull(Q_AXIS)
-    first = np.sort(layout.table[:, 1] + mask.q_offset)
-    last = np.sort(layout.table[:, 1] + (layout.table[:, 2] - 1) * layout.table[:, 3] + mask.q_offset)
-    return int((np.searchsorted(first, stop, "left") - np.searchsorted(last, start, "left")).sum())
 
 
 def choose_schedule(plans: Sequence[Plan]) -> tuple[str, str]:

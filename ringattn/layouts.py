@@ -169,6 +169,19 @@ def striped(seqlen: int, world_size: int) -> Layout:
     return _build("striped", seqlen, world_size, rank, rank, _even(seqlen, world_size), step)
 
 
+def chunks(seqlen: int, count: int) -> Ints:
+    """The sequence cut into ``count`` runs of equal length, to a token: spans ``[count, 3]``."""
+    sizes = _even(seqlen, count)
+    return np.stack((np.cumsum(sizes) - sizes, sizes, np.ones_like(sizes)), 1)
+
+
+def dealt(name: str, seqlen: int, world_size: int, spans: Ints, rank: Ints) -> Layout:
+    """The layout in which ``rank[i]`` holds ``spans[i]``, ascending runs; neighbours on one rank become one run."""
+    new = np.concatenate(([True], np.diff(rank) != 0))
+    length = np.add.reduceat(spans[:, 1], np.flatnonzero(new))
+    return _build(name, seqlen, world_size, rank[new], spans[new, 0], length, np.ones_like(length))
+
+
 LAYOUTS: tuple[Callable[[int, int], Layout], ...] = (contiguous, zigzag, striped)
 
 

@@ -115,10 +115,11 @@ def cross_spans(a: Ints, b: Ints) -> Ints:
     gap = b[:, 0] - a[:, 0]
     modulus = step_b // gcd
     shift = np.zeros_like(gap)
-    pairs = np.unique(np.stack((step_a // gcd, modulus), 1), axis=0) if len(a) else np.empty((0, 2), np.int64)
-    for reduced, m in pairs.tolist():
+    kind = step_a // gcd * (modulus.max(initial=0) + 1) + modulus  # both numbers in one, to be sorted fast
+    for number in np.unique(kind).tolist():
+        reduced, m = divmod(number, int(modulus.max()) + 1)
         if m > 1:
-            rows = (step_a // gcd == reduced) & (modulus == m)
+            rows = kind == number
             shift[rows] = (gap[rows] // gcd[rows]) * pow(reduced, -1, m) % m
     out = np.stack((a[:, 0] + step_a * shift, a[:, 1] - shift, step_a), 1)
     out[:, 1] = np.maximum(-(-out[:, 1] // modulus), 0)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
-from ringattn.cost import Rates, choose_layout, choose_schedule
+from ringattn.cost import Rates, choose_schedule, cost
 from ringattn.layouts import LAYOUTS, contiguous, striped, zigzag
+from ringattn.placement import Problem, balanced, choose_layout
 from ringattn.plan import Plan
 from ringattn.program import compile_program
 from ringattn.schedules import SCHEDULES, exchange, ring
@@ -172,8 +173,8 @@ def test_layout_of_the_callers_own():
 
 def test_auto_follows_the_integers():
     def layout_for(mask, seqlen=4096, world=4):
-        bound = [m.bind(seqlen, seqlen) for m in (mask if isinstance(mask, tuple) else (mask,))]
-        return choose_layout(bound, seqlen, seqlen, world, Rates(100.0))
+        masks = mask if isinstance(mask, tuple) else (mask,)
+        return choose_layout(Problem(tuple(m.bind(seqlen, seqlen) for m in masks), world, Rates(100.0)))
 
     assert layout_for(ra.sliding_window(63))[0].name == "contiguous"
     assert layout_for(ra.causal())[0].name == "zigzag"
@@ -183,6 +184,96 @@ def test_auto_follows_the_integers():
     assert any("zigzag" in line and "balance 1.00" in line for line in layout_for(ra.causal())[2])
     assert choose_schedule([plan_of(ra.sliding_window(63), contiguous, 8, 4096, 4096)])[0] == "exchange"
     assert choose_schedule([plan_of(ra.causal(), zigzag, 8, 4096, 4096)])[0] == "ring"
+
+
+def problem(*masks, seqlen=cases.SEQLEN, world=2, rate=100.0):
+    return Problem(tuple(m.bind(seqlen, seqlen) for m in masks), world, Rates(rate))
+
+
+def deal_worst(monkeypatch):
+    """Leaves the plain layouts no chance, so that what is dealt is used."""
+    monkeypatch.setattr("ringattn.placement._plain", lambda problem: ([], []))
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_balanced_covers(name, monkeypatch):
+    mask, predicate = cases.ALL[name]
+    deal_worst(monkeypatch)
+    for world in (1, 2, 3, 4):
+        layout = balanced(problem(mask, world=world))[0]
+        assert layout.name == "balanced" and layout.sizes.max() - layout.sizes.min() <= -(-cases.SEQLEN // world)
+        check_cover(Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), layout, layout), cases.dense(predicate))
+
+
+def documents_of(seqlen, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [0, *np.sort(rng.choice(np.arange(1, seqlen), count - 1, replace=False)).tolist(), seqlen]
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 64])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ra.causal(),
+        ra.prefix_lm(20_000),
+        ra.sliding_window(1000),
+        ra.documents(documents_of(1 << 17, 3000)) & ra.causal(),
+        ra.documents(documents_of(1 << 17, 3000)),
+    ],
+    ids=["causal", "prefix", "window", "documents causal", "documents"],
+)
+def test_balanced_is_even_where_links_are_fast(mask, world):
+    seqlen = 1 << 17
+    layout = balanced(problem(mask, seqlen=seqlen, world=world, rate=1.0))[0]
+    work = Plan(mask.bind(seqlen, seqlen), layout, layout).work
+    assert work.max() <= 1.05 * work.mean()
+    assert layout.sizes.max() - layout.sizes.min() <= seqlen // (2 * world)
+
+
+def test_balanced_repairs_what_no_plain_layout_can():
+    """Packed documents: the layouts that know no mask leave one rank far behind."""
+    seqlen, world = 1 << 17, 8
+    rng = np.random.default_rng(3)
+    sizes = np.sort(rng.lognormal(0, 1.5, 400))  # short documents first, long ones last
+    bounds = [0, *np.unique((sizes.cumsum() / sizes.sum() * seqlen).astype(int)).tolist()]
+    mask = ra.documents(sorted({*bounds[:-1], seqlen})) & ra.causal()
+    bound = mask.bind(seqlen, seqlen)
+    made, why = balanced(problem(mask, seqlen=seqlen, world=world))[::2]
+    plain = [cost(Plan(bound, f(seqlen, world), f(seqlen, world)), Rates(100.0)) for f in (contiguous, zigzag)]
+    best = cost(Plan(bound, made, made), Rates(100.0))
+    assert made.name == "balanced" and best.balance < 1.1 and min(c.balance for c in plain) > 1.5
+    assert best.time < 0.7 * min(c.time for c in plain) and "found balanced" in why[0]
+    slow = problem(mask, seqlen=seqlen, world=world, rate=500.0)  # where striped costs too many bytes
+    made = balanced(slow)[0]
+    auto, _, table = choose_layout(slow)
+    assert (auto.table == made.table).all() and table[-1].startswith("balanced: slowest rank")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(8, 300),
+    st.integers(1, 6),
+    st.lists(st.integers(1, 299), max_size=6),
+    st.integers(0, 60),
+    st.booleans(),
+)
+def test_balanced_never_costs_more_than_a_plain_layout(seqlen, world, cuts, left, stack):
+    bounds = [0, *sorted(min(c, seqlen) for c in cuts), seqlen]
+    masks = [ra.documents(bounds) & ra.causal(), ra.sliding_window(left) | ra.global_tokens(1)][: 1 + stack]
+    asked = problem(*masks, seqlen=seqlen, world=world)
+
+    def total(layout):
+        return sum(cost(Plan(mask, layout, layout), asked.rates).time for mask in asked.masks)
+
+    made = balanced(asked)[0]
+    assert total(made) <= min(total(build(seqlen, world)) for build in LAYOUTS)
+    assert made.sizes.max() - made.sizes.min() <= max(1, -(-seqlen // (2 * world)))
+
+
+def test_striped_is_left_out_where_it_would_explode():
+    bounds = documents_of(1 << 17, 2000)
+    asked = problem(ra.documents(bounds) & ra.causal(), seqlen=1 << 17, world=64)
+    assert any("striped: left out, about 8," in line for line in choose_layout(asked)[2])
 
 
 def test_a_million_tokens_on_a_thousand_ranks():

@@ -69,7 +69,7 @@ def check(ranks, expected, tolerance=1e-11):
 
 
 @pytest.mark.parametrize("schedule", ["ring", "exchange"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize("name", GRID)
 def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
     mask = cases.ALL[name][0]
@@ -124,7 +124,7 @@ def test_scale_is_used():
 
 
 @pytest.mark.parametrize("schedule", ["ring", "exchange"])
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "q_offset", "mask"),
     [(11, 29, 0, ra.full()), (13, 29, 16, ra.causal()), (2, 29, 27, ra.sliding_window(6)), (1, 29, 28, ra.causal())],
