@@ -2,6 +2,7 @@
 dies, stays silent, raises or returns early."""
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -109,6 +110,60 @@ def exchange_sends_reused_after_wait(transport: Transport) -> None:
         buffer.fill_(float("nan"))
     for turn in range(4):
         assert (arriving[turn] == 10.0 * ((rank - 1) % world) + turn).all()
+
+
+def exchange_batches_that_differ_at_both_ends(transport: Transport) -> None:
+    """The n-th receive takes the n-th send, whatever batches they are in."""
+    rank, world = transport.rank, transport.world_size
+    after, before = (rank + 1) % world, (rank - 1) % world
+    got = [torch.full((3,), -1.0) for _ in range(3)]
+    first = transport.post([], [(got[0], before)], "receive one")
+    two = transport.post([(torch.full((3,), float(number)), after) for number in range(2)], [], "send two")
+    rest = transport.post([(torch.full((3,), 2.0), after)], [(got[1], before), (got[2], before)], "the rest")
+    for pending in (rest, two, first):
+        pending.wait()
+    assert [int(tensor[0]) for tensor in got] == [0, 1, 2]
+
+
+def exchange_many_batches_in_flight(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    got = [torch.zeros(2) for _ in range(1000)]
+    pending = [
+        transport.post([(torch.full((2,), float(n)), (rank + 1) % world)], [(x, (rank - 1) % world)], f"batch {n}")
+        for n, x in enumerate(got)
+    ]
+    for batch in reversed(pending):
+        batch.wait()
+    assert all(int(x[0]) == n for n, x in enumerate(got))
+
+
+def exchange_many_tensors_at_once(transport: Transport) -> None:
+    rank, world = transport.rank, transport.world_size
+    got = [torch.zeros(2) for _ in range(2500)]
+    sends = [(torch.full((2,), float(n)), (rank + 1) % world) for n in range(len(got))]
+    transport.post(sends, [(x, (rank - 1) % world) for x in got], "many").wait()
+    assert all(int(x[0]) == n for n, x in enumerate(got))
+
+
+def exchange_a_wait_that_serves_all(transport: Transport) -> None:
+    """Rank 1 waits for the last rank, which waits for rank 0, which waits to be received by rank 1."""
+    rank, last = transport.rank, transport.world_size - 1
+    if last < 2:
+        return
+    big, got = torch.ones(100_000), torch.zeros(100_000)
+    if rank == 0:
+        for turn in range(3):
+            transport.post([(big, 1)], [], f"turn {turn}").wait()
+        transport.post([(big, last)], [], "go").wait()
+    elif rank == 1:
+        taken = [transport.post([], [(torch.zeros(100_000), 0)], f"turn {turn}") for turn in range(3)]
+        transport.post([], [(got, last)], "from the last").wait()
+        for pending in taken:
+            pending.wait()
+    elif rank == last:
+        transport.post([], [(got, 0)], "go").wait()
+        transport.post([(got, 1)], [], "to rank 1").wait()
+    assert rank not in (1, last) or (got == 1).all()
 
 
 def exchange_store(transport: Transport) -> None:
@@ -351,6 +406,41 @@ def fill_shared_memory(rank: int, world_size: int) -> int:
 
 def test_shared_memory_is_reused_and_no_rank_runs_ahead() -> None:
     assert run_processes(fill_shared_memory, 2) == [2, 0]
+
+
+def leave_after_sending(rank: int, world_size: int) -> None:
+    for turn in range(30):
+        transport = shared_memory(20)
+        got = torch.zeros(5)
+        if rank == 0:
+            for number in (1.0, 2.0):
+                transport.post([(torch.full((5,), number), 1)], [], "last words").wait()
+            del transport
+        else:
+            for number in (1.0, 2.0):
+                time.sleep(0.002 * (turn % 2))
+                transport.post([], [(got, 0)], "last words").wait()
+                assert (got == number).all()
+
+
+def test_what_was_sent_arrives_after_its_sender_has_left() -> None:
+    run_processes(leave_after_sending, 2)
+
+
+def run_out_of_handles(rank: int, world_size: int) -> str:
+    transport = shared_memory(20)
+    if rank == 0:
+        transport.post([(torch.ones(3), 1)], [], "step 1").wait()
+        return ""
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with pytest.raises(PeerError) as caught:
+        transport.post([], [(torch.zeros(3), 0)], "step 1").wait()
+    return str(caught.value)
+
+
+def test_a_process_out_of_file_handles_is_told() -> None:
+    assert "rank 0: its memory could not be mapped" in run_processes(run_out_of_handles, 2)[1]
 
 
 def send_a_wrong_size(rank: int, world_size: int) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ringattn.comm.transport import Done, Parcels, PeerError, Pending, check_batch, in_vain
+from ringattn.comm.transport import Done, Parcels, PeerError, Pending, check_batch, check_device, in_vain
 
 Answer = TypeVar("Answer")
 _Transfer = tuple[Callable[..., Any], Tensor, int]  # isend or irecv, what, with whom
@@ -73,11 +73,14 @@ class ProcessGroupTransport:
                 _wait(work, self.timeout, device)
                 total = int(numbers.item())
             except RuntimeError as error:
-                raise PeerError(
-                    f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its "
-                    f"transport within {self.timeout} s ({error})"
-                ) from error
+                raise self._absent(error) from error
         return total
+
+    def _absent(self, error: RuntimeError) -> PeerError:
+        return PeerError(
+            f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its "
+            f"transport within {self.timeout} s ({error})"
+        )
 
     @property
     def devices(self) -> set[str]:
@@ -87,9 +90,12 @@ class ProcessGroupTransport:
     def same_everywhere(self, text: str) -> bool:
         """Whether every rank asks with the same text. Collective; for groups that move CPU tensors."""
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-        bounds = torch.tensor([number, -number])
-        work = dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._group, async_op=True)
-        _wait(work, self.timeout, bounds.device)
+        bounds = torch.tensor([number, -number], device="cpu")
+        try:
+            work = dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            _wait(work, self.timeout, bounds.device)
+        except RuntimeError as error:
+            raise self._absent(error) from error
         return bool(bounds.sum() == 0)
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
@@ -101,17 +107,9 @@ class ProcessGroupTransport:
         if not transfers:
             return Done()
         for _, tensor, _ in transfers:
-            self._check_device(tensor.device.type, what)
+            check_device(tensor, self._devices, self.name, what)
         who = f"{what}: rank {self.rank} of group '{self.name}'"
         return _Batch(who, self.timeout, self._group, transfers)
-
-    def _check_device(self, kind: str, what: str) -> None:
-        if kind not in self._devices:
-            raise ValueError(
-                f"{what}: the tensors are on '{kind}', but group '{self.name}' moves tensors on "
-                f"{sorted(self._devices)} only (gloo has no GPU transfers); start it with "
-                "init_process_group('cpu:gloo,cuda:nccl'), or use ringattn.Loopback for ranks on one GPU"
-            )
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""

@@ -1,6 +1,7 @@
 """The transport between processes of one machine: memory they share instead of gloo's sockets, which copy every
 byte twice through the kernel on the very cores that compute. Two ranks are joined by a Unix socket, over which
-only notes pass; a batch's tensors for one peer are copied into an arena that the peer has mapped too."""
+only notes pass; a batch's tensors for one peer are copied into an arena that the peer has mapped too. A note is the
+number of an arena and the sizes of the tensors in it; the number alone is the answer, that they have been taken."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -22,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.process_group import ProcessGroupTransport
-from ringattn.comm.transport import Done, Parcels, Pending, Transport, check_batch, in_vain
+from ringattn.comm.transport import Done, Parcels, Pending, Transport, by_peer, check_batch, check_device, in_vain
 
-LARGEST_NOTE = 1 << 17  # bytes: 16,000 tensors of one batch for one peer
-CLOSED = "its connection is closed: the process has ended or dropped its context"
+TENSORS_OF_A_NOTE = 1000  # notes must fit a socket's buffer
+CLOSED = "its connection is closed: the process has ended, dropped its context, or gave up waiting for this rank"
 
 
 def transport_over(group: dist.ProcessGroup, timeout: float) -> Transport:
@@ -51,8 +53,8 @@ class SharedMemoryTransport:
 
     Construction is collective. Sends are taken out of their tensors when they are posted; receives are filled in
     `wait()`, which returns only when the peers have taken what earlier batches sent them: no rank runs ahead, and
-    two arenas a peer are enough. A dead peer shows at once, by its closed socket, and a missed deadline closes the
-    connection with the silent peer for good.
+    two arenas a peer are enough. A dead peer shows at once, by its closed socket (or at the deadline, while a forked
+    child of it lives on), and a missed deadline closes the connection with the silent peer for good.
 
     Args:
         store: the transport through which the ranks agree; rank, name and timeout are taken from it.
@@ -76,17 +78,20 @@ class SharedMemoryTransport:
             listener.bind(address)
             listener.listen(self.world_size)
             self.publish(f"socket {self.rank}", address[1:])
+            missing = [0]
             try:
                 for rank in range(self.rank):
+                    missing = [rank]
                     peers[rank] = _Peer(self._call(rank, start))
-                while len(peers) < self.world_size - 1:
+                while missing := [r for r in range(self.rank + 1, self.world_size) if r not in peers]:
                     listener.settimeout(self._left(start))
                     caller, _ = listener.accept()
                     caller.settimeout(self._left(start))
-                    peers[int(caller.recv(16))] = _Peer(caller)
-            except (OSError, ValueError) as error:
-                missing = {r: str(error) for r in range(self.world_size) if r != self.rank and r not in peers}
-                raise in_vain(self._who("connecting"), start, self.timeout, missing) from error
+                    rank = int(caller.recv(16) or -1)  # -1: it called, and died
+                    peers[rank] = _Peer(caller)
+            except OSError as error:
+                reasons = dict.fromkeys(missing, str(error))
+                raise in_vain(self._who("connecting"), start, self.timeout, reasons) from error
         return peers
 
     def _call(self, rank: int, start: float) -> socket.socket:
@@ -108,60 +113,56 @@ class SharedMemoryTransport:
         """See `Transport`. Raises ValueError for tensors that are not in the CPU's memory."""
         check_batch(self, sends, recvs)
         for tensor, _ in (*sends, *recvs):
-            if tensor.device.type != "cpu":
-                raise ValueError(
-                    f"{what}: the tensors are on '{tensor.device.type}', but group '{self.name}' moves tensors on "
-                    "['cpu'] only; start it with init_process_group('cpu:gloo,cuda:nccl'), or use "
-                    "ringattn.Loopback for ranks on one GPU"
-                )
+            check_device(tensor, {"cpu"}, self.name, what)
+        out, back = by_peer(sends), by_peer(recvs)
         debts = []
-        for rank in sorted({rank for _, rank in (*sends, *recvs)}):
+        for rank in sorted(out.keys() | back.keys()):
             peer = self._peers[rank]
-            answers = peer.sent
-            lost = peer.send([tensor for tensor, to in sends if to == rank and tensor.numel()])
-            tensors = peer.expect([tensor for tensor, source in recvs if source == rank and tensor.numel()])
-            debts.append(_Debt(rank, peer, tensors, answers, lost))
-        return _Batch(self._who(what), self.timeout, debts) if debts else Done()
+            answers = peer.sent if rank in out else 0
+            peer.send(out.get(rank, []))
+            tensors = peer.expect(back[rank]) if rank in back else 0
+            debts.append(_Debt(rank, peer, tensors, answers, rank in out))
+        return _Batch(self._who(what), self.timeout, debts, list(self._peers.values())) if debts else Done()
 
 
 @dataclass(slots=True)
 class _Debt:
-    """What a peer owes one batch: that it has sent `tensors` in all and answered `answers` notes in all. `failed`
-    says why it never will."""
+    """What a peer owes one batch: that it has sent `tensors` in all and answered `answers` notes in all. `sends` says
+    whether the batch sends to it, `failed` why it failed the batch."""
 
     rank: int
     peer: _Peer
     tensors: int
     answers: int
-    failed: str | None
+    sends: bool
+    failed: str | None = None
 
-    def open(self) -> bool:
-        """Whether something is owed that may still come."""
+    def settle(self) -> bool:
+        """Whether nothing is owed any more, or what is owed can no longer come."""
+        lacking = self.peer.received < self.tensors
         if self.peer.why is None:
-            return self.peer.received < self.tensors or self.peer.answered < self.answers
-        if self.peer.received < self.tensors:
+            return not (lacking or self.peer.outbox or self.peer.answered < self.answers)
+        if lacking or (self.sends and self.peer.undelivered):
             self.failed = self.failed or self.peer.why
-        return False
+        return True
 
 
 @dataclass(slots=True)
 class _Batch:
-    """One batch under way."""
+    """One batch under way, and all peers of the rank: while it waits it serves them all."""
 
     who: str
     timeout: float
     debts: list[_Debt]
+    peers: list[_Peer]
 
     def wait(self) -> None:
         """See `Pending`."""
         start = time.monotonic()
-        while owing := [debt for debt in self.debts if debt.open()]:
+        while owing := [debt for debt in self.debts if not debt.settle()]:
             left = start + self.timeout - time.monotonic()
             if left > 0:
-                poll = select.poll()
-                peers = {debt.peer.listen(poll): debt.peer for debt in owing}
-                for number, _ in poll.poll(1000 * left):
-                    peers[number].read()
+                _serve([peer for peer in self.peers if peer.why is None], left)
                 continue
             for debt in owing:
                 debt.failed = f"nothing came within {self.timeout} s"
@@ -169,6 +170,18 @@ class _Batch:
         failed = {debt.rank: debt.failed for debt in self.debts if debt.failed}
         if failed:
             raise in_vain(self.who, start, self.timeout, failed)
+
+
+def _serve(peers: list[_Peer], seconds: float) -> None:
+    """Waits until a socket is ready, then sends and takes in what can be."""
+    poll = select.poll()
+    for peer in peers:
+        poll.register(peer.socket, select.POLLIN | (select.POLLOUT if peer.outbox else 0))
+    ready = {number for number, _ in poll.poll(min(1000 * seconds, 1e6))}
+    for peer in peers:
+        if peer.socket.fileno() in ready:
+            peer.flush()
+            peer.read()
 
 
 @dataclass(slots=True)
@@ -181,50 +194,71 @@ class _Arena:
 
 class _Peer:
     """The connection with one peer. Counts since its beginning: notes `sent` to it and of those `answered`, tensors
-    `received`. `why` says why it is closed."""
+    `received`. `why` says why it is closed, and `undelivered` that tensors for it were then lost; `outbox` holds notes
+    that its socket has no room for, with the handle of an arena that the peer has yet to map."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.sent = self.answered = self.received = 0
         self.why: str | None = None
-        self._socket = connection
-        self._socket.settimeout(None)
+        self.undelivered = False
+        self.socket = connection
+        self.outbox: deque[tuple[bytes, int | None]] = deque()
         self._arenas: list[_Arena] = []
         self._mapped: dict[int, Tensor] = {}
         self._arrived: deque[tuple[Tensor, int | None]] = deque()  # and the arena of which it is the last
         self._expected: deque[Tensor] = deque()
-
-    def listen(self, poll: select.poll) -> int:
-        """Registers the socket for reading; its number."""
-        poll.register(self._socket, select.POLLIN)
-        return self._socket.fileno()
+        connection.setblocking(False)
 
     def close(self, why: str) -> None:
-        """Nothing more goes to this peer or comes from it."""
-        self.why = self.why or why
-        self._socket.close()
+        """Nothing more goes to this peer or comes from it, but for what has arrived."""
+        if self.why is None:
+            self.why = why
+            while self.outbox:
+                note, handle = self.outbox.popleft()
+                self.undelivered |= len(note) > len(_note(0))  # more than an answer
+                if handle is not None:
+                    os.close(handle)
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # also for children that have inherited it
+            self.socket.close()
 
-    def send(self, tensors: Sequence[Tensor]) -> str | None:
-        """Copies tensors into an arena and tells the peer; why that failed, or None."""
-        if not tensors or self.why:
-            return self.why if tensors else None
-        sizes = [tensor.nbytes for tensor in tensors]
-        number, handle = self._free_arena(_offsets(sizes)[-1])
-        memory = self._arenas[number].memory
-        for tensor, size, offset in zip(tensors, sizes, _offsets(sizes), strict=False):
-            memory[offset : offset + size].copy_(_bytes(tensor))
-        note = struct.pack(f"<{1 + len(sizes)}q", number, *sizes)
-        assert len(note) <= LARGEST_NOTE, f"{len(sizes)} tensors of one batch for one peer"
-        try:
-            socket.send_fds(self._socket, [note], [] if handle is None else [handle])
-        except OSError:
-            self.close(CLOSED)
-            return self.why
-        finally:
+    def __del__(self) -> None:
+        self.close("dropped")
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Copies tensors into arenas and tells the peer."""
+        self.read()  # answers free arenas
+        for first in range(0, len(tensors), TENSORS_OF_A_NOTE):
+            part = tensors[first : first + TENSORS_OF_A_NOTE]
+            if self.why is not None:
+                self.undelivered = True
+                return
+            offsets, total = _offsets([tensor.nbytes for tensor in part])
+            number, handle = self._free_arena(total)
+            arena = self._arenas[number]
+            for tensor, offset in zip(part, offsets, strict=True):
+                arena.memory[offset : offset + tensor.nbytes].copy_(_bytes(tensor))
+            arena.busy = True
+            self.sent += 1
+            self.outbox.append((_note(number, *(tensor.nbytes for tensor in part)), handle))
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends the notes for which the socket has room."""
+        while self.outbox and self.why is None:
+            note, handle = self.outbox[0]
+            attached = [] if handle is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", handle))]
+            try:
+                self.socket.sendmsg([note], attached)
+            except BlockingIOError:
+                return
+            except OSError:  # gone, but what it sent before may still lie here
+                self.read()
+                self.close(CLOSED)
+                return
+            self.outbox.popleft()
             if handle is not None:
                 os.close(handle)
-        self._arenas[number].busy = True
-        self.sent += 1
-        return None
 
     def _free_arena(self, size: int) -> tuple[int, int | None]:
         """The number of an arena that is not in use, and the handle of its memory if the peer has yet to map it."""
@@ -233,8 +267,12 @@ class _Peer:
             if self._arenas[number].memory.numel() >= size:
                 return number, None
         handle = os.memfd_create("ringattn")  # freed with its last user, whatever becomes of the processes
-        os.ftruncate(handle, size)
-        arena = _Arena(_map(handle, size))
+        try:
+            os.ftruncate(handle, size)
+            arena = _Arena(_map(handle, size))
+        except OSError:
+            os.close(handle)
+            raise
         if not free:
             self._arenas.append(arena)
             return len(self._arenas) - 1, handle
@@ -244,19 +282,20 @@ class _Peer:
     def expect(self, tensors: Sequence[Tensor]) -> int:
         """Queues tensors to be filled; how many will then have been received in all."""
         self._expected += tensors
+        last = self.received + len(self._expected)
         self._deliver()
-        return self.received + len(self._expected)
+        return last
 
     def read(self) -> None:
         """Takes in all notes that have come."""
         while self.why is None:
             try:
                 # not recv_fds, which drops its flags
-                note, attached, _, _ = self._socket.recvmsg(LARGEST_NOTE, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)
+                note, attached, flags, _ = self.socket.recvmsg(8 + 8 * TENSORS_OF_A_NOTE, socket.CMSG_LEN(4))
             except BlockingIOError:
                 return
-            except OSError:
-                note = b""
+            except ConnectionResetError:  # it has left something unread; what it sent is still to come
+                continue
             if not note:
                 self.close(CLOSED)
                 return
@@ -265,36 +304,52 @@ class _Peer:
                 self._arenas[number].busy = False
                 self.answered += 1
                 continue
-            offsets = _offsets(sizes)
-            if attached:
-                (handle,) = struct.unpack("i", attached[0][2][:4])
-                self._mapped[number] = _map(handle, offsets[-1])
-                os.close(handle)
-            for i, (size, offset) in enumerate(zip(sizes, offsets, strict=False)):
-                last = number if i == len(sizes) - 1 else None
-                self._arrived.append((self._mapped[number][offset : offset + size], last))
+            offsets, total = _offsets(sizes)
+            try:
+                self._remember(number, total, attached, flags)
+            except OSError as error:
+                self.close(f"its memory could not be mapped: {error}")
+                return
+            parts = [self._mapped[number][offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+            self._arrived += [(part, None) for part in parts[:-1]]
+            self._arrived.append((parts[-1], number))
             self._deliver()
+
+    def _remember(self, number: int, size: int, attached: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Maps an arena whose handle came with a note."""
+        if flags & socket.MSG_CTRUNC:
+            raise OSError("this process is out of file handles")
+        if attached:
+            (handle,) = struct.unpack("i", attached[0][2][:4])
+            try:
+                self._mapped[number] = _map(handle, size)
+            finally:
+                os.close(handle)
 
     def _deliver(self) -> None:
         """Fills expected tensors in order, and answers a note when its last tensor is taken."""
-        while self._expected and self._arrived and self.why is None:
+        while self._expected and self._arrived:
             expected, (found, last) = self._expected[0], self._arrived[0]
             if expected.nbytes != found.numel():
                 self.close(f"it sent {found.numel()} bytes where {expected.nbytes} were expected")
+                self._arrived.clear()
                 return
             _bytes(expected).copy_(found)
             self._expected.popleft(), self._arrived.popleft()
             self.received += 1
-            if last is not None:
-                try:
-                    self._socket.send(struct.pack("<q", last))
-                except OSError:  # it has sent all it wanted to and is gone; reading tells
-                    continue
+            if last is not None and self.why is None:
+                self.outbox.append((_note(last), None))
+                self.flush()
 
 
-def _offsets(sizes: Sequence[int]) -> list[int]:
+def _note(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where tensors of these sizes begin in an arena, each on a cache line, and where the last one ends."""
-    return list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    *offsets, total = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+    return offsets, total
 
 
 def _bytes(tensor: Tensor) -> Tensor:

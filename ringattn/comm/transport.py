@@ -4,7 +4,7 @@ processes, threads or a world of one."""
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -79,6 +79,25 @@ def check_batch(transport: Transport, sends: Parcels, recvs: Parcels) -> None:
         assert tensor.is_contiguous(), f"transfers take contiguous tensors, not strides {tensor.stride()}"
         assert 0 <= peer < transport.world_size, f"rank {peer} is not in a group of {transport.world_size}"
         assert peer != transport.rank, f"rank {peer} cannot send to itself"
+
+
+def check_device(tensor: Tensor, devices: Collection[str], name: str, what: str) -> None:
+    """Raises ValueError for a tensor on a device whose tensors the group `name` does not move."""
+    if tensor.device.type not in devices:
+        raise ValueError(
+            f"{what}: the tensors are on '{tensor.device.type}', but group '{name}' moves tensors on "
+            f"{sorted(devices)} only (gloo has no GPU transfers); start it with "
+            "init_process_group('cpu:gloo,cuda:nccl'), or use ringattn.Loopback for ranks on one GPU"
+        )
+
+
+def by_peer(parcels: Parcels) -> dict[int, list[Tensor]]:
+    """Tensors by the rank they go to or come from; empty ones have nothing to move, and both ends know that."""
+    peers: dict[int, list[Tensor]] = {}
+    for tensor, rank in parcels:
+        if tensor.numel():
+            peers.setdefault(rank, []).append(tensor)
+    return peers
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
