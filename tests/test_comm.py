@@ -400,12 +400,13 @@ def fill_shared_memory(rank: int, world_size: int) -> int:
             got = torch.zeros(size)
             transport.post([], [(got, 0)], f"turn {turn}").wait()
             assert (got == turn).all()
-    assert len(os.listdir("/proc/self/fd")) == handles + 2, "one for each arena, what it outgrew is closed"
+    assert len(os.listdir("/proc/self/fd")) <= handles + 2, "one for each arena, what it outgrew is closed"
     return len(transport._peers[1 - rank]._arenas)
 
 
 def test_shared_memory_is_reused_and_no_rank_runs_ahead() -> None:
-    assert run_processes(fill_shared_memory, 2) == [2, 0]
+    arenas = run_processes(fill_shared_memory, 2)
+    assert 1 <= arenas[0] <= 2 and arenas[1] == 0  # one is enough where the peer answers at once
 
 
 def leave_after_sending(rank: int, world_size: int) -> None:
