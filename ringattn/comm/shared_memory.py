@@ -331,7 +331,8 @@ class _Peer:
         while self._expected and self._arrived:
             expected, (found, last) = self._expected[0], self._arrived[0]
             if expected.nbytes != found.numel():
-                self.close(f"it sent {found.numel()} bytes where {expected.nbytes} were expected")
+                self.close(CLOSED)
+                self.why = f"it sent {found.numel()} bytes where {expected.nbytes} were expected"  # also if it has left
                 self._arrived.clear()
                 return
             _bytes(expected).copy_(found)
