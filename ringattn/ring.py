@@ -105,7 +105,7 @@ def backward(
 
 
 def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
-    """``rowsum(dout * out) - dlse``, ``[B, H, S]``: what the softmax's backward subtracts (FlashAttention-2, eq. 4)."""
+    """``rowsum(dout * out) - dlse``, ``[B, H, S]``: what the softmax's backward subtracts (D of FlashAttention-2)."""
     delta = (dout * out).sum(-1).transpose(1, 2).contiguous()
     return delta if dlse is None else delta - dlse
 
