@@ -19,6 +19,7 @@ from benchmarks.common import interleaved, medians, write
 from ringattn.kernels import Grads, Rows
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.merge import Partial
+from ringattn.scores import TileScores
 
 HEADS, DIM = 4, 64
 SCALE = DIM**-0.5
@@ -57,13 +58,13 @@ def tile(length: int, window: tuple[int | None, int | None]) -> Pair:
     """One tile of the kernel, folded into a result that is there and added to gradients that are."""
     q, k, v, dout = tensors(length, 4)
     kernel, acc = Sdpa(), Partial.empty(1, length, HEADS, DIM, torch.float32, "cpu")
-    kernel.forward(q, k, v, window, SCALE, acc, fresh=True)
+    kernel.forward(q, k, v, TileScores(window, SCALE), acc, fresh=True)
     lse = acc.lse.float()
     rows = Rows(q, dout, acc.out.clone(), lse, (dout * acc.out).sum(-1).transpose(1, 2), None)
     grads = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
     return (
-        lambda: kernel.forward(q, k, v, window, SCALE, acc, fresh=False),
-        lambda: kernel.backward(rows, k, v, window, SCALE, grads),
+        lambda: kernel.forward(q, k, v, TileScores(window, SCALE), acc, fresh=False),
+        lambda: kernel.backward(rows, k, v, TileScores(window, SCALE), grads),
     )
 
 

@@ -19,6 +19,7 @@ from ringattn.comm import Pending
 from ringattn.kernels import Grads, Kernel, Rows
 from ringattn.merge import Partial
 from ringattn.program import Move, Program, Stage
+from ringattn.scores import TileScores
 from ringattn.tiles import Rows as RowIndex
 from ringattn.tiles import Tile
 from ringattn.wire import Link, add_rows, in_place, pack_rows, pack_shard, rows_kv
@@ -58,8 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
                     _take(q, tile.q),
                     _take(keys, tile.k),
                     _take(values, tile.k),
-                    tile.window,
-                    run.scale,
+                    TileScores(tile.window, run.scale),
                     rows,
                     tile.fresh,
                 )
@@ -254,7 +254,7 @@ def _tile_backward(run: Run, tile: Tile, heads: slice, rows: Rows, k: Tensor, v:
         _grad_rows(grads.dv[:, :, heads], tile.k) as dv,
     ):
         keys, values = _take(k[:, :, heads], tile.k), _take(v[:, :, heads], tile.k)
-        run.kernel.backward(rows, keys, values, tile.window, run.scale, Grads(dq, dk, dv))
+        run.kernel.backward(rows, keys, values, TileScores(tile.window, run.scale), Grads(dq, dk, dv))
 
 
 class RingAttention(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """What a kernel is: it computes one tile of attention and knows nothing of ranks.
 
-A tile is a rectangle of queries and keys with a band through it, `window = (left, right)`, aligned
+A tile is a rectangle of queries and keys with a band through it, `scores.window = (left, right)`, aligned
 bottom-right: query `i` of `nq` attends key `j` of `nk` iff
 `i + (nk - nq) - left <= j <= i + (nk - nq) + right`, `None` meaning unbounded on that side. Tiles are
 trimmed: every row has a key and every key has a row. The forward folds the tile into a running `Partial`; the
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ringattn.merge import Partial
-
-Window = tuple[int | None, int | None]
+from ringattn.scores import TileScores
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Call:
     num_heads: int
     num_kv_heads: int
     windowed: bool = False  # some tile is neither a full rectangle nor a plain causal triangle
-    features: frozenset[str] = frozenset()  # of "softcap", "bias", "sinks", "dropout"
+    features: frozenset[str] = frozenset()  # of "softcap", "bias", "alibi", "dropout": see `Scores.features`
 
     def __str__(self) -> str:
         return (
@@ -108,11 +107,11 @@ class Kernel(Protocol):
         """None if the call can be computed, else the reason in words, with the value and the rule."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Fold one tile into `acc`, its rows of the running result; `fresh`: nothing is in them yet."""
         ...
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         """Add one tile's dq, dk, dv, given the global out, lse and delta."""
         ...
 

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from ringattn.kernels.base import Call, Grads, Rows, Window
+from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.merge import Partial, fold
+from ringattn.scores import TileScores, Window
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,18 +28,18 @@ class Reference:
             return f"dtype {call.dtype} is not floating point (float16, bfloat16, float32, float64)"
         return refuse_features(call)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         with torch.autocast(q.device.type, enabled=False):
             dtype = acc.out.dtype
-            scores = _scores(_grouped(q.to(dtype), k), k.to(dtype), window, scale)
-            peak = scores.amax(-1, keepdim=True)
-            p = torch.exp(scores - peak)
+            logits = _logits(_grouped(q.to(dtype), k), k.to(dtype), scores.window, scores.scale)
+            peak = logits.amax(-1, keepdim=True)
+            p = torch.exp(logits - peak)
             total = p.sum(-1, keepdim=True)
             out = torch.einsum("bhgqk,bkhd->bqhgd", p / total, v.to(dtype))
             lse = (peak + total.log()).squeeze(-1)
         fold(acc, out.flatten(2, 3), lse.flatten(1, 2), fresh)
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         with torch.autocast(k.device.type, enabled=False):
             assert rows.delta is not None, "this kernel reads delta"
             dtype = grads.dq.dtype
@@ -47,9 +48,9 @@ class Reference:
             heads = (k.size(2), q.size(3))
             lse = rows.lse.to(dtype).unflatten(1, heads).unsqueeze(-1)
             delta = rows.delta.to(dtype).unflatten(1, heads).unsqueeze(-1)
-            p = torch.exp(_scores(q, k, window, scale) - lse)
+            p = torch.exp(_logits(q, k, scores.window, scores.scale) - lse)
             dp = torch.einsum("bqhgd,bkhd->bhgqk", dout, v)
-            ds = p * (dp - delta) * scale
+            ds = p * (dp - delta) * scores.scale
             grads.dq.add_(torch.einsum("bhgqk,bkhd->bqhgd", ds, k).flatten(2, 3))
             grads.dk.add_(torch.einsum("bhgqk,bqhgd->bkhd", ds, q))
             grads.dv.add_(torch.einsum("bhgqk,bqhgd->bkhd", p, dout))
@@ -82,7 +83,7 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
     return x.unflatten(2, (k.size(2), -1))
 
 
-def _scores(q: Tensor, k: Tensor, window: Window, scale: float) -> Tensor:
+def _logits(q: Tensor, k: Tensor, window: Window, scale: float) -> Tensor:
     """`[B, Hkv, group, nq, nk]`, -inf outside the band."""
     scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * scale
     mask = band_mask(q.size(1), k.size(1), window, q.device)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import sdpa_cuda, windows
-from ringattn.kernels.base import Call, Grads, Rows, Window
+from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
 from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.kernels.reference import FLOATING, refuse_features
 from ringattn.merge import Partial, fold
+from ringattn.scores import TileScores
 
 # Rows and columns of one operator call: it bounds scratch memory, and such calls run at full speed.
 LIMIT = 8192
@@ -48,7 +49,8 @@ class Sdpa:
             return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} on the CPU"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float, acc: Partial, fresh: bool) -> None:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+        window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(q):
             fold(acc, *sdpa_cuda.forward(q, k, v, window, scale), fresh)
             return
@@ -62,7 +64,8 @@ class Sdpa:
             fold(acc.rows(piece.rows), out, lse, fresh and piece.rows.stop > reached)
             reached = max(reached, piece.rows.stop)
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float, grads: Grads) -> None:
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+        window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(k):
             grads.add(*sdpa_cuda.backward(rows, k, v, window, scale))
             return

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringattn.kernels.base import Call, Rows, Window
+from ringattn.kernels.base import Call, Rows
 from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
 from ringattn.kernels.pieces import TileBand
+from ringattn.scores import Window
 
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM = 128
