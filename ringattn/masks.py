@@ -63,6 +63,14 @@ class Mask:
         parts = [arg.digest if isinstance(arg, Mask) else repr(arg) for arg in self.args]
         return hashlib.sha256("|".join((self.rule.__name__, *parts)).encode()).hexdigest()[:16]
 
+    @cached_property
+    def handle(self) -> torch.Tensor:
+        """The digest as an int64 tensor ``[1]``: what a compiled graph takes instead of the mask."""
+        import torch
+
+        with torch.inference_mode(False):
+            return torch.frombuffer(bytearray(bytes.fromhex(self.digest)), dtype=torch.int64)
+
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))
 

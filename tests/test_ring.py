@@ -68,7 +68,7 @@ def check(ranks, expected, tolerance=1e-11):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"rank {rank} {name}: {m}")  # noqa: B023
 
 
-@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize("name", GRID)
 def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
@@ -84,7 +84,7 @@ def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
         for world in (1, 4, 8)
         for i, name in enumerate(GRID)
         for j, layout in enumerate(("contiguous", "zigzag", "striped"))
-        for n, schedule in enumerate(("ring", "exchange"))
+        for n, schedule in enumerate(("ring", "exchange", "gather"))
         for keep in [(i + j + n + world // 4) % 6 == 0]
     ],
 )
@@ -123,7 +123,7 @@ def test_scale_is_used():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "q_offset", "mask"),
@@ -167,7 +167,7 @@ def test_bytes_moved_are_the_plans():
         row = 2 * 2 * (8 + 8) * 8  # batch 2, two KV heads, K and V of 8, fp64
         return cp.traffic(), row, cp.program(cp.masks[0]), int(cp.plan.received[transport.rank])
 
-    for schedule in ("ring", "exchange"):
+    for schedule in ("ring", "exchange", "gather"):
         for traffic, row, program, need in ra.Loopback(3).run(lambda t, s=schedule: one_rank(t, s)):
             for kind in ("forward kv", "backward kv"):
                 assert traffic["received"].get(kind, 0) == row * program.tokens("kv_recvs")
@@ -316,6 +316,6 @@ def test_two_contexts_made_on_one_transport_never_share_a_call_number():
     def one_rank(transport):
         _q, _k, _v, _, _ = tensors()
         contexts = [ra.ContextParallel(transport, S, mask=m) for m in (ra.causal(), ra.full())]
-        return [cp.agreement("anything") for cp in contexts] + [contexts[0].agreement("other")]
+        return [cp.binding.agreement("anything") for cp in contexts] + [contexts[0].binding.agreement("other")]
 
     assert ra.Loopback(2).run(one_rank) == [[0, 1, 2], [0, 1, 2]]
