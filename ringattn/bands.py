@@ -250,7 +250,7 @@ def _subtract_rows(x: Bands, y: Bands) -> tuple[Bands, Ints]:
     data, kept = trim_rows(np.concatenate(pieces))
     out, parent = Bands(data[kept], tuple(sets)), np.concatenate(parents)[kept]
     if sets:  # a set may be empty inside its span; cut on, such rows would multiply
-        held = (_counts(out) > 0).all(0)
+        held = (counts(out) > 0).all(0)
         out, parent = out.take(held), parent[held]
     return out, parent
 
@@ -274,7 +274,7 @@ def regular(bands: Bands) -> Bands:
         loose = _explode(bands.take(scattered), Q_AXIS)
         bands = concat((bands.take(~scattered), loose))
     if members.any():
-        bands = bands.take((_counts(bands) > 0).all(0))
+        bands = bands.take((counts(bands) > 0).all(0))
     return _align(bands)
 
 
@@ -335,18 +335,18 @@ def _align(bands: Bands) -> Bands:
 def areas(bands: Bands) -> Ints:
     """Pairs in each band of a :func:`regular` collection, in closed form."""
     data = bands.data
-    nq, nk = _counts(bands)
+    nq, nk = counts(bands)
     gap, step = data[:, K0] - data[:, Q0], data[:, QS]
     lo = np.where(data[:, LO] > -INF, (data[:, LO] - gap) // step, -nq)
     hi = np.where(data[:, HI] < INF, (data[:, HI] - gap) // step, nk)
     return staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
 
 
-def _counts(bands: Bands) -> Ints:
+def counts(bands: Bands) -> Ints:
     """Positions on the query axis and on the key axis of each band, ``[2, n]``; where a scattered axis has
     a step, the members in the span's range, which is 0 only if the axis is empty."""
-    counts = bands.data[:, [QN, KN]].T.copy()
-    for count, (start, length, step, members) in zip(counts, (Q_AXIS, K_AXIS), strict=True):
+    found = bands.data[:, [QN, KN]].T.copy()
+    for count, (start, length, step, members) in zip(found, (Q_AXIS, K_AXIS), strict=True):
         for i in np.unique(bands.data[:, members]).tolist():
             rows = np.flatnonzero(bands.data[:, members] == i)
             if i != ANY:
@@ -354,7 +354,7 @@ def _counts(bands: Bands) -> Ints:
                 chosen = bands.sets[i - 1]
                 stop = first + (bands.data[rows, length] - 1) * bands.data[rows, step] + 1
                 count[rows] = chosen.rank(stop) - chosen.rank(first)
-    return counts
+    return found
 
 
 def staircase(nq: Ints, nk: Ints, c: Ints) -> Ints:

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ringattn.cost import Rates, choose_schedule
+from ringattn.cost import Rates, cheaper, choose_schedule
 from ringattn.kernels import KERNELS
 from ringattn.layouts import LAYOUTS, Layout, named
 from ringattn.masks import BoundMask, Mask
@@ -80,10 +80,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Load:
-    """The sizes of a call that a program depends on: KV heads, and the bytes of a token's K and V of one head."""
+    """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, and whether queries
+    must ``stay``, because a bias tensor holds something for each of them."""
 
     kv_heads: int
     row_bytes: int
+    stay: bool = False
 
 
 TYPICAL = Load(8, 512)  # for those who ask before any call: 8 KV heads of 128 in 16 bits
@@ -140,7 +142,8 @@ class Binding:
         bound = {m: m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks}
         self.masks = {mask.digest: mask for mask in settings.masks}
         self.q_layout, self.k_layout, self.why_layout = self._choose_layout(list(bound.values()))
-        self.plans = {m: Plan(b, self.q_layout, self.k_layout) for m, b in bound.items()}
+        rates = settings.options.rates
+        self.plans = {m: cheaper(Plan(b, self.q_layout, self.k_layout), rates) for m, b in bound.items()}
         self.schedules, self.why_schedule = self._choose_schedule()
         self._programs: dict[Hashable, Program] = {}
         self._agreed: set[Hashable] = set()
@@ -179,8 +182,10 @@ class Binding:
         key = mask, load
         if key not in self._programs:
             plan = self.plans[mask]
+            if load.stay and plan.travel:
+                plan = replace(plan, travel=False)
             schedule, cut = self._fit(plan, load)
-            same = mask, schedule.name, cut  # calls of other sizes may well take the same
+            same = mask, plan.travel, schedule.name, cut  # calls of other sizes may well take the same
             if same not in self._programs:
                 self._programs[same] = compile_program(plan, schedule, cut, self.rank)
             self._programs[key] = self._programs[same]

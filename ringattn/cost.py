@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,10 +33,22 @@ class Cost:
     balance: float  # largest over mean work
 
 
+# K/V tokens whose bytes are those of one travelling query: q and out, with all heads.
+QUERY = 8
+
+
+def cheaper(plan: Plan, rates: Rates) -> Plan:
+    """The plan, or the one in which queries travel where that costs less."""
+    travelling = replace(plan, travel=True)
+    if plan.travel or not len(travelling.guests) or cost(travelling, rates).time >= cost(plan, rates).time:
+        return plan
+    return travelling
+
+
 def cost(plan: Plan, rates: Rates) -> Cost:
     """The slowest rank's max(compute, transfer), plus the part of the shorter one that does not hide."""
     work, received = plan.work, plan.received
-    transfer = received * rates.pairs_per_token
+    transfer = (received + QUERY * plan.visited) * rates.pairs_per_token
     slowest = (np.maximum(work, transfer) + rates.exposed * np.minimum(work, transfer)).max(initial=0)
     mean = work.mean() if len(work) else 0.0
     return Cost(

@@ -16,9 +16,10 @@ from ringattn.binding import Binding, Load, find
 from ringattn.comm import agree
 from ringattn.kernels import KERNELS, Call, choose
 from ringattn.masks import Mask
-from ringattn.ring import Run, accumulator_dtype, backward, forward, row_delta
+from ringattn.ring import backward, forward
 from ringattn.scores import RULES, Dropout, Scores
 from ringattn.version import VERSION
+from ringattn.work import Run, accumulator_dtype, row_delta
 
 NO_SEED = -1
 
@@ -169,7 +170,8 @@ def _prepare(
     call = Call(q.device.type, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], windowed, scores.features)
     kernel = choose(binding.settings.kernel, call, KERNELS)
     row_bytes = q.shape[0] * (q.shape[-1] + v.shape[-1]) * q.element_size()
-    return Run(binding.program(mask, Load(k.shape[2], row_bytes)), kernel, scores, binding.link, sinks)
+    load = Load(k.shape[2], row_bytes, stay=scores.bias is not None)
+    return Run(binding.program(mask, load), kernel, scores, binding.link, sinks)
 
 
 def _mask_of(binding: Binding, handle: Tensor) -> Mask:

@@ -13,23 +13,26 @@ from math import lcm
 
 import numpy as np
 
-from ringattn.bands import ANY, K0, KN, KS, KSET, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.bands import ANY, K_AXIS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
 from ringattn.layouts import Frame, Layout
 from ringattn.masks import BoundMask
 from ringattn.spans import INF, Ints, cross_spans, expand, overlapping
 from ringattn.tiles import Tile, cut, localise
+from ringattn.travel import part
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
-    The whole world's figures are computed only when asked for; a single rank's tiles never need them.
+    The whole world's figures are computed only when asked for; a single rank's tiles never need them, unless
+    queries ``travel`` (see ``travel.py``).
     """
 
     mask: BoundMask
     q_layout: Layout
     k_layout: Layout
+    travel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -42,7 +45,21 @@ class Plan:
 
     @cached_property
     def world(self) -> Bands:
-        """All bands cut by all ranks' queries, ``TAG`` = rank."""
+        """The bands of all ranks' queries that are computed at home, ``TAG`` = rank."""
+        return self._parted[0]
+
+    @cached_property
+    def guests(self) -> Bands:
+        """The bands that travel, ``TAG`` = rank * world_size + host."""
+        return self._parted[1]
+
+    @cached_property
+    def _parted(self) -> tuple[Bands, Bands]:
+        bands = self._all_bands
+        return part(bands, self.k_layout) if self.travel else (bands, bands.take(slice(0)))
+
+    @cached_property
+    def _all_bands(self) -> Bands:
         table = self.q_layout.table
         spans = table[:, 1:] + np.array([self.mask.q_offset, 0, 0])
         bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
@@ -50,7 +67,9 @@ class Plan:
 
     @lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its context; two ranks are never asked at once
     def rank_bands(self, rank: int) -> Bands:
-        """The bands of one rank's queries, from the stretches of its own spans only."""
+        """The bands that a rank computes of its own queries, from the stretches of its own spans only."""
+        if self.travel:
+            return self.world.take(self.world.data[:, TAG] == rank)
         parts = []
         for span in self.q_frame(rank).spans:
             start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
@@ -59,8 +78,10 @@ class Plan:
 
     @cached_property
     def work(self) -> Ints:
-        """Attending pairs of each rank."""
-        return np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size).astype(np.int64)
+        """Attending pairs that each rank computes."""
+        own = np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size)
+        host = self.guests.data[:, TAG] % self.world_size
+        return (own + np.bincount(host, areas(self.guests), self.world_size)).astype(np.int64)
 
     @cached_property
     def windowed(self) -> bool:
@@ -78,7 +99,7 @@ class Plan:
         return self._needs(self.rank_bands(rank))[:, 1:]
 
     def _needs(self, bands: Bands) -> Ints:
-        wanted = key_spans(bands)
+        wanted = axis_spans(bands, K_AXIS)
         table = self.k_layout.table
         i, j = overlapping(*Frame(wanted[:, 1:]).hull, *Frame(table[:, 1:]).hull)
         foreign = wanted[i, 0] != table[j, 0]
@@ -96,19 +117,39 @@ class Plan:
         needs = self.world_needs
         return np.bincount(needs[:, 0], needs[:, 3], self.world_size).astype(np.int64)
 
+    @cached_property
+    def visits(self) -> Ints:
+        """Rows (rank, host, start, length, step): the query spans (``q_offset`` included) that travel."""
+        wanted = axis_spans(self.guests, Q_AXIS)
+        merged = merge_spans(wanted[:, 0], wanted[:, 1:])
+        rank, host = np.divmod(merged[:, 0], self.world_size)
+        return np.column_stack((rank, host, merged[:, 1:]))
+
+    @cached_property
+    def visited(self) -> Ints:
+        """Travelling queries that each rank sends and hosts."""
+        rows = self.visits
+        sent, hosted = (np.bincount(rows[:, end], rows[:, 3], self.world_size) for end in (0, 1))
+        return np.asarray(sent + hosted, np.int64)
+
+    def guest_tiles(self, host: int, guests: Frame) -> tuple[Tile, ...]:
+        """The tiles of the queries that visit ``host``, against its shard."""
+        bands = self.guests.take(self.guests.data[:, TAG] % self.world_size == host)
+        return localise(bands, guests, self.k_layout.frame(host))
+
     def tiles(self, rank: int, keys: Frame) -> tuple[Tile, ...]:
         """The rank's tiles against a frame of keys, coalesced, in order of queries then keys."""
         return localise(self.rank_bands(rank), self.q_frame(rank), keys)
 
 
-def key_spans(bands: Bands) -> Ints:
-    """Rows (tag, start, length, step) of all keys the bands hold; a tag's spans may still overlap."""
-    data = bands.data
-    parts = [data[data[:, KSET] == ANY][:, [TAG, K0, KN, KS]]]
+def axis_spans(bands: Bands, axis: tuple[int, ...]) -> Ints:
+    """Rows (tag, start, length, step) of all positions the bands hold on an axis; a tag's spans may still overlap."""
+    data, (first_of, length_of, step_of, set_of) = bands.data, axis
+    parts = [data[data[:, set_of] == ANY][:, [TAG, first_of, length_of, step_of]]]
     for i, members in enumerate(bands.sets, start=1):
         # Queries of one rank see nested ranges of the same scattered keys: join the ranges first.
-        rows = data[data[:, KSET] == i]
-        runs = _merge_runs(rows[:, TAG], rows[:, K0], rows[:, KN])
+        rows = data[data[:, set_of] == i]
+        runs = _merge_runs(rows[:, TAG], rows[:, first_of], rows[:, length_of])
         tag, start, stop = runs[:, 0], runs[:, 1], runs[:, 1] + runs[:, 2]
         first = np.searchsorted(members.bounds[:, 1], start, "right")
         of, within = expand(np.maximum(np.searchsorted(members.bounds[:, 0], stop, "left") - first, 0))

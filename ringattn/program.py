@@ -62,6 +62,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Visits:
+    """What a rank does with travelling queries: ``sends`` are rows of its shard that go to hosts, ``recvs`` rows of
+    ``frame``, the guests it hosts, and ``tiles`` those of the guests against its own keys."""
+
+    sends: tuple[Move, ...]
+    recvs: tuple[Move, ...]
+    frame: Frame
+    tiles: tuple[Tile, ...]
+
+    # They travel before this turn of a loop computes, are computed in the second, and results go home in the third.
+    INVITE, HOST, RETURN = 0, 1, 2
+
+
+@dataclass(frozen=True)
 class Program:
     """All stages of one rank for one mask. ``stages[0]`` needs no message; it computes on the rank's own shard, or
     not at all.
@@ -72,8 +86,9 @@ class Program:
 
     rank: int
     q_frame: Frame
-    k_rows: int
+    k_frame: Frame
     stages: tuple[Stage, ...]
+    visits: Visits
     blank: bool
     schedule: str
     cut: int
@@ -84,12 +99,12 @@ class Program:
         while the last gradients come home. It costs twice the calls, so it must hide some share of the shard."""
         first = self.stages[1].size if len(self.stages) > 1 else 0
         last = sum(move.tokens for move in self.stages[-1].grad_recvs)
-        return HIDDEN * max(first, last) >= max(self.k_rows, 1)
+        return HIDDEN * max(first, last) >= max(self.k_frame.size, 1)
 
     @property
     def tiles(self) -> int:
         """Kernel calls of one forward pass."""
-        return sum(len(stage.tiles) for stage in self.stages)
+        return sum(len(stage.tiles) for stage in self.stages) + len(self.visits.tiles)
 
     def tokens(self, messages: str) -> int:
         """Tokens moved by one kind of message: kv_sends, kv_recvs, grad_sends or grad_recvs. A token whose heads
@@ -119,7 +134,26 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
             rows[tile.q] = True
         moves = (*_kv_moves(step, rank, own, before, here), *_grad_moves(step, rank, own, here, after))
         stages.append(Stage(here, tuple(tiles), step.heads, *moves, _copies(step, rank, own, here) if stages else ()))
-    return Program(rank, q_frame, own.size, tuple(stages), blank or not touched.all(), schedule.name, cut)
+    visits = _visits(plan, rank)
+    if visits.sends or visits.recvs:
+        stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
+    blank |= not touched.all()
+    return Program(rank, q_frame, own, tuple(stages), visits, blank, schedule.name, cut)
+
+
+def _visits(plan: Plan, rank: int) -> Visits:
+    if not plan.travel:
+        return Visits((), (), Frame(np.empty((0, 3), np.int64)), ())
+    rows, own = plan.visits, plan.q_frame(rank)
+    leaving, coming = rows[rows[:, 0] == rank, 1:], rows[rows[:, 1] == rank]
+    frame = Frame(coming[:, 2:])
+    sends = [_rows_move(host, own, leaving[leaving[:, 0] == host, 1:]) for host in np.unique(leaving[:, 0]).tolist()]
+    recvs = [_rows_move(home, frame, coming[coming[:, 0] == home, 2:]) for home in np.unique(coming[:, 0]).tolist()]
+    return Visits(tuple(sends), tuple(recvs), frame, plan.guest_tiles(rank, frame) if len(coming) else ())
+
+
+def _rows_move(peer: int, frame: Frame, spans: Ints) -> Move:
+    return Move(peer, _slices(frame.rows(spans)), int(spans[:, 1].sum()), True)
 
 
 def _copies(step: Step, rank: int, own: Frame, here: Frame) -> tuple[tuple[slice, slice], ...]:

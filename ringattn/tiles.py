@@ -142,19 +142,24 @@ def _box_hull(a: Ints, b: Ints) -> Ints:
 
 
 def _merge_boxes(boxes: Ints) -> Ints:
-    """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes."""
-    unchanged = 0
-    keys = ((2, 0), (0, 2))
-    turn = 0
-    while unchanged < len(keys) and len(boxes) > 1:
-        boxes = boxes[np.lexsort(boxes[:, keys[turn % 2]].T)]
-        turn += 1
+    """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes.
+
+    Boxes of the same queries first: what these see is then one tile, and no two results are to be merged.
+    """
+    unchanged = turn = 0
+    keys = ((2, 0), (2, 0), (0, 2))
+    while unchanged < 2 and len(boxes) > 1:
+        boxes = boxes[np.lexsort(boxes[:, keys[turn]].T)]
         hull = _box_hull(boxes[:-1], boxes[1:])
         area = _box_area(boxes)
         fits = _box_area(hull) == area[:-1] + area[1:]
+        if turn == 0:
+            fits &= (boxes[:-1, :2] == boxes[1:, :2]).all(1)
         if not fits.any():
-            unchanged += 1
+            unchanged += turn > 0
+            turn = 2 if turn == 1 else 1
             continue
+        turn = {0: 0, 1: 2, 2: 1}[turn]
         unchanged = 0
         # Within a run of mergeable neighbours every second pair is merged: no box is used twice.
         starts = np.flatnonzero(fits & ~np.concatenate(([False], fits[:-1])))
