@@ -50,7 +50,7 @@ def test_a_group_of_hops_is_one_call_where_keys_lie_side_by_side():
     for layout in (contiguous, zigzag):
         plan = plan_of(ra.full(), layout, 5, 100)
         program = compile_program(plan, by_name("ring"), 2, 3)
-        assert [len(stage.tiles) for stage in program.stages][0] == 1
+        assert len(program.stages[0].tiles) == 1
         assert sum(len(stage.tiles) for stage in program.stages[1:]) <= (2 if layout is contiguous else 4)
 
 
