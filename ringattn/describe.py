@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
+    from ringattn.launches import Launch
     from ringattn.masks import Mask
 
 MAX_STEPS = 8
@@ -39,15 +40,20 @@ def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
         f"mask {mask}",
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
-        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.tiles} kernel calls, "
+        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.calls} kernel calls, "
         f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
         f"sends {program.tokens('grad_sends'):,} of gradients",
     ]
     for t, stage in enumerate(program.stages[:MAX_STEPS]):
-        shapes = ", ".join(f"{tile.area:,}" for tile in stage.tiles[:4]) + (" ..." if len(stage.tiles) > 4 else "")
+        shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
         peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"
         source = "own shard" if t == 0 else f"receives {peers}"
-        lines.append(f"    step {t}: {source}; tiles of {shapes or 'no'} pairs")
+        lines.append(f"    step {t}: {source}; {len(stage.launches)} calls of {shapes or 'no'} pairs")
     if len(program.stages) > MAX_STEPS:
         lines.append(f"    ... {len(program.stages) - MAX_STEPS} more steps")
     return lines
+
+
+def _call(launch: Launch) -> str:
+    tiles = len(launch.tiles)
+    return f"{launch.area:,}" + (f" (in {tiles} tiles)" if tiles > 1 else "")

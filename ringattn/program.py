@@ -6,11 +6,12 @@ fills or takes, which tiles a step computes, which of them meet untouched rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from ringattn.launches import Launch, launches
 from ringattn.layouts import Frame
 from ringattn.plan import Plan
 from ringattn.schedules import Schedule, Step, Transfer
@@ -38,17 +39,22 @@ class Move:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step in local indices: the frame of its keys, the chunk ``(i, n)`` of the KV heads it computes, its tiles,
-    the messages around it, and the own rows it holds, as pairs (rows of the shard, rows of the frame)."""
+    """One step in local indices: the frame of its keys, its kernel calls, the chunk ``(i, n)`` of the KV heads it
+    computes, the messages around it, and the own rows it holds, as pairs (rows of the shard, rows of the frame)."""
 
     frame: Frame
-    tiles: tuple[Tile, ...]
+    launches: tuple[Launch, ...]
     heads: tuple[int, int] = (0, 1)
     kv_sends: tuple[Move, ...] = ()
     kv_recvs: tuple[Move, ...] = ()
     grad_sends: tuple[Move, ...] = ()
     grad_recvs: tuple[Move, ...] = ()
     copies: tuple[tuple[slice, slice], ...] = ()
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The tiles of all launches."""
+        return [tile for launch in self.launches for tile in launch.tiles]
 
     @property
     def size(self) -> int:
@@ -64,12 +70,12 @@ class Stage:
 @dataclass(frozen=True)
 class Visits:
     """What a rank does with travelling queries: ``sends`` are rows of its shard that go to hosts, ``recvs`` rows of
-    ``frame``, the guests it hosts, and ``tiles`` those of the guests against its own keys."""
+    ``frame``, the guests it hosts, and ``launches`` compute the guests against its own keys."""
 
     sends: tuple[Move, ...]
     recvs: tuple[Move, ...]
     frame: Frame
-    tiles: tuple[Tile, ...]
+    launches: tuple[Launch, ...]
 
     # They travel before this turn of a loop computes, are computed in the second, and results go home in the third.
     INVITE, HOST, RETURN = 0, 1, 2
@@ -102,9 +108,9 @@ class Program:
         return HIDDEN * max(first, last) >= max(self.k_frame.size, 1)
 
     @property
-    def tiles(self) -> int:
+    def calls(self) -> int:
         """Kernel calls of one forward pass."""
-        return sum(len(stage.tiles) for stage in self.stages) + len(self.visits.tiles)
+        return sum(len(stage.launches) for stage in self.stages) + len(self.visits.launches)
 
     def tokens(self, messages: str) -> int:
         """Tokens moved by one kind of message: kv_sends, kv_recvs, grad_sends or grad_recvs. A token whose heads
@@ -120,20 +126,20 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
     frames = [nothing, *(step.frame for step in steps), nothing]
     touched = np.zeros((len({step.heads for step in steps if step.keys}) or 1, q_frame.size), bool)
     stages: list[Stage] = []
-    blank, known = False, dict[bytes, tuple[Tile, ...]]()
+    blank, known = False, dict[bytes, list[Launch]]()
     for step, before, here, after in zip(steps, frames, frames[1:], frames[2:], strict=False):
         key = here.spans.tobytes()  # chunks of heads hold the same keys
         if key not in known:
-            known[key] = plan.tiles(rank, here) if here.size else ()
-        tiles, rows = [], touched[step.heads[0]]
-        for tile in known[key]:
-            seen = rows[tile.q]
-            fresh = not seen.any()
-            blank |= not (fresh or seen.all())
-            tiles.append(replace(tile, fresh=fresh))
-            rows[tile.q] = True
+            known[key] = launches(plan.tiles(rank, here)) if here.size else []
+        rows = touched[step.heads[0]]
+        made = []
+        for launch in known[key]:
+            seen = rows[launch.q]
+            made.append(launch if seen.any() else launch.as_fresh())
+            blank |= bool(seen.any() and not seen.all())
+            rows[launch.q] = True
         moves = (*_kv_moves(step, rank, own, before, here), *_grad_moves(step, rank, own, here, after))
-        stages.append(Stage(here, tuple(tiles), step.heads, *moves, _copies(step, rank, own, here) if stages else ()))
+        stages.append(Stage(here, tuple(made), step.heads, *moves, _copies(step, rank, own, here) if stages else ()))
     visits = _visits(plan, rank)
     if visits.sends or visits.recvs:
         stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
@@ -149,7 +155,8 @@ def _visits(plan: Plan, rank: int) -> Visits:
     frame = Frame(coming[:, 2:])
     sends = [_rows_move(host, own, leaving[leaving[:, 0] == host, 1:]) for host in np.unique(leaving[:, 0]).tolist()]
     recvs = [_rows_move(home, frame, coming[coming[:, 0] == home, 2:]) for home in np.unique(coming[:, 0]).tolist()]
-    return Visits(tuple(sends), tuple(recvs), frame, plan.guest_tiles(rank, frame) if len(coming) else ())
+    tiles = plan.guest_tiles(rank, frame) if len(coming) else ()
+    return Visits(tuple(sends), tuple(recvs), frame, tuple(launches(tiles)))
 
 
 def _rows_move(peer: int, frame: Frame, spans: Ints) -> Move:

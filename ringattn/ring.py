@@ -32,8 +32,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         pending = messages.post()
         area = Area(run, run.program.q_frame, stage.frame, stage.kv_heads(k.shape[2]), q.shape[2] // k.shape[2])
         keys, values = (k, v) if t == 0 else _held_kv(held, k, v)
-        for tile in stage.tiles:
-            area.forward(tile, q, keys, values, acc)
+        for launch in stage.launches:
+            area.forward(launch, q, keys, values, acc)
         visits.compute(t)
         run.link.traffic.wait(pending)
         held = fetched
@@ -70,8 +70,8 @@ def backward(
         keys, values = _held_kv(held, k, v) if 0 < t < turns else (k[:, :, heads], v[:, :, heads])
         grads = own.kv_heads(heads) if gathered is None else Grads(own.dq, *rows_kv(gathered, k.shape[-1]))
         area = Area(run, run.program.q_frame, stage.frame, heads, group)
-        for tile in stage.tiles if keys.shape[2] else ():
-            area.backward(tile, rows, keys, values, grads)
+        for launch in stage.launches if keys.shape[2] else ():
+            area.backward(launch, rows, keys, values, grads)
         if gathered is not None:
             _add_copies(stage, gathered, own.kv_heads(heads))
         visits.compute(t)

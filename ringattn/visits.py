@@ -81,8 +81,8 @@ class ForwardVisits(_Guesthouse):
         batch, _, num_heads, _ = self.q.shape
         acc = Partial.empty(batch, len(self.guests), num_heads, self.v.shape[-1], self.wide, self.q.device)
         area = self.area(num_heads)
-        for tile in self.visits.tiles:
-            area.forward(tile, self.guests.transpose(0, 1), self.k, self.v, acc)
+        for launch in self.visits.launches:
+            area.forward(launch, self.guests.transpose(0, 1), self.k, self.v, acc)
         self.results = torch.cat((acc.out.transpose(0, 1), _split_lse(acc.lse, self.wide)), -1)
 
     def merge_into(self, acc: Partial) -> None:
@@ -119,8 +119,8 @@ class BackwardVisits(_Guesthouse):
         guests = self._unpacked(self.guests)
         self.dq = self.guests.new_zeros(*self.guests.shape[:3], self.own.dq.shape[-1])
         grads, area = Grads(self.dq.transpose(0, 1), self.own.dk, self.own.dv), self.area(guests.q.shape[2])
-        for tile in self.visits.tiles:
-            area.backward(tile, guests, self.k, self.v, grads)
+        for launch in self.visits.launches:
+            area.backward(launch, guests, self.k, self.v, grads)
 
     def add_home(self) -> None:
         """Adds the dq that came home."""

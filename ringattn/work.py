@@ -5,7 +5,7 @@ Rows are views where they are slices, and gathered where tokens are scattered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import Grads, Kernel, Rows
+from ringattn.launches import Launch
 from ringattn.layouts import Frame
 from ringattn.merge import Partial
 from ringattn.program import Program, Stage
@@ -72,26 +73,39 @@ class Area:
         )
         return TileScores(tile.window, scores.scale, scores.softcap, scores, Place(tile.q, q, k, self.q_heads))
 
-    def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor, acc: Partial) -> None:
-        """Folds one tile into ``acc``; ``k`` and ``v`` hold these heads only, ``q`` and ``acc`` all."""
-        q, acc = q[:, :, self.q_heads], acc.heads(self.q_heads)
-        with _acc_rows(acc, tile) as rows:
-            scores = self.scores(tile, q.device)
-            self.run.kernel.forward(_take(q, tile.q), _take(k, tile.k), _take(v, tile.k), scores, rows, tile.fresh)
+    def calls(self, launch: Launch) -> Sequence[Launch]:
+        """A stack is one call, unless its tiles must know where they lie."""
+        alone = len(launch.tiles) == 1 or not self.run.scores.positional
+        return (launch,) if alone else [Launch((tile,)) for tile in launch.tiles]
 
-    def backward(self, tile: Tile, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
-        """Adds one tile's gradients; ``k``, ``v``, ``dk`` and ``dv`` hold these heads only, the rest all."""
-        rows = rows.heads(self.q_heads).map(lambda x: _take(x, tile.q), lambda x: _take(x, tile.q, 2))
-        with (
-            _grad_rows(grads.dq[:, :, self.q_heads], tile.q) as dq,
-            _grad_rows(grads.dk, tile.k) as dk,
-            _grad_rows(grads.dv, tile.k) as dv,
-        ):
-            scores = self.scores(tile, k.device)
-            self.run.kernel.backward(rows, _take(k, tile.k), _take(v, tile.k), scores, Grads(dq, dk, dv))
+    def forward(self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, acc: Partial) -> None:
+        """Folds a launch into ``acc``; ``k`` and ``v`` hold these heads only, ``q`` and ``acc`` all."""
+        q, acc = q[:, :, self.q_heads], acc.heads(self.q_heads)
+        for call in self.calls(launch):
+            n = len(call.tiles)
+            with _acc_rows(acc, call.q, n) as rows:
+                queries, keys, values = (_stacked(_take(x, at), n) for x, at in ((q, call.q), (k, call.k), (v, call.k)))
+                scores = self.scores(call.tiles[0], q.device)
+                self.run.kernel.forward(queries, keys, values, scores, rows, call.fresh)
+
+    def backward(self, launch: Launch, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
+        """Adds a launch's gradients; ``k``, ``v``, ``dk`` and ``dv`` hold these heads only, the rest all."""
+        rows = rows.heads(self.q_heads)
+        for call in self.calls(launch):
+            n = len(call.tiles)
+            part = rows.map(_taker(call.q, n), _taker(call.q, n, 2))
+            with (
+                _grad_rows(grads.dq[:, :, self.q_heads], call.q, n) as dq,
+                _grad_rows(grads.dk, call.k, n) as dk,
+                _grad_rows(grads.dv, call.k, n) as dv,
+            ):
+                keys, values = (_stacked(_take(x, call.k), n) for x in (k, v))
+                self.run.kernel.backward(part, keys, values, self.scores(call.tiles[0], k.device), Grads(dq, dk, dv))
 
 
 def _index(rows: RowIndex, device: torch.device) -> Tensor:
+    if isinstance(rows, slice):
+        return torch.arange(rows.start, rows.stop, rows.step, device=device)
     return torch.as_tensor(rows, device=device)
 
 
@@ -101,26 +115,42 @@ def _take(x: Tensor, rows: RowIndex, dim: int = 1) -> Tensor:
     return x.index_select(dim, _index(rows, x.device))
 
 
+def _stacked(x: Tensor, n: int, dim: int = 1) -> Tensor:
+    """``n`` equal parts of a dim side by side in the batch dim: ``[B, n * m, ...]`` as ``[B * n, m, ...]``."""
+    return x if n == 1 else x.unflatten(dim, (n, -1)).movedim(dim, 1).flatten(0, 1)
+
+
+def _unstacked(x: Tensor, n: int, dim: int = 1) -> Tensor:
+    return x if n == 1 else x.unflatten(0, (-1, n)).movedim(1, dim).flatten(dim, dim + 1)
+
+
+def _taker(rows: RowIndex, n: int, dim: int = 1) -> Callable[[Tensor], Tensor]:
+    return lambda x: _stacked(_take(x, rows, dim), n, dim)
+
+
+def _shares(part: Tensor, whole: Tensor) -> bool:
+    """Whether a part is a view, so that what is written to it is written to the whole."""
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
 @contextmanager
-def _acc_rows(acc: Partial, tile: Tile) -> Iterator[Partial]:
-    """The tile's rows of the accumulator: a view, or a copy that is written back."""
-    if isinstance(tile.q, slice):
-        yield acc.rows(tile.q)
-        return
-    part = Partial(_take(acc.out, tile.q), _take(acc.lse, tile.q, 2))
+def _acc_rows(acc: Partial, rows: RowIndex, n: int) -> Iterator[Partial]:
+    """Rows of the accumulator, in ``n`` tiles: views, or copies that are written back."""
+    part = Partial(_stacked(_take(acc.out, rows), n), _stacked(_take(acc.lse, rows, 2), n, 2))
     yield part
-    index = _index(tile.q, acc.out.device)
-    acc.out.index_copy_(1, index, part.out)
-    acc.lse.index_copy_(2, index, part.lse)
+    if not _shares(part.out, acc.out):
+        acc.out.index_copy_(1, _index(rows, acc.out.device), _unstacked(part.out, n))
+    if not _shares(part.lse, acc.lse):
+        acc.lse.index_copy_(2, _index(rows, acc.lse.device), _unstacked(part.lse, n, 2))
 
 
 @contextmanager
-def _grad_rows(grad: Tensor, rows: RowIndex) -> Iterator[Tensor]:
-    """Rows of a gradient to add into: a view, or zeros that are added back."""
-    if isinstance(rows, slice):
-        yield grad[:, rows]
+def _grad_rows(grad: Tensor, rows: RowIndex, n: int) -> Iterator[Tensor]:
+    """Rows of a gradient to add into, in ``n`` tiles: a view, or zeros that are added back."""
+    if isinstance(rows, slice) and _shares(view := _stacked(_take(grad, rows), n), grad):
+        yield view
         return
     index = _index(rows, grad.device)
-    part = grad.new_zeros((grad.shape[0], len(index), *grad.shape[2:]))
+    part = _stacked(grad.new_zeros((grad.shape[0], len(index), *grad.shape[2:])), n)
     yield part
-    grad.index_add_(1, index, part)
+    grad.index_add_(1, index, _unstacked(part, n))

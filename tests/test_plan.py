@@ -125,7 +125,7 @@ def test_one_kernel_call_per_step(mask, layout, world):
             bool(stage.tiles) for stage in program.stages
         )
         if layout is not contiguous or mask == ra.full():
-            assert program.tiles == world
+            assert program.calls == world
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 17, 18, 32, 33, 34, 64])
