@@ -6,6 +6,7 @@ import torch
 from test_ring import Rank, check, on_ranks, single_process
 
 import ringattn as ra
+from ringattn import work
 from ringattn.launches import SMALL, launches
 from ringattn.tiles import Tile
 
@@ -49,18 +50,20 @@ MASKS = [ra.bigbird(4, 3, 1, 2), ra.chunked(4), ra.strided(6), ra.bigbird(4, 1, 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_stacks_give_the_same(mask, schedule, batch, poison):
+def test_stacks_give_the_same(mask, schedule, batch, poison, monkeypatch):
+    monkeypatch.setattr(work, "STACKING", frozenset({"cpu"}))
     sizes = {"q_len": 72, "kv_len": 72, "batch": batch}
     for world in (1, 2):
-        stacked = []
+        settings = {"layout": "contiguous", "schedule": schedule}
+        stacks = []
 
-        def look(transport, stacked=stacked):
-            cp = ra.ContextParallel(transport, 72, mask=mask, schedule=schedule)
-            stacked.append(any(len(call.tiles) > 1 for stage in cp.program(mask).stages for call in stage.launches))
+        def look(transport, settings=settings, stacks=stacks):
+            cp = ra.ContextParallel(transport, 72, mask=mask, **settings)
+            stacks.extend(call for stage in cp.program(mask).stages for call in stage.launches if len(call.tiles) > 1)
 
         ra.Loopback(world).run(look)
-        assert any(stacked)
-        check(on_ranks(world, mask, sizes=sizes, schedule=schedule), single_process(mask, **sizes))
+        assert stacks
+        check(on_ranks(world, mask, sizes=sizes, **settings), single_process(mask, **sizes))
 
 
 def test_a_stack_in_sixteen_bits_is_as_exact_as_its_tiles():
