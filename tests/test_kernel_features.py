@@ -298,7 +298,7 @@ def test_scratch_grows_with_the_inputs_only(window: Window) -> None:
         kernel.forward(p.q, p.k, p.v, p.scores, acc, fresh=True)
         rows = Rows(p.q, p.dout, acc.out, acc.lse, acc.lse, None)
         kernel.backward(rows, p.k, p.v, p.scores, Grads(*wide))
-    block = 8 * blockwise.ROWS * blockwise.COLS  # fp64 distances of positions
+    block = 4 * blockwise.SCORES["cpu"]
     assert 0 < allocated.largest <= max(block, max(x.nbytes for x in wide))
     assert block < 4 * length * length
 
