@@ -1,9 +1,9 @@
 """Every score feature in plain PyTorch: any device, any float dtype, any head sizes.
 
 The online softmax (Milakov & Gimelshein 2018, arXiv 1805.02867) over blocks of keys, and the backward of
-FlashAttention-2 (Dao 2023, arXiv 2307.08691). A block is a few heads of one batch row, some query rows and some
-key columns. Its scores are scratch matrices that stay in cache; nothing else grows faster than the inputs. Query
-heads that share a KV head are rows of one matrix product.
+FlashAttention-2 (Dao 2023, arXiv 2307.08691). A block is some heads of a batch row, or some batch rows, by some
+query rows and some key columns. Its scores are scratch matrices that stay in cache; nothing else grows faster than
+the inputs. Query heads that share a KV head are rows of one matrix product.
 """
 
 from __future__ import annotations
@@ -45,30 +45,31 @@ class Blockwise:
         grid = Grid.of(q, k, scores, acc.out.dtype)
         with torch.autocast(q.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():
-                keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype)[0] for x in (k, v))
+                keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype).flatten(0, 1) for x in (k, v))
                 for rows in grid.rows():
                     block = replace(lane, rows=rows)
                     queries = grid.folded(q[block.tokens]).mul_(grid.unit)
                     out, lse = _attend(grid, block, queries, keys, values)
                     home = Partial(acc.out[block.tokens], acc.lse[block.batch, block.heads, rows])
-                    fold(home, grid.unfolded(out), lse.view(home.lse.shape), fresh)
+                    fold(home, grid.unfolded(block, out), lse.view(home.lse.shape), fresh)
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         grid = Grid.of(rows.q, k, scores, grads.dq.dtype)
         with torch.autocast(k.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():
-                keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype)[0] for x in (k, v))
-                dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-                for part in grid.rows():
-                    block = replace(lane, rows=part)
+                keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype).flatten(0, 1) for x in (k, v))
+                dk, dv = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+                for some in grid.rows():
+                    block = replace(lane, rows=some)
                     dq = _differentiate(grid, block, rows, keys, values, dk, dv)
-                    grads.dq[block.tokens].add_(grid.unfolded(dq), alpha=grid.unit)
-                grads.dk[lane.batch, :, kv_heads].add_(dk.transpose(0, 1))
-                grads.dv[lane.batch, :, kv_heads].add_(dv.transpose(0, 1))
+                    grads.dq[block.tokens].add_(grid.unfolded(block, dq), alpha=grid.unit)
+                for grad, part in ((grads.dk, dk), (grads.dv, dv)):
+                    home = grad[lane.batch, :, kv_heads].transpose(1, 2)
+                    home.add_(part.view(home.shape))
 
 
 def _attend(grid: Grid, block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`out [kv_heads, rows, v_head_dim]` and `lse [kv_heads, rows, 1]` of some rows over all the columns they see."""
+    """`out` and `lse`, folded, of some rows over all the columns that they see."""
     lowest = torch.finfo(q.dtype).min  # in place of -inf, which cannot be subtracted from itself
     peak = q.new_full((*q.shape[:2], 1), lowest)
     total, out = torch.zeros_like(peak), q.new_zeros((*q.shape[:2], v.size(-1)))
@@ -120,7 +121,11 @@ def _exp(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a tile is cut into blocks, and what becomes of a block's scores, `[kv_heads, group * rows, cols]`."""
+    """How a tile is cut into blocks, and what becomes of a block's scores.
+
+    Tensors of a block are folded: the batch rows and KV heads are their first dim, the query heads of a KV head and
+    their rows the second.
+    """
 
     scores: TileScores
     band: TileBand
@@ -128,7 +133,7 @@ class Grid:
     kv_heads: int
     group: int  # query heads of a KV head
     height: int  # query rows of a block
-    together: int  # KV heads of a block
+    together: int  # batch rows by KV heads of a block
     buffers: list[Tensor]  # scratch, each for the scores of one block
 
     @staticmethod
@@ -141,7 +146,7 @@ class Grid:
             height = min(height, max(band.width // 8, FEWEST_ROWS))
         height = min(height, nq)
         pairs = group * height * min(COLS, nk)
-        together = min(kv_heads, max(1, SCORES.get(q.device.type, MANY_SCORES) // pairs))
+        together = min(batch * kv_heads, max(1, SCORES.get(q.device.type, MANY_SCORES) // pairs))
         matrices = 2 if scores.softcap is None else 3
         buffers = [torch.empty(together * pairs, dtype=dtype, device=q.device) for _ in range(matrices)]
         return Grid(scores, band, batch, kv_heads, group, height, together, buffers)
@@ -157,12 +162,14 @@ class Grid:
         return self.scores.scale / (self.scores.softcap or 1.0)
 
     def lanes(self) -> Iterator[tuple[Block, slice]]:
-        """One batch row and some heads: a block without rows and columns, and its KV heads."""
-        for b in range(self.batch):
-            for h in range(0, self.kv_heads, self.together):
-                stop = min(h + self.together, self.kv_heads)
+        """Some batch rows with all heads, or one with some: a block without rows and columns, and its KV heads."""
+        rows, kv_heads = max(1, self.together // self.kv_heads), min(self.together, self.kv_heads)
+        for b in range(0, self.batch, rows):
+            for h in range(0, self.kv_heads, kv_heads):
+                stop = min(h + kv_heads, self.kv_heads)
                 heads = slice(h * self.group, stop * self.group)
-                yield Block(slice(b, b + 1), heads, slice(0, 0), slice(0, 0)), slice(h, stop)
+                batch = slice(b, min(b + rows, self.batch))
+                yield Block(batch, heads, slice(0, 0), slice(0, 0)), slice(h, stop)
 
     def rows(self) -> Iterator[slice]:
         """The rows of the tile, block by block."""
@@ -179,24 +186,24 @@ class Grid:
             yield slice(c, min(c + width, stop))
 
     def folded(self, x: Tensor) -> Tensor:
-        """`[1, rows, heads, D]` as a new `[kv_heads, group * rows, D]`."""
-        new = torch.empty((x.size(2), x.size(1), x.size(3)), dtype=self.dtype, device=x.device)
-        return new.copy_(x[0].transpose(0, 1)).view(x.size(2) // self.group, -1, x.size(3))
+        """`[batch, rows, heads, D]` folded, as a new tensor."""
+        new = torch.empty((x.size(0), x.size(2), x.size(1), x.size(3)), dtype=self.dtype, device=x.device)
+        return new.copy_(x.transpose(1, 2)).view(-1, self.group * x.size(1), x.size(3))
 
-    def unfolded(self, x: Tensor) -> Tensor:
+    def unfolded(self, block: Block, x: Tensor) -> Tensor:
         """The inverse of `folded`, as a view."""
-        return x.view(x.size(0) * self.group, -1, x.size(2)).transpose(0, 1).unsqueeze(0)
+        return self.heads(block, x).transpose(1, 2)
 
     def column(self, x: Tensor) -> Tensor:
-        """`[1, heads, rows]` as `[kv_heads, group * rows, 1]`."""
-        return x.to(self.dtype).reshape(x.size(1) // self.group, -1, 1)
+        """`[batch, heads, rows]` folded."""
+        return x.to(self.dtype).reshape(-1, self.group * x.size(2), 1)
+
+    def heads(self, block: Block, x: Tensor) -> Tensor:
+        """A folded tensor as `[batch, heads, rows, *]`, a view."""
+        return x.view(block.batch.stop - block.batch.start, -1, block.shape[0], x.size(-1))
 
     def scratch(self, number: int, shape: torch.Size) -> Tensor:
         return self.buffers[number][: shape.numel()].view(shape)
-
-    def heads(self, block: Block, x: Tensor) -> Tensor:
-        """Scores as `[1, heads, rows, cols]`."""
-        return x.view(1, -1, block.rows.stop - block.rows.start, x.size(-1))
 
     def logits(self, block: Block, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logits of a block, without its band, and with a softcap their derivative by the product of q and k."""
