@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm import Solo, Transport, transport_over
-from ringattn.cost import Rates, choose_schedule
+from ringattn.cost import Rates
 from ringattn.describe import describe
 from ringattn.kernels import KERNELS
-from ringattn.layouts import LAYOUTS, Layout, named
-from ringattn.masks import BoundMask, Mask, causal
-from ringattn.placement import PLACEMENTS, Problem, balanced, choose_layout
+from ringattn.layouts import Layout, named
+from ringattn.masks import Mask, causal
+from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES
@@ -118,11 +118,13 @@ class ContextParallel:
             )
         self.rank, self.world_size = transport.rank, transport.world_size
         self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
-        self.q_layout, self.k_layout, self._why_layout = self._choose_layout(layout, list(bound.values()))
-        self.plans = {m: Plan(b, self.q_layout, self.k_layout) for m, b in bound.items()}
-        self.schedule, self._why_schedule = (
-            choose_schedule(list(self.plans.values())) if schedule == "auto" else (schedule, "asked for")
-        )
+        allowed = tuple(schedules) if schedule == "auto" else (schedule,)
+        problem = Problem(tuple(bound.values()), self.world_size, options.rates, allowed)
+        self._choice = self._choose_layout(layout, problem)
+        self.q_layout, self.k_layout = self._choice.taken.q_layout, self._choice.taken.k_layout
+        self.plans = dict(zip(self.masks, self._choice.taken.plans, strict=True))
+        self.schedules = self._choice.schedules  # best first
+        self.schedule = self.schedules[0]
         self._schedule = schedules[self.schedule]
         self._programs: dict[Mask, Program] = {}
         self._agreed: set[Any] = set()
@@ -134,25 +136,19 @@ class ContextParallel:
                 "(empty shards are legal with kv_seqlen or q_offset only)"
             )
 
-    def _choose_layout(self, layout: str | Layout, bound: list[BoundMask]) -> tuple[Layout, Layout, list[str]]:
-        if isinstance(layout, Layout):
-            if (layout.seqlen, layout.world_size) != (self.seqlen, self.world_size):
-                raise ValueError(
-                    f"{layout!r} does not fit seqlen={self.seqlen} over {self.world_size} ranks; build it for these"
-                )
-            if self.kv_seqlen != self.seqlen:
-                raise ValueError(
-                    f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={self.kv_seqlen} keys; "
-                    "name a layout instead"
-                )
-            return layout, layout, ["given by the caller"]
-        if layout in ("auto", "balanced"):
-            problem = Problem(tuple(bound), self.world_size, self.options.rates)
-            return choose_layout(problem) if layout == "auto" else balanced(problem)
-        build = {known.__name__: known for known in LAYOUTS}[layout]
-        q_layout = build(self.seqlen, self.world_size)
-        same = self.kv_seqlen == self.seqlen
-        return q_layout, q_layout if same else build(self.kv_seqlen, self.world_size), ["asked for"]
+    def _choose_layout(self, layout: str | Layout, problem: Problem) -> Choice:
+        if not isinstance(layout, Layout):
+            return choose(problem, layout)
+        if (layout.seqlen, layout.world_size) != (self.seqlen, self.world_size):
+            raise ValueError(
+                f"{layout!r} does not fit seqlen={self.seqlen} over {self.world_size} ranks; build it for these"
+            )
+        if self.kv_seqlen != self.seqlen:
+            raise ValueError(
+                f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={self.kv_seqlen} keys; "
+                "name a layout instead"
+            )
+        return given(problem, layout, layout)
 
     def replace(self, **changes: Any) -> ContextParallel:
         """The context of the next batch: any argument of the constructor but the group, replaced.
@@ -225,7 +221,7 @@ class ContextParallel:
 
     def describe(self) -> str:
         """Printable text: lengths, layout and schedule with the reasons, and each mask's work, bytes and steps."""
-        return describe(self, self._why_layout, self._why_schedule)
+        return describe(self, self._choice)
 
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.

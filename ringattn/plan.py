@@ -8,12 +8,12 @@ step of a schedule holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import lcm
 
 import numpy as np
 
-from ringattn.bands import ANY, K0, KN, KS, KSET, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.bands import ANY, K0, K_AXIS, KN, KS, KSET, LO, Q_AXIS, TAG, Bands, areas, concat, regular
 from ringattn.layouts import Frame, Layout
 from ringattn.masks import BoundMask
 from ringattn.spans import INF, Ints, cross_spans, expand, overlapping
@@ -45,14 +45,26 @@ class Plan:
         """All bands cut by all ranks' queries, ``TAG`` = rank."""
         table = self.q_layout.table
         spans = table[:, 1:] + np.array([self.mask.q_offset, 0, 0])
-        bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
-        return regular(cut(bands, Q_AXIS, spans, table[:, 0]))
+        return regular(cut(self.mask.whole, Q_AXIS, spans, table[:, 0]))
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its context; two ranks are never asked at once
     def rank_bands(self, rank: int) -> Bands:
-        """The bands of one rank's queries, from the stretches of its own spans only."""
+        """The bands of one rank's queries, from the stretches of its own spans only unless the whole is at hand."""
+        if rank not in self._ranks:
+            self._ranks[rank] = self._rank_bands(rank)
+        return self._ranks[rank]
+
+    @cached_property
+    def _ranks(self) -> dict[int, Bands]:
+        return {}
+
+    def _rank_bands(self, rank: int) -> Bands:
+        if "world" in vars(self):
+            return self.world.take(self.world.data[:, TAG] == rank)
+        spans = self.q_frame(rank).spans
+        if "whole" in vars(self.mask):
+            return regular(cut(self.mask.whole, Q_AXIS, spans, np.full(len(spans), rank)))
         parts = []
-        for span in self.q_frame(rank).spans:
+        for span in spans:
             start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
             parts.append(cut(self.mask.bands(start, stop), Q_AXIS, span[None], np.array([rank])))
         return regular(concat(parts))
@@ -65,8 +77,47 @@ class Plan:
     @cached_property
     def windowed(self) -> bool:
         """Whether any tile of any rank may be bounded on the left."""
-        bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
-        return bool((bands.data[:, LO] > -INF).any())
+        return bool((self.mask.whole.data[:, LO] > -INF).any())
+
+    @cached_property
+    def _meetings(self) -> tuple[Ints, Ints, Ints]:
+        """Which band of the world meets which row of the key layout's table, and in which keys."""
+        keys, table = self.world.data[:, K_AXIS[:3]], self.k_layout.table
+        i, j = overlapping(*self.world.hull(K_AXIS), *Frame(table[:, 1:]).hull)
+        spans = cross_spans(keys[i], table[j, 1:])
+        held = spans[:, 1] > 0
+        return i[held], j[held], spans[held]
+
+    @cached_property
+    def own_work(self) -> Ints:
+        """The part of each rank's work whose keys it holds itself."""
+        i, j, spans = self._meetings
+        own = self.world.data[i, TAG] == self.k_layout.table[j, 0]
+        data = self.world.data[i[own]]
+        data[:, K_AXIS[:3]] = spans[own]
+        bands = regular(Bands(data, self.world.sets))
+        return np.bincount(bands.data[:, TAG], areas(bands), self.world_size).astype(np.int64)
+
+    @cached_property
+    def owned(self) -> tuple[Ints, Ints]:
+        """How many owners' keys each band of the world meets; and for each rank how many tiles come of it, owner by
+        owner, if bands that begin at the same key and end in the same span of an owner become one tile, and own ones
+        wherever they end."""
+        i, j, _ = self._meetings
+        owner = self.k_layout.table[j, 0]
+        order = np.argsort(i * self.world_size + owner, kind="stable")
+        i, j, owner = i[order], j[order], owner[order]
+        last = np.ones(len(i), bool)
+        last[:-1] = (i[1:] != i[:-1]) | (owner[1:] != owner[:-1])
+        i, j, owner = i[last], j[last], owner[last]
+        rank, start, step = self.world.data[i][:, [TAG, K0, KS]].T
+        start = np.where(step > 1, -1 - i, start)  # spans with steps do not join
+        columns = np.stack((owner, start, np.where(rank == owner, -1, j), rank))
+        columns = columns[:, np.lexsort(columns)]
+        new = np.ones(len(i), bool)
+        new[1:] = (columns[:, 1:] != columns[:, :-1]).any(0)
+        tiles = np.bincount(columns[3, new], minlength=self.world_size)
+        return np.bincount(i, minlength=len(self.world)), tiles
 
     @cached_property
     def world_needs(self) -> Ints:
@@ -126,6 +177,9 @@ def merge_spans(group: Ints, spans: Ints, step: int = 0) -> Ints:
     """
     if not len(spans):
         return np.empty((0, 4), np.int64)
+    if step <= 1 and (spans[:, 2] == 1).all():
+        merged = _merge_runs(group, spans[:, 0], spans[:, 1])
+        return np.column_stack((merged, np.ones(len(merged), np.int64)))
     common = step or lcm(*np.unique(spans[:, 2]).tolist())
     parts = common // spans[:, 2]
     rows, residue = expand(np.minimum(parts, spans[:, 1]))

@@ -223,7 +223,7 @@ def test_describe_says_what_and_why():
         "4,096 tokens",
         "over 4 ranks",
         "layout zigzag",
-        "slowest rank takes",
+        "1.00 x the time",
         "schedule",
         "causal()",
     ):
