@@ -54,10 +54,22 @@ class Cells:
 
     def bound(self, q_layout: Layout, k_layout: Layout, rates: Rates) -> float:
         """What the masks cost on layouts of plain runs, at least, whatever the schedule."""
+        rank = self._ranks(q_layout)
+        return sum(self._bound(m, rank, k_layout, rates) for m in self.measures)
+
+    def meetings(self, q_layout: Layout, k_layout: Layout) -> int:
+        """How often a run of queries meets a span of the keys it needs, about."""
+        if len(self.starts) * len(k_layout.table) < 1_000_000:  # not often
+            return 0
+        rank = self._ranks(q_layout)
+        ends = np.append(rank[1:] != rank[:-1], True)
+        return max(int(k_layout.met(*m.keys[ends[m.keys[:, 0]], 1:].T).sum()) for m in self.measures)
+
+    def _ranks(self, q_layout: Layout) -> Ints:
+        """Who holds each cell."""
         first = np.argsort(q_layout.table[:, 1])
         at = np.searchsorted(q_layout.table[first, 1], self.starts, "right") - 1
-        rank = q_layout.table[first[at], 0]
-        return sum(self._bound(m, rank, k_layout, rates) for m in self.measures)
+        return q_layout.table[first[at], 0]
 
     def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, rates: Rates) -> float:
         world = k_layout.world_size

@@ -24,8 +24,10 @@ from ringattn.plan import Plan
 
 # Kernel calls a rank beyond which a layout is avoided, or refused where it was asked for.
 CALL_BUDGET = 20_000
-# Pieces that the bands of one mask may be cut into while layouts are compared: more cost seconds.
-PIECE_BUDGET = 2_000_000
+# Pieces that the ranks' queries may cut the bands of one mask into, and how often these may meet a span of keys, for
+# a layout to be compared with others: more cost seconds.
+PIECE_BUDGET = 500_000
+MEETING_BUDGET = 2_500_000
 # Chunks a rank that are tried: more are more even, and need more foreign keys and kernel calls.
 CHUNKS = (2, 4, 8, 16, 32, 64)
 # A layout that costs less than this times the mean work is good enough: no better one is searched for.
@@ -104,9 +106,9 @@ class Candidate:
         return "offers" in vars(self)
 
     @property
-    def rank(self) -> tuple[bool, float]:
-        """What candidates are compared by."""
-        return bool(self.offers[0].out), self.offers[0].time
+    def time(self) -> float:
+        """What candidates are compared by: that of the best schedule that may be taken."""
+        return float("inf") if self.offers[0].out else self.offers[0].time
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Cand
     good = GOOD * cells.total / problem.world_size
     if not search and min((c.bound for c in plain), default=good) < good:
         best = _race(plain, SIMPLER)
-        if best.rank <= (False, good):
+        if best.time <= good:
             return best, plain
     deals = sorted(_deals(problem, cells), key=lambda c: c.bound)[:FINALISTS]
     candidates = [*plain, *deals] or [Candidate(problem, *_pair(problem, contiguous))]
@@ -191,15 +193,18 @@ def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Cand
 
 
 def _race(candidates: list[Candidate], slack: float) -> Candidate:
-    """The first of the candidates that costs at most ``slack`` times the least. Candidates whose bound leaves them no
-    chance are not planned."""
-    first, *others = sorted(candidates, key=lambda c: c.bound)
-    best, planned = first.rank, [first]
+    """The cheapest, or an earlier one that costs at most ``slack`` times as much. Candidates whose bound leaves them
+    no chance are not planned."""
+    taken, *others = sorted(candidates, key=lambda c: c.bound)
+    least = taken.time
     for other in others:
-        if best <= (False, other.bound / slack):
-            break
-        best, planned = min(best, other.rank), [*planned, other]
-    return next(c for c in candidates if c in planned and c.rank <= (best[0], best[1] * slack))
+        limit = least * slack if candidates.index(other) < candidates.index(taken) else taken.time / slack
+        if other.bound >= limit:
+            continue
+        least = min(least, other.time)
+        if other.time < limit:
+            taken = other
+    return taken
 
 
 def _pair(problem: Problem, build: Callable[[int, int], Layout]) -> Pair:
@@ -271,6 +276,8 @@ def _deals(problem: Problem, cells: Cells) -> Iterator[Candidate]:
         for deal in (deal_by_rounds, deal_by_weight):
             rank = deal(weights, world)
             layout = dealt("balanced", problem.q_len, world, spans, rank)
+            if cells.meetings(layout, other or layout) > MEETING_BUDGET:
+                return
             yield Candidate(problem, layout, other or layout, _bound(problem, cells, layout, other or layout))
         if np.bincount(rank, weights, world).max() * world <= EVEN * cells.total:
             break

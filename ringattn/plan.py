@@ -16,7 +16,7 @@ import numpy as np
 from ringattn.bands import ANY, K0, K_AXIS, KN, KS, KSET, LO, Q_AXIS, TAG, Bands, areas, concat, regular
 from ringattn.layouts import Frame, Layout
 from ringattn.masks import BoundMask
-from ringattn.spans import INF, Ints, cross_spans, expand, overlapping
+from ringattn.spans import INF, Ints, expand, meeting
 from ringattn.tiles import Tile, cut, localise
 
 
@@ -82,11 +82,7 @@ class Plan:
     @cached_property
     def _meetings(self) -> tuple[Ints, Ints, Ints]:
         """Which band of the world meets which row of the key layout's table, and in which keys."""
-        keys, table = self.world.data[:, K_AXIS[:3]], self.k_layout.table
-        i, j = overlapping(*self.world.hull(K_AXIS), *Frame(table[:, 1:]).hull)
-        spans = cross_spans(keys[i], table[j, 1:])
-        held = spans[:, 1] > 0
-        return i[held], j[held], spans[held]
+        return meeting(self.world.data[:, K_AXIS[:3]], self.k_layout.table[:, 1:])
 
     @cached_property
     def own_work(self) -> Ints:
@@ -110,13 +106,15 @@ class Plan:
         last = np.ones(len(i), bool)
         last[:-1] = (i[1:] != i[:-1]) | (owner[1:] != owner[:-1])
         i, j, owner = i[last], j[last], owner[last]
-        rank, start, step = self.world.data[i][:, [TAG, K0, KS]].T
+        rank, start, step = self.world.data[:, [TAG, K0, KS]][i].T
         start = np.where(step > 1, -1 - i, start)  # spans with steps do not join
-        columns = np.stack((owner, start, np.where(rank == owner, -1, j), rank))
-        columns = columns[:, np.lexsort(columns)]
+        end = np.where(rank == owner, 0, j + 1)
+        place = (rank * self.world_size + owner) * (len(self.k_layout.table) + 1) + end
+        order = np.lexsort((start, place))
+        place, start, rank = place[order], start[order], rank[order]
         new = np.ones(len(i), bool)
-        new[1:] = (columns[:, 1:] != columns[:, :-1]).any(0)
-        tiles = np.bincount(columns[3, new], minlength=self.world_size)
+        new[1:] = (place[1:] != place[:-1]) | (start[1:] != start[:-1])
+        tiles = np.bincount(rank[new], minlength=self.world_size)
         return np.bincount(i, minlength=len(self.world)), tiles
 
     @cached_property
@@ -131,14 +129,10 @@ class Plan:
     def _needs(self, bands: Bands) -> Ints:
         wanted = key_spans(bands)
         table = self.k_layout.table
-        i, j = overlapping(*Frame(wanted[:, 1:]).hull, *Frame(table[:, 1:]).hull)
-        foreign = wanted[i, 0] != table[j, 0]
-        i, j = i[foreign], j[foreign]
-        spans = cross_spans(wanted[i, 1:], table[j, 1:])
-        held = spans[:, 1] > 0
-        rank, owner = wanted[i, 0][held], table[j, 0][held]
-        world = self.world_size
-        merged = merge_spans(rank * world + owner, spans[held])
+        i, j, spans = meeting(wanted[:, 1:], table[:, 1:])
+        rank, owner, world = wanted[i, 0], table[j, 0], self.world_size
+        foreign = rank != owner
+        merged = merge_spans((rank * world + owner)[foreign], spans[foreign])
         return np.column_stack((merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:]))
 
     @cached_property
@@ -196,11 +190,11 @@ def _merge_runs(lane: Ints, start: Ints, length: Ints) -> Ints:
     """Union of step-1 runs within each lane, as rows (lane, start, length), sorted."""
     if not len(lane):
         return np.empty((0, 3), np.int64)
-    order = np.lexsort((start, lane))
-    lane, start, end = lane[order], start[order], (start + length)[order]
-    # Lanes are laid end to end on one axis, so that one running maximum serves all of them.
-    width = int(end.max(initial=0)) + 2
-    base = (lane - lane[0]) * width
+    # Lanes are laid end to end on one axis, so that one sort and one running maximum serve all of them.
+    end = start + length
+    base = (lane - lane.min()) * (int(end.max()) + 2)
+    order = np.argsort(base + start)
+    lane, start, end, base = lane[order], start[order], end[order], base[order]
     reach = np.maximum.accumulate(base + end)
     new = np.concatenate(([True], (base + start)[1:] > reach[:-1]))
     first = np.flatnonzero(new)

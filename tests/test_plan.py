@@ -1,5 +1,8 @@
 """Layouts, tiles, schedules and programs: exact cover by brute force, and the numbers of known cases."""
 
+import gc
+import tracemalloc
+
 import cases
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
+from ringattn.comm import Solo
 from ringattn.cost import Rates, cost
 from ringattn.deals import Cells
 from ringattn.layouts import LAYOUTS, contiguous, striped, zigzag
@@ -371,3 +375,34 @@ def test_a_million_tokens_on_a_thousand_ranks():
     pairs = np.where(sizes <= 1024, sizes * (sizes + 1) // 2, 1024 * 1025 // 2 + (sizes - 1024) * 1024)
     assert abs(int(plan.work.sum()) - int(pairs.sum()) - 2 * 64 * seqlen) < 64 * 2048
     assert len(plan.tiles(5, plan.k_layout.frame(5))) < 32
+
+
+@pytest.mark.parametrize("batches", [30, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_nothing_is_left_of_old_batches(batches):
+    """New documents every batch: what a plan took is free again with its context."""
+    rng = np.random.default_rng(0)
+    first = ra.ContextParallel(Rank(1, 2), 24, mask=ra.causal())
+
+    def run(count):
+        for _ in range(count):
+            mask = ra.documents(documents_of(24, 4, int(rng.integers(1 << 30)))) & ra.causal()
+            batch = first.replace(mask=mask)
+            batch.program(mask), mask.digest, batch.q_layout.digest
+        del batch, mask
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = run(5)
+        assert run(batches) - before < 20_000
+    finally:
+        tracemalloc.stop()
+
+
+class Rank(Solo):
+    """A rank of a world that never talks, to look at contexts."""
+
+    def __init__(self, rank, world_size):
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
