@@ -17,11 +17,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ringattn.cost import Rates, cheaper, choose_schedule
+from ringattn.cost import Rates
 from ringattn.kernels import KERNELS
-from ringattn.layouts import LAYOUTS, Layout, named
+from ringattn.layouts import Layout, named
 from ringattn.masks import BoundMask, Mask
-from ringattn.placement import PLACEMENTS, Problem, balanced, choose_layout
+from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES, Schedule, two_shards
@@ -139,40 +139,31 @@ class Binding:
         self.settings, self.link, self.draws = settings, shared.link, shared.draws
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
-        bound = {m: m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks}
+        bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
         self.masks = {mask.digest: mask for mask in settings.masks}
-        self.q_layout, self.k_layout, self.why_layout = self._choose_layout(list(bound.values()))
-        rates = settings.options.rates
-        self.plans = {m: cheaper(Plan(b, self.q_layout, self.k_layout), rates) for m, b in bound.items()}
-        self.schedules, self.why_schedule = self._choose_schedule()
+        self.choice = self._choose(bound)
+        self.q_layout, self.k_layout = self.choice.taken.q_layout, self.choice.taken.k_layout
+        self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
+        self.schedules = self.choice.schedules
         self._programs: dict[Hashable, Program] = {}
         self._agreed: set[Hashable] = set()
 
-    def _choose_layout(self, bound: list[BoundMask]) -> tuple[Layout, Layout, list[str]]:
+    def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, layout = self.settings, self.settings.layout
-        if isinstance(layout, Layout):
-            if (layout.seqlen, layout.world_size) != (s.seqlen, self.world_size):
-                raise ValueError(
-                    f"{layout!r} does not fit seqlen={s.seqlen} over {self.world_size} ranks; build it for these"
-                )
-            if s.kv_seqlen != s.seqlen:
-                raise ValueError(
-                    f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={s.kv_seqlen} keys; "
-                    "name a layout instead"
-                )
-            return layout, layout, ["given by the caller"]
-        if layout in ("auto", "balanced"):
-            problem = Problem(tuple(bound), self.world_size, s.options.rates)
-            return choose_layout(problem) if layout == "auto" else balanced(problem)
-        build = {known.__name__: known for known in LAYOUTS}[layout]
-        q_layout = build(s.seqlen, self.world_size)
-        return q_layout, q_layout if s.kv_seqlen == s.seqlen else build(s.kv_seqlen, self.world_size), ["asked for"]
-
-    def _choose_schedule(self) -> tuple[tuple[str, ...], str]:
-        if self.settings.schedule != "auto":
-            return (self.settings.schedule,), "asked for"
-        name, why = choose_schedule(list(self.plans.values()))
-        return (name, "ring"), why
+        schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
+        problem = Problem(bound, self.world_size, s.options.rates, schedules)
+        if not isinstance(layout, Layout):
+            return choose(problem, layout)
+        if (layout.seqlen, layout.world_size) != (s.seqlen, self.world_size):
+            raise ValueError(
+                f"{layout!r} does not fit seqlen={s.seqlen} over {self.world_size} ranks; build it for these"
+            )
+        if s.kv_seqlen != s.seqlen:
+            raise ValueError(
+                f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={s.kv_seqlen} keys; "
+                "name a layout instead"
+            )
+        return given(problem, layout, layout)
 
     def program(self, mask: Mask, load: Load = TYPICAL) -> Program:
         """This rank's program for a mask and the sizes of a call.

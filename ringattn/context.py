@@ -89,7 +89,8 @@ class ContextParallel:
         settings = Settings(self.seqlen, self.masks, self.kv_seqlen, q_offset, layout, schedule, kernel, options)
         self.binding = self._shared.bind(settings)
         self.q_layout, self.k_layout = self.binding.q_layout, self.binding.k_layout
-        self.schedule = self.binding.schedules[0]
+        self.schedules = self.binding.schedules  # best first; a call takes the first whose buffers fit
+        self.schedule = self.schedules[0]
         self.local_seqlen = int(self.q_layout.sizes[self.rank])
         self.local_kv_seqlen = int(self.k_layout.sizes[self.rank])
         self.handle = self.binding.handle
@@ -165,7 +166,7 @@ class ContextParallel:
 
     def describe(self) -> str:
         """Printable text: lengths, layout and schedule with the reasons, and each mask's work, bytes and steps."""
-        return describe(self, self.binding.why_layout, self.binding.why_schedule)
+        return describe(self, self.binding.choice)
 
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ringattn.placement import Choice, Line
+
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
     from ringattn.launches import Launch
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 MAX_STEPS = 8
 
 
-def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> str:
+def describe(cp: ContextParallel, choice: Choice) -> str:
     """Printable text, the same on every rank but for the rank's own steps."""
     keys = f", {cp.kv_seqlen:,} keys" if cp.kv_seqlen != cp.seqlen else ""
     offset = f", first query at {cp.q_offset:,}" if cp.q_offset else ""
@@ -20,15 +22,35 @@ def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> s
     lines = [
         f"ringattn: {cp.seqlen:,} tokens{keys}{offset} over {cp.world_size} ranks "
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {cp.rank}",
-        f"layout {cp.q_layout.name}",
-        *(f"    {line}" for line in why_layout),
-        f"schedule {cp.schedule}: {why_schedule}",
+        f"layout {cp.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        *_table(choice),
         f"kernel {cp.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if cp.kernel == "auto" else ""),
     ]
     for mask in cp.masks:
         lines += _describe_mask(cp, mask)
     return "\n".join(lines)
+
+
+def _table(choice: Choice) -> list[str]:
+    """A line for every layout and schedule: what it costs beside the one taken, or why it was left out."""
+    best = choice.lines[0].offers[0].time
+    return [row for number, line in enumerate(choice.lines) for row in _rows(line, best, taken=number == 0)]
+
+
+def _rows(line: Line, best: float, taken: bool) -> list[str]:
+    if not line.offers:
+        return [
+            f"    {line.layout:11} {line.out or f'not planned, at least {line.bound / max(best, 1):.2f} x the time'}"
+        ]
+    rows = []
+    for number, offer in enumerate(line.offers):
+        note = f": {offer.out}" if offer.out else ": taken" if taken and number == 0 else ""
+        rows.append(
+            f"    {line.layout:11} {offer.schedule:9} {offer.time / max(best, 1):.2f} x the time, balance "
+            f"{offer.balance:.2f}, needs {offer.received:,} tokens, {offer.calls:,} calls{note}"
+        )
+    return rows
 
 
 def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:

@@ -132,6 +132,11 @@ class BoundMask:
         at = Stretch(start, stop, self.q_offset + self.q_len, self.kv_len)
         return self.mask.rule(at, *self.mask.args)
 
+    @cached_property
+    def whole(self) -> Bands:
+        """The bands of all queries."""
+        return self.bands(self.q_offset, self.q_offset + self.q_len)
+
 
 def _positions(bands: Bands, row: Ints, axis: tuple[int, ...]) -> Ints:
     start, length, step, members = (int(row[c]) for c in axis)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ringattn.bands import K_AXIS, TAG, Bands, concat, counts, regular
 from ringattn.layouts import Frame, Layout
+from ringattn.masks import BoundMask
 from ringattn.spans import cross_spans, overlapping
 
 # Keys a travelling query must save its rank for each row that travels: q and out forward, q, out, dout and dq
@@ -17,11 +18,17 @@ from ringattn.spans import cross_spans, overlapping
 THIN = 16
 
 
+def worthwhile(mask: BoundMask, world_size: int) -> bool:
+    """Whether the mask has rows that may travel: few queries that need more keys than a rank holds."""
+    nq, nk = counts(regular(mask.whole))
+    return bool(((nq * THIN <= nk) & (nk * world_size >= mask.kv_len)).any())
+
+
 def part(bands: Bands, k_layout: Layout) -> tuple[Bands, Bands]:
     """The world's bands (``TAG`` = rank) as those that are computed at home and those that travel, whose ``TAG`` is
     ``rank * world_size + host``."""
     nq, nk = counts(bands)
-    thin = nq * THIN <= nk
+    thin = (nq * THIN <= nk) & (nk >= k_layout.sizes.max())  # few queries that need more than a shard
     if not thin.any():
         return bands, bands.take(thin)
     world = k_layout.world_size
