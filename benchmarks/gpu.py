@@ -134,7 +134,7 @@ def virtual_ring(causal_rates: dict[int, tuple[float, float]]) -> list[dict[str,
                 best = causal_rates.get(2 * shard, (float("nan"),) * 2)
                 row = {
                     "shard": shard, "world": world, "rank": rank, "schedule": schedule,
-                    "tiles": cp.program(cp.masks[0]).tiles, "forward": forward, "both": both,
+                    "calls": cp.program(cp.masks[0]).calls, "forward": forward, "both": both,
                     "forward_of_kernel": round(forward / best[0], 3), "both_of_kernel": round(both / best[1], 3),
                 }  # fmt: skip
                 rows.append(row)

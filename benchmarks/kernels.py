@@ -16,10 +16,10 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import interleaved, medians, write
-from ringattn.kernels import Grads, Rows
+from ringattn.kernels import Grads, Kernel, Rows
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.merge import Partial
-from ringattn.scores import TileScores
+from ringattn.scores import Place, Scores, TileScores, Window
 
 HEADS, DIM = 4, 64
 SCALE = DIM**-0.5
@@ -54,17 +54,21 @@ def operator(length: int, causal: bool) -> Pair:
     return forward, lambda: backward(dout, q, k, v, out, lse, 0.0, causal, scale=SCALE)
 
 
-def tile(length: int, window: tuple[int | None, int | None]) -> Pair:
-    """One tile of the kernel, folded into a result that is there and added to gradients that are."""
+def tile(length: int, window: Window, kernel: Kernel | None = None, call: Scores | None = None) -> Pair:
+    """One tile of a kernel, sdpa unless named, folded into a result that is there and added to gradients that are."""
     q, k, v, dout = tensors(length, 4)
-    kernel, acc = Sdpa(), Partial.empty(1, length, HEADS, DIM, torch.float32, "cpu")
-    kernel.forward(q, k, v, TileScores(window, SCALE), acc, fresh=True)
+    kernel, acc = kernel or Sdpa(), Partial.empty(1, length, HEADS, DIM, torch.float32, "cpu")
+    scores = TileScores(window, SCALE)
+    if call is not None:
+        at = torch.arange(length)
+        scores = TileScores(window, SCALE, call.softcap, call, Place(slice(0, length), at, at, slice(0, HEADS)))
+    kernel.forward(q, k, v, scores, acc, fresh=True)
     lse = acc.lse.float()
     rows = Rows(q, dout, acc.out.clone(), lse, (dout * acc.out).sum(-1).transpose(1, 2), None)
     grads = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
     return (
-        lambda: kernel.forward(q, k, v, TileScores(window, SCALE), acc, fresh=False),
-        lambda: kernel.backward(rows, k, v, TileScores(window, SCALE), grads),
+        lambda: kernel.forward(q, k, v, scores, acc, fresh=False),
+        lambda: kernel.backward(rows, k, v, scores, grads),
     )
 
 

@@ -1,8 +1,9 @@
 """Exact attention over sequences that do not fit one device."""
 
 from ringattn.attention import attention
+from ringattn.binding import Options
 from ringattn.comm import Loopback, PeerError
-from ringattn.context import ContextParallel, Options
+from ringattn.context import ContextParallel
 from ringattn.cost import Rates
 from ringattn.layouts import Layout
 from ringattn.masks import (
@@ -19,6 +20,7 @@ from ringattn.masks import (
     sliding_window,
     strided,
 )
+from ringattn.scores import alibi
 
 __all__ = [
     "ContextParallel",
@@ -28,6 +30,7 @@ __all__ = [
     "Options",
     "PeerError",
     "Rates",
+    "alibi",
     "attention",
     "bigbird",
     "causal",

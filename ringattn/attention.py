@@ -1,4 +1,4 @@
-"""attention(): check the call, look the program up, choose the kernel, let the ranks agree, run."""
+"""attention(): check the call, then hand it to the dispatcher."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ringattn.comm import agree
 from ringattn.context import ContextParallel
-from ringattn.kernels import KERNELS, Call, Kernel, choose
+from ringattn.dispatch import NO_SEED
 from ringattn.masks import Mask
-from ringattn.ring import RingAttention, Run
-from ringattn.version import VERSION
+from ringattn.scores import RULES, Rule
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,7 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
-    softcap: float | None = ..., bias: object = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    softcap: float | None = ..., bias: Tensor | Rule | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
     seed: int | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 
@@ -29,7 +27,7 @@ def attention(
 @overload
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
-    softcap: float | None = ..., bias: object = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
+    softcap: float | None = ..., bias: Tensor | Rule | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
     seed: int | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -43,7 +41,7 @@ def attention(
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: object = None,
+    bias: Tensor | Rule | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -58,7 +56,15 @@ def attention(
         cp: the context; every rank of it must make the same call.
         mask: one of the context's masks; default the first.
         scale: multiplies ``q k^T`` before the softmax; default ``head_dim ** -0.5``.
-        softcap, bias, sinks, dropout_p, seed: refused until a kernel computes them.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before a bias is added.
+        bias: added to the logits: a tensor ``[1 or batch, 1 or num_heads, local_seqlen, kv_seqlen]``, keys in global
+            order, whose gradient is computed if it requires one (this rank's rows); or a rule of positions, such
+            as :func:`ringattn.alibi`.
+        sinks: ``[num_heads]``, one more logit a head that takes probability and gives nothing; part of the lse. Its
+            gradient is this rank's part of the sum, as that of any replicated parameter.
+        dropout_p: each probability is dropped with this probability, and the others scaled by ``1 / (1 - p)``.
+            Which ones depends on the seed and the global (batch, head, query, key) alone; lse is not affected.
+        seed: of the dropout, the same on every rank; None takes the next of ``Options.seed``.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -73,27 +79,15 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cp)
-    mask = _check_mask(mask, cp)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # what kernels ask for
-    features = _features(softcap, bias, sinks, dropout_p, seed)
+    mask_handle = _mask_handle(mask, cp)
+    bias, rule = (bias, None) if bias is None or isinstance(bias, Tensor) else (None, bias)
+    _check_extras(bias, rule, sinks, softcap, dropout_p, seed, q, cp)
     q, scale = _apply_sign(q, _check_scale(scale, q))
-    call = Call(
-        q.device.type,
-        q.dtype,
-        q.shape[-1],
-        v.shape[-1],
-        q.shape[2],
-        k.shape[2],
-        cp.plans[mask].windowed,
-        features,
-    )
-    kernel = choose(cp.kernel, call, KERNELS)
-    run = Run(cp.program(mask), kernel, scale, cp.link)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    _agree(cp, mask, call, kernel, scale, q.shape[0], grad)
-    if cp.options.check_nan:
-        _check_finite(cp, q=q, k=k, v=v)
-    out, lse = RingAttention.apply(q, k, v, run)
+    out, lse, _ = torch.ops.ringattn.attention(
+        q, k, v, bias, rule.name if rule else "", rule.params.to(q.device) if rule else None, sinks, cp.handle,
+        mask_handle, scale, softcap, dropout_p, NO_SEED if seed is None else seed, grad,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -139,29 +133,46 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
             )
 
 
-def _check_mask(mask: Mask | None, cp: ContextParallel) -> Mask:
+def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     if mask is None:
-        return cp.masks[0]
-    if not isinstance(mask, Mask) or mask not in cp.plans:
+        return cp.mask_handles[0]
+    if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
         listed = "; ".join(map(str, cp.masks))
         raise ValueError(f"mask {mask} is not one of the context's ({listed}); name it in ContextParallel(mask=...)")
-    return mask
+    return mask.handle
 
 
-def _features(
-    softcap: float | None, bias: object, sinks: Tensor | None, dropout_p: float, seed: int | None
-) -> frozenset[str]:
+def _check_extras(
+    bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, softcap: float | None, dropout_p: float,
+    seed: int | None, q: Tensor, cp: ContextParallel,
+) -> None:  # fmt: skip
+    heads = q.shape[2]
+    if bias is not None:
+        _check_bias(bias, q, cp)
+    if rule is not None and (getattr(rule, "name", None) not in RULES or rule.params.shape[0] != heads):
+        raise ValueError(f"bias={rule!r}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in FLOATS or sinks.device != q.device):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
+        )
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap}: must be a positive number; None is no cap")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and below 1")
     if seed is not None and not dropout_p:
         raise ValueError(f"seed={seed} without dropout_p: a seed is used for dropout only; leave it out")
-    asked = {
-        "softcap": softcap is not None,
-        "bias": bias is not None,
-        "sinks": sinks is not None,
-        "dropout": dropout_p > 0,
-    }
-    return frozenset(name for name, wanted in asked.items() if wanted)
+    if seed is not None and not 0 <= seed < 1 << 62:
+        raise ValueError(f"seed={seed}: must be at least 0 and below 2**62")
+
+
+def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
+    shape = (q.shape[0], q.shape[2], cp.local_seqlen, cp.kv_seqlen)
+    fits = bias.ndim == 4 and bias.shape[0] in (1, shape[0]) and bias.shape[1] in (1, shape[1])
+    if not fits or bias.shape[2:] != shape[2:] or bias.dtype not in FLOATS or bias.device != q.device:
+        raise ValueError(
+            f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device}: must be floats [1 or {shape[0]}, "
+            f"1 or {shape[1]}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, all keys in global order"
+        )
 
 
 def _check_scale(scale: float | None, q: Tensor) -> float:
@@ -179,38 +190,3 @@ def _apply_sign(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale > 0:
         return q, scale
     return (q * -1.0, -scale) if scale < 0 else (q * 0.0, 1.0)
-
-
-def _check_finite(cp: ContextParallel, **tensors: Tensor) -> None:
-    """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another."""
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    found = f"{' and '.join(bad)} holds NaN or infinity" if bad else "all finite"
-    if cp.world_size > 1:
-        try:
-            agree(cp.link.transport, next(cp.link.transport.calls), {"values of q, k and v": found})
-        except ValueError as error:
-            raise FloatingPointError(f"{error} (Options.check_nan)") from None
-    if bad:
-        raise FloatingPointError(f"{found} (Options.check_nan)")
-
-
-def _agree(cp: ContextParallel, mask: Mask, call: Call, kernel: Kernel, scale: float, batch: int, grad: bool) -> None:
-    """Ranks compare what they are about to do, at the first call of each signature."""
-    number = cp.agreement((mask, call, kernel.name, scale, batch, grad))
-    if number is None:
-        return
-    agree(
-        cp.link.transport,
-        number,
-        {
-            "version": f"ringattn {VERSION}",
-            "lengths": f"seqlen {cp.seqlen}, kv_seqlen {cp.kv_seqlen}, q_offset {cp.q_offset}",
-            "layout": f"{cp.q_layout.name} {cp.q_layout.digest}",
-            "schedule": cp.schedule,
-            "mask": f"{mask} (digest {mask.digest})",
-            "kernel": kernel.name,
-            "shapes": f"batch {batch}, {call}",
-            "scale": repr(scale),
-            "gradient": "wanted" if grad else "not wanted",
-        },
-    )

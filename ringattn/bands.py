@@ -51,8 +51,12 @@ class Bands:
     def columns(q0: Ints | int, qn: Ints | int, k0: Ints | int, kn: Ints | int,
                 lo: Ints | int = -INF, hi: Ints | int = INF, step: int = 1) -> Bands:  # fmt: skip
         """Bands from columns, both axes with the same step and no scattered sets."""
-        parts = np.broadcast_arrays(q0, qn, step, ANY, k0, kn, step, ANY, lo, hi, 0)
-        return trim(Bands(np.stack([np.atleast_1d(p).astype(np.int64) for p in parts], 1)))
+        columns = {Q0: q0, QN: qn, QS: step, K0: k0, KN: kn, KS: step, LO: lo, HI: hi}
+        rows = max(np.size(values) for values in columns.values())
+        data = np.zeros((min(rows, *(np.size(v) for v in (q0, qn, k0, kn))) and rows, 11), np.int64)
+        for column, values in columns.items():
+            data[:, column] = values
+        return trim(Bands(data))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -77,6 +81,8 @@ class Bands:
 
 def concat(parts: Sequence[Bands]) -> Bands:
     """The bands of several disjoint collections as one, their set tables joined."""
+    if not any(part.sets for part in parts):
+        return Bands(np.concatenate([part.data for part in parts] or [np.empty((0, 11), np.int64)]))
     table: dict[bytes, int] = {}
     sets: list[Intervals] = []
     rows = []
@@ -90,7 +96,7 @@ def concat(parts: Sequence[Bands]) -> Bands:
         data = part.data.copy()
         data[:, [QSET, KSET]] = remap[data[:, [QSET, KSET]]]
         rows.append(data)
-    return Bands(np.concatenate(rows) if rows else np.empty((0, 11), np.int64), tuple(sets))
+    return Bands(np.concatenate(rows), tuple(sets))
 
 
 def trim(bands: Bands) -> Bands:
@@ -101,21 +107,31 @@ def trim(bands: Bands) -> Bands:
 
 def trim_rows(data: Ints) -> tuple[Ints, NDArray[np.bool_]]:
     """The trimmed rows and which of them hold any pair (rows that do not are left as they fall)."""
-    lo, hi = data[:, LO], data[:, HI]
-    k_last = data[:, K0] + (data[:, KN] - 1) * data[:, KS]
-    q_span = clip_spans(data[:, list(Q_AXIS)], data[:, K0] - hi, k_last - lo)
-    q_last = q_span[:, 0] + (q_span[:, 1] - 1) * q_span[:, 2]
-    k_span = clip_spans(data[:, list(K_AXIS)], q_span[:, 0] + lo, q_last + hi)
-    k_last = k_span[:, 0] + (k_span[:, 1] - 1) * k_span[:, 2]
-    out = np.concatenate((q_span, k_span, data[:, [LO, HI, TAG]]), 1)
-    out[lo <= k_span[:, 0] - q_last, LO] = -INF
-    out[hi >= k_last - q_span[:, 0], HI] = INF
-    kept = (data[:, QN] > 0) & (data[:, KN] > 0) & (lo <= hi) & (q_span[:, 1] > 0) & (k_span[:, 1] > 0)
+    lo, hi, out = data[:, LO], data[:, HI], data.copy()
+    if (data[:, QS] == 1).all() and (data[:, KS] == 1).all():
+        q_first, q_last = data[:, Q0], data[:, Q0] + data[:, QN] - 1
+        k_first, k_last = data[:, K0], data[:, K0] + data[:, KN] - 1
+        q_first, q_last = np.maximum(q_first, k_first - hi), np.minimum(q_last, k_last - lo)
+        k_first, k_last = np.maximum(k_first, q_first + lo), np.minimum(k_last, q_last + hi)
+        out[:, Q0], out[:, QN] = q_first, np.maximum(q_last - q_first + 1, 0)
+        out[:, K0], out[:, KN] = k_first, np.maximum(k_last - k_first + 1, 0)
+    else:
+        k_last = data[:, K0] + (data[:, KN] - 1) * data[:, KS]
+        q_span = clip_spans(data[:, Q_AXIS], data[:, K0] - hi, k_last - lo)
+        q_first, q_last = q_span[:, 0], q_span[:, 0] + (q_span[:, 1] - 1) * q_span[:, 2]
+        k_span = clip_spans(data[:, K_AXIS], q_first + lo, q_last + hi)
+        k_first, k_last = k_span[:, 0], k_span[:, 0] + (k_span[:, 1] - 1) * k_span[:, 2]
+        out[:, Q_AXIS], out[:, K_AXIS] = q_span, k_span
+    out[lo <= k_first - q_last, LO] = -INF
+    out[hi >= k_last - q_first, HI] = INF
+    kept = (data[:, QN] > 0) & (data[:, KN] > 0) & (lo <= hi) & (out[:, QN] > 0) & (out[:, KN] > 0)
     return out, kept
 
 
 def intersect(a: Bands, b: Bands) -> Bands:
     """The pairs in both."""
+    if not len(a) or not len(b):
+        return a.take(slice(0))
     i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS))
     k0_a, k1_a = a.hull(K_AXIS)
     k0_b, k1_b = b.hull(K_AXIS)
@@ -250,7 +266,7 @@ def _subtract_rows(x: Bands, y: Bands) -> tuple[Bands, Ints]:
     data, kept = trim_rows(np.concatenate(pieces))
     out, parent = Bands(data[kept], tuple(sets)), np.concatenate(parents)[kept]
     if sets:  # a set may be empty inside its span; cut on, such rows would multiply
-        held = (_counts(out) > 0).all(0)
+        held = (counts(out) > 0).all(0)
         out, parent = out.take(held), parent[held]
     return out, parent
 
@@ -267,6 +283,8 @@ def regular(bands: Bands) -> Bands:
     """The same pairs as bands of two kinds only: products (no bound binds, an axis may be scattered)
     and diagonals (plain spans of equal step, exactly trimmed)."""
     bands = trim(bands)
+    if not bands.sets:
+        return _align(bands)
     members = bands.data[:, [QSET, KSET]] != ANY
     stepped = (members & (bands.data[:, [QS, KS]] > 1)).any(1)
     scattered = members.any(1) & (bands.binding | stepped)
@@ -274,7 +292,7 @@ def regular(bands: Bands) -> Bands:
         loose = _explode(bands.take(scattered), Q_AXIS)
         bands = concat((bands.take(~scattered), loose))
     if members.any():
-        bands = bands.take((_counts(bands) > 0).all(0))
+        bands = bands.take((counts(bands) > 0).all(0))
     return _align(bands)
 
 
@@ -316,14 +334,14 @@ def _tighten(bands: Bands) -> Bands:
 
 def _align(bands: Bands) -> Bands:
     """Diagonals brought to equal steps, their bounds rounded inward to the lattice of ``k - q``."""
+    if bands.max_step == 1:
+        return bands
     uneven = bands.binding & (bands.data[:, QS] != bands.data[:, KS])
     if uneven.any():
         split = bands.take(uneven)
         split = split_residues(split, Q_AXIS, split.data[:, KS])
         split = split_residues(split, K_AXIS, split.data[:, QS])
         bands = concat((bands.take(~uneven), split))
-    if bands.max_step == 1:
-        return bands
     data = bands.data.copy()
     gap, step = data[:, K0] - data[:, Q0], data[:, QS]
     lo, hi = data[:, LO], data[:, HI]
@@ -335,18 +353,20 @@ def _align(bands: Bands) -> Bands:
 def areas(bands: Bands) -> Ints:
     """Pairs in each band of a :func:`regular` collection, in closed form."""
     data = bands.data
-    nq, nk = _counts(bands)
+    nq, nk = counts(bands)
     gap, step = data[:, K0] - data[:, Q0], data[:, QS]
     lo = np.where(data[:, LO] > -INF, (data[:, LO] - gap) // step, -nq)
     hi = np.where(data[:, HI] < INF, (data[:, HI] - gap) // step, nk)
     return staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
 
 
-def _counts(bands: Bands) -> Ints:
+def counts(bands: Bands) -> Ints:
     """Positions on the query axis and on the key axis of each band, ``[2, n]``; where a scattered axis has
     a step, the members in the span's range, which is 0 only if the axis is empty."""
-    counts = bands.data[:, [QN, KN]].T.copy()
-    for count, (start, length, step, members) in zip(counts, (Q_AXIS, K_AXIS), strict=True):
+    found = bands.data[:, [QN, KN]].T.copy()
+    if not bands.sets:
+        return found
+    for count, (start, length, step, members) in zip(found, (Q_AXIS, K_AXIS), strict=True):
         for i in np.unique(bands.data[:, members]).tolist():
             rows = np.flatnonzero(bands.data[:, members] == i)
             if i != ANY:
@@ -354,7 +374,7 @@ def _counts(bands: Bands) -> Ints:
                 chosen = bands.sets[i - 1]
                 stop = first + (bands.data[rows, length] - 1) * bands.data[rows, step] + 1
                 count[rows] = chosen.rank(stop) - chosen.rank(first)
-    return counts
+    return found
 
 
 def staircase(nq: Ints, nk: Ints, c: Ints) -> Ints:

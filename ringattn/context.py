@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,47 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.binding import TYPICAL, Load, Options, Settings, Shared, check_names
 from ringattn.comm import Solo, Transport, transport_over
-from ringattn.cost import Rates, choose_schedule
 from ringattn.describe import describe
-from ringattn.kernels import KERNELS
-from ringattn.layouts import LAYOUTS, Layout, named
-from ringattn.masks import BoundMask, Mask, causal
-from ringattn.placement import PLACEMENTS, Problem, balanced, choose_layout
+from ringattn.layouts import Layout
+from ringattn.masks import Mask, causal
 from ringattn.plan import Plan
-from ringattn.program import Program, compile_program
-from ringattn.schedules import SCHEDULES
+from ringattn.program import Program
 from ringattn.sharding import position_ids, shard, unshard
 from ringattn.wire import Link, Traffic, Workspace
 
 DEADLINE = 300.0  # seconds
 
 Group = dist.ProcessGroup | DeviceMesh | Transport | None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings of a context.
-
-    timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
-    check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
-    rates: how much a device computes while a token arrives; ``layout`` auto and balanced use it.
-    """
-
-    timeout: float | None = None
-    check_nan: bool = False
-    rates: Rates = field(default_factory=Rates)
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"Options.timeout={self.timeout}: must be a positive number of seconds")
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """What a context and its replacements have in common."""
-
-    link: Link
 
 
 class ContextParallel:
@@ -69,7 +40,7 @@ class ContextParallel:
         kv_seqlen: tokens of the keys where they are another sequence (cross-attention, a cache).
         q_offset: position of the first query, for prefill in chunks and decoding.
         layout: auto, balanced, contiguous, zigzag, striped, or a :class:`Layout` of ``seqlen`` positions.
-        schedule: auto, ring, exchange.
+        schedule: auto, ring, exchange, gather.
         ulysses: ranks of the head axis; 1 until the head split lands.
         kernel: auto, or one by name, which is then never replaced by another.
         options: see :class:`Options`.
@@ -91,8 +62,8 @@ class ContextParallel:
         schedule: str = "auto",
         ulysses: int = 1,
         kernel: str = "auto",
-        options: Options = Options(),
-        _shared: _Shared | None = None,
+        options: Options = Options(),  # noqa: B008 - frozen
+        _shared: Shared | None = None,
     ) -> None:
         if ulysses != 1:
             raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
@@ -102,14 +73,11 @@ class ContextParallel:
         }  # fmt: skip
         self.seqlen, self.kv_seqlen, self.q_offset = _lengths(seqlen, kv_seqlen, q_offset)
         self.masks: tuple[Mask, ...] = self._settings["mask"]
-        self.options = options
-        self.kernel = named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
-        schedules = {known.__name__: known for known in SCHEDULES}
-        named("schedule", schedule, ["auto", *schedules])
-        if not isinstance(layout, Layout):
-            named("layout", layout, PLACEMENTS)
-        bound = {m: m.bind(self.seqlen, self.kv_seqlen, q_offset) for m in self.masks}
-        self._shared = _shared or _Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
+        self.options, self.kernel = options, kernel
+        check_names(layout, schedule, kernel)
+        for m in self.masks:
+            m.bind(self.seqlen, self.kv_seqlen, q_offset)  # a mask that does not fit says so before anything is sent
+        self._shared = _shared or Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
         transport = self._shared.link.transport
         if options.timeout not in (None, transport.timeout):
             raise ValueError(
@@ -118,14 +86,15 @@ class ContextParallel:
             )
         self.rank, self.world_size = transport.rank, transport.world_size
         self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
-        self.q_layout, self.k_layout, self._why_layout = self._choose_layout(layout, list(bound.values()))
-        self.plans = {m: Plan(b, self.q_layout, self.k_layout) for m, b in bound.items()}
-        self.schedule, self._why_schedule = (
-            choose_schedule(list(self.plans.values())) if schedule == "auto" else (schedule, "asked for")
-        )
-        self._schedule = schedules[self.schedule]
-        self._programs: dict[Mask, Program] = {}
-        self._agreed: set[Any] = set()
+        settings = Settings(self.seqlen, self.masks, self.kv_seqlen, q_offset, layout, schedule, kernel, options)
+        self.binding = self._shared.bind(settings)
+        self.q_layout, self.k_layout = self.binding.q_layout, self.binding.k_layout
+        self.schedules = self.binding.schedules  # best first; a call takes the first whose buffers fit
+        self.schedule = self.schedules[0]
+        self.local_seqlen = int(self.q_layout.sizes[self.rank])
+        self.local_kv_seqlen = int(self.k_layout.sizes[self.rank])
+        self.handle = self.binding.handle
+        self.mask_handles = tuple(m.handle for m in self.masks)
 
     def _check_ranks(self, self_attention: bool) -> None:
         if self_attention and self.world_size > self.seqlen:
@@ -133,26 +102,6 @@ class ContextParallel:
                 f"seqlen={self.seqlen} over {self.world_size} ranks: more ranks than tokens; use fewer ranks "
                 "(empty shards are legal with kv_seqlen or q_offset only)"
             )
-
-    def _choose_layout(self, layout: str | Layout, bound: list[BoundMask]) -> tuple[Layout, Layout, list[str]]:
-        if isinstance(layout, Layout):
-            if (layout.seqlen, layout.world_size) != (self.seqlen, self.world_size):
-                raise ValueError(
-                    f"{layout!r} does not fit seqlen={self.seqlen} over {self.world_size} ranks; build it for these"
-                )
-            if self.kv_seqlen != self.seqlen:
-                raise ValueError(
-                    f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={self.kv_seqlen} keys; "
-                    "name a layout instead"
-                )
-            return layout, layout, ["given by the caller"]
-        if layout in ("auto", "balanced"):
-            problem = Problem(tuple(bound), self.world_size, self.options.rates)
-            return choose_layout(problem) if layout == "auto" else balanced(problem)
-        build = {known.__name__: known for known in LAYOUTS}[layout]
-        q_layout = build(self.seqlen, self.world_size)
-        same = self.kv_seqlen == self.seqlen
-        return q_layout, q_layout if same else build(self.kv_seqlen, self.world_size), ["asked for"]
 
     def replace(self, **changes: Any) -> ContextParallel:
         """The context of the next batch: any argument of the constructor but the group, replaced.
@@ -165,16 +114,6 @@ class ContextParallel:
         return ContextParallel(None, **{**self._settings, **changes}, _shared=self._shared)
 
     # -- what a rank holds ----------------------------------------------------------------------
-
-    @property
-    def local_seqlen(self) -> int:
-        """Tokens of this rank's shard."""
-        return int(self.q_layout.sizes[self.rank])
-
-    @property
-    def local_kv_seqlen(self) -> int:
-        """Keys of this rank's shard."""
-        return int(self.k_layout.sizes[self.rank])
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -208,16 +147,18 @@ class ContextParallel:
     # -- what a rank does -----------------------------------------------------------------------
 
     @property
+    def plans(self) -> dict[Mask, Plan]:
+        """The plan of each mask."""
+        return self.binding.plans
+
+    @property
     def plan(self) -> Plan:
         """The plan of the first mask; ``plans[mask]`` has the others."""
         return self.plans[self.masks[0]]
 
-    def program(self, mask: Mask) -> Program:
-        """This rank's compiled schedule for one of the masks."""
-        if mask not in self._programs:
-            plan = self.plans[mask]
-            self._programs[mask] = compile_program(plan, self._schedule(plan, self.rank), self.rank)
-        return self._programs[mask]
+    def program(self, mask: Mask, load: Load = TYPICAL) -> Program:
+        """This rank's compiled schedule for one of the masks, and for a call of these sizes (8 KV heads)."""
+        return self.binding.program(mask, load)
 
     @property
     def link(self) -> Link:
@@ -225,7 +166,7 @@ class ContextParallel:
 
     def describe(self) -> str:
         """Printable text: lengths, layout and schedule with the reasons, and each mask's work, bytes and steps."""
-        return describe(self, self._why_layout, self._why_schedule)
+        return describe(self, self.binding.choice)
 
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
@@ -238,13 +179,6 @@ class ContextParallel:
             "received": dict(traffic.received),
             "wait_seconds": traffic.wait_seconds,
         }
-
-    def agreement(self, signature: Any) -> int | None:
-        """A fresh call number if this signature was not yet compared between the ranks, else None."""
-        if self.world_size == 1 or signature in self._agreed:
-            return None
-        self._agreed.add(signature)
-        return next(self._shared.link.transport.calls)
 
     def __repr__(self) -> str:
         return (

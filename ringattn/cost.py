@@ -1,59 +1,137 @@
-"""What a plan costs, in one function that serves every ``auto``, and the choice of a schedule."""
+"""What a plan costs under a schedule: one function, which serves every ``auto``.
+
+The unit of time is the pair: what one (query, key) pair takes a rank's device, over all heads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ringattn.bands import QN, TAG
 from ringattn.plan import Plan
+from ringattn.schedules import HEAD_CHUNKS
+from ringattn.spans import Ints
+from ringattn.travel import worthwhile
+
+Pairs = NDArray[Any]  # of each rank
+
+# K/V tokens whose bytes are those of one travelling query: q and out, with all heads.
+QUERY = 8
+# Room that is assumed while nothing is known of heads and bytes: the K/V of so many of the largest shard.
+ROOM = 2
+KV_HEADS = 8  # of which a gather holds two in its room, one computing and one arriving
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How much attention a device computes while one K/V token arrives.
+    """What a device and its links do, in attention pairs (one query, one key, all heads).
 
-    ``pairs_per_token`` is (bytes of a K/V token / link bytes per second) / (FLOP of a pair / FLOP per
-    second): about 120 * num_kv_heads / num_heads for a CPU core over a local socket (fp32, 60 GFLOP/s,
-    1 GB/s) and 1,300 * num_kv_heads / num_heads for bf16 over NVLink (600 TFLOP/s, 450 GB/s).
+    pairs_per_token: pairs computed while one K/V token arrives, (bytes of a K/V token / link bytes per second)
+        / (FLOP of a pair / FLOP per second): about 120 * num_kv_heads / num_heads for a CPU core over a local
+        socket (fp32, 60 GFLOP/s, 1 GB/s) and 1,300 * num_kv_heads / num_heads for bf16 over NVLink
+        (600 TFLOP/s, 450 GB/s).
+    exposed: the part of a transfer, 0 to 1, that costs time even while hidden behind compute.
+    pairs_per_call: pairs computed in the time that one kernel call takes beyond its pairs.
+    pairs_per_step: pairs computed in the time that one step's messages take beyond their bytes.
+    pairs_per_merge: pairs computed while one query row's result is merged into another: 1 to 4 for a CPU core,
+        about 100 for a GPU.
     """
 
     pairs_per_token: float = 500.0
-    exposed: float = 0.1  # part of a transfer that costs time even while hidden behind compute
+    exposed: float = 0.1
+    pairs_per_call: float = 20_000.0
+    pairs_per_step: float = 50_000.0
+    pairs_per_merge: float = 16.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"Rates.{name}={value}: must be a number of at least 0")
+        if self.exposed > 1:
+            raise ValueError(f"Rates.exposed={self.exposed}: a part of a transfer, at most 1")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The slowest rank's figures: ``work`` pairs, ``received`` foreign tokens, ``time`` in units of pairs."""
+    """Figures of one plan under one schedule, each that of the rank where it is largest."""
 
-    work: int
-    received: int
-    time: float
+    time: float  # of the slowest rank, in pairs
+    work: int  # pairs
+    received: int  # foreign K/V tokens needed; a relay carries more
+    calls: int  # kernel calls of a forward pass, estimated
     balance: float  # largest over mean work
+    fits: bool  # whether the assumed room holds the schedule's buffers
 
 
-def cost(plan: Plan, rates: Rates) -> Cost:
-    """The slowest rank's max(compute, transfer), plus the part of the shorter one that does not hide."""
-    work, received = plan.work, plan.received
-    transfer = received * rates.pairs_per_token
-    slowest = (np.maximum(work, transfer) + rates.exposed * np.minimum(work, transfer)).max(initial=0)
-    mean = work.mean() if len(work) else 0.0
-    return Cost(
-        int(work.max(initial=0)),
-        int(received.max(initial=0)),
-        float(slowest),
-        float(work.max() / mean) if mean else 1.0,
-    )
+def cheaper(plan: Plan, schedules: Sequence[str], rates: Rates) -> Plan:
+    """The plan, or the one in which queries travel where that costs less under one of the schedules."""
+    if not worthwhile(plan.mask, plan.world_size):
+        return plan
+    travelling = replace(plan, travel=True)
+    if len(travelling.guests):
+        goes, stays = (min(cost(p, name, rates).time for name in schedules) for p in (travelling, plan))
+        return travelling if goes < stays else plan
+    return plan
 
 
-def choose_schedule(plans: Sequence[Plan]) -> tuple[str, str]:
-    """``exchange`` where the foreign K/V of every rank fits two shards, else ``ring``; and why."""
-    received = max(int(plan.received.max(initial=0)) for plan in plans)
-    shard = max(int(plan.k_layout.sizes.max(initial=0)) for plan in plans)
-    if received <= 2 * shard:
-        return "exchange", f"the most a rank receives, {received:,} tokens, fits two shards of {shard:,}"
-    return (
-        "ring",
-        f"a rank needs {received:,} foreign tokens, more than two shards of {shard:,}: two buffers are enough",
-    )
+def cost(plan: Plan, schedule: str, rates: Rates) -> Cost:
+    """The slowest rank's compute (pairs, calls, merges) and what of its transfers does not hide behind it.
+
+    ``exchange`` hides its transfer behind the work on the own shard alone. ``ring`` hides what its relay carries
+    behind all work, and pays for every step. ``gather`` hides all but the first heads' transfer; it makes the
+    fewest calls, once for each chunk of heads.
+    """
+    turns = HEAD_CHUNKS if schedule == "gather" else 1
+    parts, tiles = _parts(plan, schedule)
+    calls = turns * tiles
+    rows = np.bincount(plan.world.data[:, TAG], parts * plan.world.data[:, QN], plan.world_size)
+    merged = np.maximum(rows - plan.q_layout.sizes, 0)
+    compute = plan.work + rates.pairs_per_call * calls + rates.pairs_per_merge * merged
+    moved, steps = relayed(plan) if schedule == "ring" else (plan.received, turns * bool(plan.received.any()))
+    transfer = (moved + QUERY * plan.visited) * rates.pairs_per_token
+    first = transfer / turns if turns > 1 else np.zeros(1)
+    hider = plan.own_work if schedule == "exchange" else compute
+    time = compute + first + unhidden(transfer - first, hider, rates) + rates.pairs_per_step * steps
+    work, mean, most = int(plan.work.max()), float(plan.work.mean()), int(plan.received.max())
+    balance = work / mean if mean else 1.0
+    return Cost(float(time.max()), work, most, int(calls.max()), balance, _fits(plan, schedule))
+
+
+def unhidden(transfer: Pairs, compute: Pairs, rates: Rates) -> Pairs:
+    """Time that transfers add to compute which runs meanwhile."""
+    return np.maximum(transfer - compute, 0) + rates.exposed * np.minimum(transfer, compute)
+
+
+def _fits(plan: Plan, schedule: str) -> bool:
+    """Whether the assumed room holds the schedule's buffers on every rank; a relay's two blocks always fit."""
+    room = ROOM * int(plan.k_layout.sizes.max())
+    if schedule == "gather":
+        return 2 * int((plan.k_layout.sizes + plan.received).max()) <= KV_HEADS * room
+    return schedule == "ring" or int(plan.received.max()) <= room
+
+
+def _parts(plan: Plan, schedule: str) -> tuple[Ints, Ints]:
+    """Kernel calls that each band of the world becomes, and each rank's calls, at most: one for each owner of the
+    keys in a relay, one for the own and one for the packed foreign keys in an exchange, one in a gather. Keys of
+    interleaved owners stay apart."""
+    owners, tiles = plan.owned
+    if schedule == "ring" or plan.k_layout.interleaved:
+        return owners, tiles
+    parts = np.minimum(owners, 2 if schedule == "exchange" else 1)
+    return parts, np.bincount(plan.world.data[:, TAG], parts, plan.world_size)
+
+
+def relayed(plan: Plan) -> tuple[Ints, int]:
+    """Tokens that a relay brings to each rank, at most (needs of ranks behind count once each, up to the shard),
+    and its longest way in hops."""
+    world, needs = plan.world_size, plan.world_needs
+    hops = (needs[:, 0] - needs[:, 1]) % world
+    wanted = np.bincount(needs[:, 1] * world + hops, needs[:, 3], world * world).reshape(world, world)
+    carried = np.minimum(wanted[:, ::-1].cumsum(1)[:, ::-1], plan.k_layout.sizes[:, None])[:, 1:]
+    stop = (np.arange(world)[:, None] + np.arange(1, world)) % world
+    return np.bincount(stop.reshape(-1), carried.reshape(-1), world).astype(np.int64), int(hops.max(initial=0))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ringattn.placement import Choice, Line
+
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
+    from ringattn.launches import Launch
     from ringattn.masks import Mask
 
 MAX_STEPS = 8
 
 
-def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> str:
+def describe(cp: ContextParallel, choice: Choice) -> str:
     """Printable text, the same on every rank but for the rank's own steps."""
     keys = f", {cp.kv_seqlen:,} keys" if cp.kv_seqlen != cp.seqlen else ""
     offset = f", first query at {cp.q_offset:,}" if cp.q_offset else ""
@@ -19,15 +22,35 @@ def describe(cp: ContextParallel, why_layout: list[str], why_schedule: str) -> s
     lines = [
         f"ringattn: {cp.seqlen:,} tokens{keys}{offset} over {cp.world_size} ranks "
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {cp.rank}",
-        f"layout {cp.q_layout.name}",
-        *(f"    {line}" for line in why_layout),
-        f"schedule {cp.schedule}: {why_schedule}",
+        f"layout {cp.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        *_table(choice),
         f"kernel {cp.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if cp.kernel == "auto" else ""),
     ]
     for mask in cp.masks:
         lines += _describe_mask(cp, mask)
     return "\n".join(lines)
+
+
+def _table(choice: Choice) -> list[str]:
+    """A line for every layout and schedule: what it costs beside the one taken, or why it was left out."""
+    best = choice.lines[0].offers[0].time
+    return [row for number, line in enumerate(choice.lines) for row in _rows(line, best, taken=number == 0)]
+
+
+def _rows(line: Line, best: float, taken: bool) -> list[str]:
+    if not line.offers:
+        return [
+            f"    {line.layout:11} {line.out or f'not planned, at least {line.bound / max(best, 1):.2f} x the time'}"
+        ]
+    rows = []
+    for number, offer in enumerate(line.offers):
+        note = f": {offer.out}" if offer.out else ": taken" if taken and number == 0 else ""
+        rows.append(
+            f"    {line.layout:11} {offer.schedule:9} {offer.time / max(best, 1):.2f} x the time, balance "
+            f"{offer.balance:.2f}, needs {offer.received:,} tokens, {offer.calls:,} calls{note}"
+        )
+    return rows
 
 
 def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
@@ -39,15 +62,20 @@ def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
         f"mask {mask}",
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
-        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.tiles} kernel calls, "
+        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.calls} kernel calls, "
         f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
         f"sends {program.tokens('grad_sends'):,} of gradients",
     ]
     for t, stage in enumerate(program.stages[:MAX_STEPS]):
-        shapes = ", ".join(f"{tile.area:,}" for tile in stage.tiles[:4]) + (" ..." if len(stage.tiles) > 4 else "")
+        shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
         peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"
         source = "own shard" if t == 0 else f"receives {peers}"
-        lines.append(f"    step {t}: {source}; tiles of {shapes or 'no'} pairs")
+        lines.append(f"    step {t}: {source}; {len(stage.launches)} calls of {shapes or 'no'} pairs")
     if len(program.stages) > MAX_STEPS:
         lines.append(f"    ... {len(program.stages) - MAX_STEPS} more steps")
     return lines
+
+
+def _call(launch: Launch) -> str:
+    tiles = len(launch.tiles)
+    return f"{launch.area:,}" + (f" (in {tiles} tiles)" if tiles > 1 else "")

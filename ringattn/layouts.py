@@ -55,9 +55,27 @@ class Frame:
         """Local index runs (start, length, step) of global spans ``[n, 3]``, in the order given."""
         if not len(spans):
             return np.empty((0, 3), np.int64)
+        if (spans[:, 2] == 1).all() and (self.spans[:, 2] == 1).all():
+            return self._rows_of_runs(spans[:, 0], spans[:, 0] + spans[:, 1])
         asked = Frame(spans)
         i, j = overlapping(*asked.hull, *self.hull)
         return self.local(cross_spans(spans[i], self.spans[j]), j)
+
+    @cached_property
+    def _runs(self) -> Ints:
+        """The spans, none with a step, as ascending runs: rows (first, stop, local index)."""
+        runs = np.column_stack((self.spans[:, 0], self.spans[:, 0] + self.spans[:, 1], self.offsets[:-1]))
+        runs = runs[self.spans[:, 1] > 0]
+        return runs[np.argsort(runs[:, 0])]
+
+    def _rows_of_runs(self, start: Ints, stop: Ints) -> Ints:
+        first, last, index = self._runs.T
+        at = np.searchsorted(last, start, "right")
+        i, within = expand(np.searchsorted(first, stop, "left") - at)
+        j = at[i] + within
+        low, high = np.maximum(start[i], first[j]), np.minimum(stop[i], last[j])
+        out = np.stack((low - first[j] + index[j], high - low, np.ones_like(low)), 1)
+        return out[high > low]
 
     def local(self, spans: Ints, which: Ints) -> Ints:
         """Spans that lie inside the frame's spans number ``which``, as local index runs; empty ones dropped."""
@@ -120,6 +138,25 @@ class Layout:
 
     def spans(self, rank: int) -> tuple[Span, ...]:
         return tuple(Span(*row) for row in self.frame(rank).spans.tolist())
+
+    @cached_property
+    def interleaved(self) -> bool:
+        """Whether the spans of the ranks run through each other."""
+        return bool((self.table[:, 3] > 1).any())
+
+    @cached_property
+    def _hulls(self) -> tuple[Ints, Ints]:
+        start, stop = Frame(self.table[:, 1:]).hull
+        return np.sort(start), np.sort(stop)
+
+    def met(self, start: Ints, length: Ints, step: Ints) -> Ints:
+        """How many spans of the layout each of these spans meets, at most: by hulls, and by steps where it has any."""
+        first, last = self._hulls
+        stop = start + (length - 1) * step + 1
+        count = np.searchsorted(first, stop, "left") - np.searchsorted(last, start, "right")
+        if self.interleaved:
+            count = -(-count // np.gcd(step, self.table[:, 3].max()))
+        return np.minimum(count, length)
 
     @cached_property
     def digest(self) -> str:

@@ -63,6 +63,14 @@ class Mask:
         parts = [arg.digest if isinstance(arg, Mask) else repr(arg) for arg in self.args]
         return hashlib.sha256("|".join((self.rule.__name__, *parts)).encode()).hexdigest()[:16]
 
+    @cached_property
+    def handle(self) -> torch.Tensor:
+        """The digest as an int64 tensor ``[1]``: what a compiled graph takes instead of the mask."""
+        import torch
+
+        with torch.inference_mode(False):
+            return torch.frombuffer(bytearray(bytes.fromhex(self.digest)), dtype=torch.int64)
+
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))
 
@@ -123,6 +131,11 @@ class BoundMask:
         """The bands of queries ``[start, stop)`` (global positions)."""
         at = Stretch(start, stop, self.q_offset + self.q_len, self.kv_len)
         return self.mask.rule(at, *self.mask.args)
+
+    @cached_property
+    def whole(self) -> Bands:
+        """The bands of all queries."""
+        return self.bands(self.q_offset, self.q_offset + self.q_len)
 
 
 def _positions(bands: Bands, row: Ints, axis: tuple[int, ...]) -> Ints:

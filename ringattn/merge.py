@@ -32,6 +32,10 @@ class Partial:
         """A view of some query rows; the slice may have a step."""
         return Partial(self.out[:, rows], self.lse[:, :, rows])
 
+    def heads(self, heads: slice) -> Partial:
+        """A view of some query heads."""
+        return Partial(self.out[:, :, heads], self.lse[:, heads])
+
     @staticmethod
     def empty(
         batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
@@ -69,6 +73,19 @@ def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False
     lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
     acc.out.lerp_(block_out.to(acc.out.dtype), weight.to(acc.out.dtype))
     acc.lse.copy_(lse)
+
+
+def add_sinks(acc: Partial, sinks: Tensor) -> None:
+    """Adds one more key a head, of logit `sinks [num_heads]` and value 0, to a result that has all its keys.
+
+    Once, at the end: `lse <- log(exp(lse) + exp(sink))`, and `out` shrinks by what the sink takes. Backward needs
+    nothing of it: probabilities follow from the new lse.
+    """
+    sinks = sinks.to(acc.lse.dtype)[:, None]
+    joint = torch.logaddexp(acc.lse, sinks)
+    kept = torch.exp(acc.lse - joint).masked_fill_(acc.lse == -math.inf, 0.0)
+    acc.out.mul_(kept.transpose(1, 2).unsqueeze(-1).to(acc.out.dtype))
+    acc.lse.copy_(joint)
 
 
 def _join(lse: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,42 +1,54 @@
-"""Placement: the layout in which the masks of a stack cost least.
+"""Placement: the layout and the schedule with which the masks of a stack cost least.
 
 ``contiguous``, ``zigzag`` and ``striped`` know nothing of the mask. ``balanced`` cuts the sequence into equal
-chunks, a few for each rank, measures each chunk's exact area under the masks, and deals the chunks out so that
-every rank has equally many of them and about the same area; of several such deals, and of the layouts that know
-no mask, it is the one of least cost: evenness is not free, a scattered shard needs more foreign keys.
+chunks, a few for each rank, and deals them out so that every rank has equally many of them and about the same
+area. Evenness is not free, a scattered shard needs more foreign keys and more kernel calls, so of several deals,
+and of the layouts that know no mask, the one of least cost is taken. Bounds (``deals.py``) say which are worth a
+plan; the plans that were made for the choice are those the context runs.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from ringattn.bands import Q_AXIS, TAG, areas, regular
-from ringattn.cost import Cost, Rates, cost
-from ringattn.layouts import LAYOUTS, Layout, chunks, dealt
+from ringattn.bands import HI, K_AXIS, LO, Q_AXIS, QN, QS
+from ringattn.cost import Cost, Rates, cheaper, cost
+from ringattn.deals import Cells, deal_by_rounds, deal_by_weight
+from ringattn.layouts import LAYOUTS, Layout, chunks, contiguous, dealt
 from ringattn.masks import BoundMask
 from ringattn.plan import Plan
-from ringattn.spans import Ints
-from ringattn.tiles import cut
+from ringattn.travel import worthwhile
 
-# Cutting every band by every rank's spans beyond this many pieces costs seconds and plans tiny tiles.
-PIECE_BUDGET = 2_000_000
+# Kernel calls a rank beyond which a layout is avoided, or refused where it was asked for.
+CALL_BUDGET = 20_000
+# Pieces that the ranks' queries may cut the bands of one mask into, and how often these may meet a span of keys, for
+# a layout to be compared with others: more cost seconds.
+PIECE_BUDGET = 500_000
+MEETING_BUDGET = 2_500_000
 # Chunks a rank that are tried: more are more even, and need more foreign keys and kernel calls.
-CHUNKS = (2, 4, 8, 16, 32)
+CHUNKS = (2, 4, 8, 16, 32, 64)
 # A layout that costs less than this times the mean work is good enough: no better one is searched for.
 GOOD = 1.05
+# Chunks are not cut finer once the most work of a rank is at most this times the mean.
+EVEN = 1.01
+# ``auto`` takes the simpler layout, in the order contiguous, zigzag, striped, dealt, at up to this times the cost.
+SIMPLER = 1.02
+# Deals that are planned to the end, best bound first.
+FINALISTS = 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be placed: the masks of a stack, bound, over ``world_size`` ranks."""
+    """What is to be placed: the masks of a stack, bound, over ``world_size`` ranks, and the schedules allowed."""
 
     masks: tuple[BoundMask, ...]
     world_size: int
     rates: Rates
+    schedules: tuple[str, ...] = ("exchange", "gather", "ring")
 
     @property
     def q_len(self) -> int:
@@ -48,132 +60,231 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A pair of layouts and what each mask costs on them."""
+class Offer:
+    """What all masks together cost on one layout under one schedule; ``out`` says why it may not be taken."""
 
+    schedule: str
+    time: float
+    balance: float
+    received: int
+    calls: int
+    out: str = ""
+
+    @staticmethod
+    def of(schedule: str, costs: Sequence[Cost], only: bool) -> Offer:
+        calls, out = max(c.calls for c in costs), ""
+        if calls > CALL_BUDGET:
+            out = f"about {calls:,} kernel calls a rank, budget {CALL_BUDGET:,}"
+        elif not only and not all(c.fits for c in costs):
+            out = "its buffers do not fit the room of two shards"
+        most = max(c.received for c in costs)
+        return Offer(schedule, sum(c.time for c in costs), max(c.balance for c in costs), most, calls, out)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A pair of layouts, a lower bound of what the masks cost on it, and, once asked for, plans and costs."""
+
+    problem: Problem
     q_layout: Layout
     k_layout: Layout
-    costs: tuple[Cost, ...]
+    bound: float = 0.0
+
+    @cached_property
+    def plans(self) -> tuple[Plan, ...]:
+        plans = (Plan(mask, self.q_layout, self.k_layout) for mask in self.problem.masks)
+        return tuple(cheaper(plan, self.problem.schedules, self.problem.rates) for plan in plans)
+
+    @cached_property
+    def offers(self) -> tuple[Offer, ...]:
+        """One for each schedule, best first, those that may not be taken last."""
+        names, rates = self.problem.schedules, self.problem.rates
+        offers = [Offer.of(name, [cost(p, name, rates) for p in self.plans], len(names) == 1) for name in names]
+        # At equal times by name: the relay comes last.
+        return tuple(sorted(offers, key=lambda o: (bool(o.out), o.time, o.schedule)))
+
+    @property
+    def planned(self) -> bool:
+        return "offers" in vars(self)
 
     @property
     def time(self) -> float:
-        return sum(c.time for c in self.costs)
+        """What candidates are compared by: that of the best schedule that may be taken."""
+        return float("inf") if self.offers[0].out else self.offers[0].time
+
+
+@dataclass(frozen=True)
+class Line:
+    """A layout that was looked at, in figures: its offers; or only a bound; or why it was left out."""
+
+    layout: str
+    offers: tuple[Offer, ...] = ()
+    bound: float = 0.0
+    out: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The candidate taken and its schedules, best first; ``asked`` is the layout's name that led to it."""
+
+    taken: Candidate
+    schedules: tuple[str, ...]
+    asked: str
+    others: tuple[Line, ...] = ()
 
     @property
-    def least(self) -> float:
-        """What perfectly even work would cost without any transfer."""
-        return sum(c.work / c.balance for c in self.costs)
-
-    @property
-    def balance(self) -> float:
-        return max(c.balance for c in self.costs)
-
-    def __str__(self) -> str:
-        return (
-            f"slowest rank takes the time of {self.time:,.0f} pairs (balance {self.balance:.2f}, "
-            f"receives {max(c.received for c in self.costs):,} tokens)"
-        )
+    def lines(self) -> tuple[Line, ...]:
+        """What was looked at, the layout taken first."""
+        return Line(self.taken.q_layout.name, self.taken.offers), *self.others
 
 
-def choose_layout(problem: Problem) -> tuple[Layout, Layout, list[str]]:
-    """The query and key layouts with the least summed cost over the masks, and a table of why.
+def choose(problem: Problem, name: str) -> Choice:
+    """The layouts and schedules with the least summed cost over the masks.
 
-    Self-attention uses one layout for both sides. Layouts that would break the piece budget are left out.
+    ``name`` is ``auto``, ``balanced`` or one of the layouts that know no mask. Self-attention uses one layout for
+    both sides. Raises ``ValueError`` for a named layout that would take more kernel calls than the budget.
     """
-    found, table = _plain(problem)
-    best = min(found, key=lambda c: c.time)
-    if best.time > GOOD * best.least:
-        better = min(_deals(problem), key=lambda c: c.time, default=best)
-        table.append(f"balanced: {better}")
-        best = min(best, better, key=lambda c: c.time)
-    else:
-        table.append(
-            f"balanced: not searched, {best.q_layout.name} is within {GOOD - 1:.0%} of even work without transfers"
+    if name not in ("auto", "balanced"):
+        build = {known.__name__: known for known in LAYOUTS}[name]
+        return given(problem, *_pair(problem, build))
+    plain, lines = _plain(problem)
+    taken, candidates = _cheapest(problem, plain, search=name == "balanced")
+    others = {c.q_layout.name: _line(c) for c in reversed(candidates)}
+    lines += [line for layout, line in others.items() if layout != taken.q_layout.name]
+    return Choice(taken, _ranking(taken), name, tuple(lines))
+
+
+def given(problem: Problem, q_layout: Layout, k_layout: Layout) -> Choice:
+    """A layout that was asked for. Nothing is planned if the schedule was, too."""
+    calls, fewest = (_least_calls(problem, *pair) for pair in ((q_layout, k_layout), _pair(problem, contiguous)))
+    if calls > CALL_BUDGET >= fewest:
+        raise ValueError(
+            f"layout={q_layout.name!r} would take about {calls:,} kernel calls on each rank and the budget is "
+            f"{CALL_BUDGET:,}: every piece of the mask on every span of the layout is one; use layout='auto', or "
+            f"'contiguous' (about {fewest:,} calls)"
         )
-    return best.q_layout, best.k_layout, table
+    taken = Candidate(problem, q_layout, k_layout)
+    return Choice(taken, problem.schedules if len(problem.schedules) == 1 else _ranking(taken), "asked for")
 
 
-def balanced(problem: Problem) -> tuple[Layout, Layout, list[str]]:
-    """The least costly deal of chunks, or the plain layout that costs less than any; and why."""
-    plain, table = _plain(problem)
-    best = min([*_deals(problem), *plain], key=lambda c: c.time)
-    return best.q_layout, best.k_layout, [f"asked for balanced, found {best.q_layout.name}: {best}", *table]
+def _ranking(taken: Candidate) -> tuple[str, ...]:
+    """Schedules that may be taken; where none may, the one of fewest calls."""
+    allowed = tuple(o.schedule for o in taken.offers if not o.out)
+    return allowed or (min(taken.offers, key=lambda o: (o.calls, o.time)).schedule,)
 
 
-def _plain(problem: Problem) -> tuple[list[Candidate], list[str]]:
-    """The layouts that know no mask."""
-    found: list[Candidate] = []
-    table = []
-    for build in LAYOUTS:
-        q_layout = build(problem.q_len, problem.world_size)
-        pieces = max(_pieces(mask, q_layout) for mask in problem.masks)
-        if pieces > PIECE_BUDGET and found:
-            table.append(f"{build.__name__}: left out, about {pieces:,} pieces (budget {PIECE_BUDGET:,})")
+def _line(candidate: Candidate) -> Line:
+    return Line(candidate.q_layout.name, candidate.offers if candidate.planned else (), candidate.bound)
+
+
+Pair = tuple[Layout, Layout]
+
+
+def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Candidate, list[Candidate]]:
+    """The candidate of least cost, and all. Deals are looked for if asked to, or if no plain layout is good."""
+    cells = _cells(problem, layouts)
+    plain = [Candidate(problem, *pair, _bound(problem, cells, *pair)) for pair in layouts]
+    good = GOOD * cells.total / problem.world_size
+    if not search and min((c.bound for c in plain), default=good) < good:
+        best = _race(plain, SIMPLER)
+        if best.time <= good:
+            return best, plain
+    deals = sorted(_deals(problem, cells), key=lambda c: c.bound)[:FINALISTS]
+    candidates = [*plain, *deals] or [Candidate(problem, *_pair(problem, contiguous))]
+    return _race(candidates, 1.0 if search else SIMPLER), candidates
+
+
+def _race(candidates: list[Candidate], slack: float) -> Candidate:
+    """The cheapest, or an earlier one that costs at most ``slack`` times as much. Candidates whose bound leaves them
+    no chance are not planned."""
+    taken, *others = sorted(candidates, key=lambda c: c.bound)
+    least = taken.time
+    for other in others:
+        limit = least * slack if candidates.index(other) < candidates.index(taken) else taken.time / slack
+        if other.bound >= limit:
             continue
-        k_layout = q_layout if problem.kv_len == problem.q_len else build(problem.kv_len, problem.world_size)
-        found.append(_candidate(problem, q_layout, k_layout))
-        table.append(f"{build.__name__}: {found[-1]}")
-    return found, table
+        least = min(least, other.time)
+        if other.time < limit:
+            taken = other
+    return taken
 
 
-def _candidate(problem: Problem, q_layout: Layout, k_layout: Layout) -> Candidate:
-    costs = tuple(cost(Plan(mask, q_layout, k_layout), problem.rates) for mask in problem.masks)
-    return Candidate(q_layout, k_layout, costs)
+def _pair(problem: Problem, build: Callable[[int, int], Layout]) -> Pair:
+    """A layout of the queries and one of the keys."""
+    q_layout = build(problem.q_len, problem.world_size)
+    return q_layout, q_layout if problem.kv_len == problem.q_len else build(problem.kv_len, problem.world_size)
 
 
-def _deals(problem: Problem) -> Iterator[Candidate]:
-    """Chunks dealt out in several ways. Where the keys are another sequence, they lie contiguously."""
+def _plain(problem: Problem) -> tuple[list[Pair], list[Line]]:
+    """The layouts that know no mask; and those that are left out, before a plan of theirs can fill the memory."""
+    pairs: list[Pair] = []
+    lines: list[Line] = []
+    for build in LAYOUTS:
+        pair = _pair(problem, build)
+        calls = _least_calls(problem, *pair)
+        if pairs and (calls > CALL_BUDGET or calls * problem.world_size > PIECE_BUDGET):
+            budget = f"budget {CALL_BUDGET:,}, and {PIECE_BUDGET:,} on all ranks"
+            lines.append(Line(build.__name__, out=f"left out, about {calls:,} kernel calls a rank ({budget})"))
+        else:
+            pairs.append(pair)
+    return pairs, lines
+
+
+def _least_calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
+    """Kernel calls of an average rank, from the bands of the mask alone: a band is cut by the queries' spans and,
+    where spans interleave, by every owner of its keys."""
+    most = 0
+    for mask in problem.masks:
+        data = mask.whole.data
+        q = data[:, Q_AXIS[:3]] - np.array([mask.q_offset, 0, 0])
+        parts = q_layout.met(*q.T)
+        if k_layout.interleaved:
+            met = np.minimum(k_layout.met(*data[:, K_AXIS[:3]].T), problem.world_size)
+            parts = parts * np.minimum(met, data[:, HI] - data[:, LO] + 1)
+        most = max(most, int(parts.sum()) // problem.world_size)
+    return most
+
+
+def _bound(problem: Problem, cells: Cells, q_layout: Layout, k_layout: Layout) -> float:
+    if any(worthwhile(mask, problem.world_size) for mask in problem.masks):
+        return cells.total / problem.world_size  # keys may be spared
+    if not (q_layout.interleaved or k_layout.interleaved):
+        return cells.bound(q_layout, k_layout, problem.rates)
+    # A tile of a triangle is there for half of the pairs of spans.
+    calls = _least_calls(problem, q_layout, k_layout) // 2
+    return cells.total / problem.world_size + problem.rates.pairs_per_call * calls
+
+
+def _cells(problem: Problem, plain: list[Pair]) -> Cells:
+    """The sequence cut at the borders of the plain layouts and of all chunks that may be dealt."""
+    borders = [q_layout.table[:, 1] for q_layout, _ in plain if not q_layout.interleaved]
+    borders += [chunks(problem.q_len, count)[:, 0] for count in _counts(problem)]
+    return Cells(problem.masks, np.concatenate([np.zeros(1, np.int64), *borders]))
+
+
+def _counts(problem: Problem) -> list[int]:
+    """Numbers of chunks that leave no chunk empty and stay within the budget of pieces."""
+    counts = [count * problem.world_size for count in CHUNKS]
+    bands = max(float(mask.whole.data[:, QN] @ mask.whole.data[:, QS]) for mask in problem.masks) / problem.q_len
+    return [count for count in counts if count <= problem.q_len and count * bands <= PIECE_BUDGET]
+
+
+def _deals(problem: Problem, cells: Cells) -> Iterator[Candidate]:
+    """Chunks dealt out in several ways, finer ones until they are even. Where the keys are another sequence, they
+    lie contiguously."""
     world = problem.world_size
-    other = None if problem.kv_len == problem.q_len else LAYOUTS[0](problem.kv_len, world)
-    for count in CHUNKS:
-        if count * world > problem.q_len:
-            break
-        spans = chunks(problem.q_len, count * world)
-        weights = np.sum([_areas(mask, spans) for mask in problem.masks], 0)
-        for rank in (_deal_by_rounds(weights, world), _deal_by_weight(weights, world)):
+    other = None if problem.kv_len == problem.q_len else contiguous(problem.kv_len, world)
+    for count in _counts(problem):
+        spans = chunks(problem.q_len, count)
+        weights = cells.weights(spans[:, 0])
+        for deal in (deal_by_rounds, deal_by_weight):
+            rank = deal(weights, world)
             layout = dealt("balanced", problem.q_len, world, spans, rank)
-            yield _candidate(problem, layout, other or layout)
-
-
-def _areas(mask: BoundMask, spans: Ints) -> Ints:
-    """Attending pairs of the queries in each span."""
-    bands = mask.bands(mask.q_offset, mask.q_offset + mask.q_len)
-    rows = regular(cut(bands, Q_AXIS, spans + np.array([mask.q_offset, 0, 0]), np.arange(len(spans))))
-    return np.bincount(rows.data[:, TAG], areas(rows), len(spans)).astype(np.int64)
-
-
-def _deal_by_weight(weights: Ints, world: int) -> Ints:
-    """The heaviest chunk left goes to the rank with the least work among those that may have more chunks."""
-    rank, most = np.empty(len(weights), np.int64), len(weights) // world
-    load = [(0, 0, r) for r in range(world)]  # work, chunks, rank
-    for chunk in np.argsort(-weights, kind="stable").tolist():
-        work, count, r = heapq.heappop(load)
-        rank[chunk] = r
-        if count + 1 < most:
-            heapq.heappush(load, (work + int(weights[chunk]), count + 1, r))
-    return rank
-
-
-def _deal_by_rounds(weights: Ints, world: int) -> Ints:
-    """Each round deals one chunk to every rank from one stretch of the sequence, the heaviest to the rank with the
-    least work: less even than by weight, but equal stretches go to equal places."""
-    rank, load = np.empty(len(weights), np.int64), np.zeros(world, np.int64)
-    for stretch in np.split(np.arange(len(weights)), len(weights) // world):
-        heavy_first = stretch[np.argsort(-weights[stretch], kind="stable")]
-        light_first = np.argsort(load, kind="stable")
-        rank[heavy_first] = light_first
-        load[light_first] += weights[heavy_first]
-    return rank
-
-
-def _pieces(mask: BoundMask, layout: Layout) -> int:
-    """How many pieces a world plan would cut, at most: bands that meet spans, by their hulls, and each of these that
-    meets the spans of the keys' owners, which are all of them where the spans interleave."""
-    start, stop = mask.bands(mask.q_offset, mask.q_offset + mask.q_len).hull(Q_AXIS)
-    first = np.sort(layout.table[:, 1] + mask.q_offset)
-    last = np.sort(layout.table[:, 1] + (layout.table[:, 2] - 1) * layout.table[:, 3] + mask.q_offset)
-    met = int((np.searchsorted(first, stop, "left") - np.searchsorted(last, start, "left")).sum())
-    return met * (layout.world_size if (layout.table[:, 3] > 1).any() else 1)
+            if cells.meetings(layout, other or layout) > MEETING_BUDGET:
+                return
+            yield Candidate(problem, layout, other or layout, _bound(problem, cells, layout, other or layout))
+        if np.bincount(rank, weights, world).max() * world <= EVEN * cells.total:
+            break
 
 
 PLACEMENTS: Sequence[str] = ("auto", "balanced", *(build.__name__ for build in LAYOUTS))

@@ -8,28 +8,31 @@ step of a schedule holds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import lcm
 
 import numpy as np
 
-from ringattn.bands import ANY, K0, KN, KS, KSET, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.bands import ANY, K0, K_AXIS, KS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
 from ringattn.layouts import Frame, Layout
 from ringattn.masks import BoundMask
-from ringattn.spans import INF, Ints, cross_spans, expand, overlapping
+from ringattn.spans import INF, Ints, expand, meeting
 from ringattn.tiles import Tile, cut, localise
+from ringattn.travel import part
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
-    The whole world's figures are computed only when asked for; a single rank's tiles never need them.
+    The whole world's figures are computed only when asked for; a single rank's tiles never need them, unless
+    queries ``travel`` (see ``travel.py``).
     """
 
     mask: BoundMask
     q_layout: Layout
     k_layout: Layout
+    travel: bool = False
 
     @property
     def world_size(self) -> int:
@@ -42,31 +45,97 @@ class Plan:
 
     @cached_property
     def world(self) -> Bands:
-        """All bands cut by all ranks' queries, ``TAG`` = rank."""
+        """The bands of all ranks' queries that are computed at home, ``TAG`` = rank."""
+        return self._parted[0]
+
+    @cached_property
+    def guests(self) -> Bands:
+        """The bands that travel, ``TAG`` = rank * world_size + host."""
+        return self._parted[1]
+
+    @cached_property
+    def _parted(self) -> tuple[Bands, Bands]:
+        bands = self._all_bands
+        return part(bands, self.k_layout) if self.travel else (bands, bands.take(slice(0)))
+
+    @cached_property
+    def _all_bands(self) -> Bands:
         table = self.q_layout.table
         spans = table[:, 1:] + np.array([self.mask.q_offset, 0, 0])
-        bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
-        return regular(cut(bands, Q_AXIS, spans, table[:, 0]))
+        return regular(cut(self.mask.whole, Q_AXIS, spans, table[:, 0]))
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its context; two ranks are never asked at once
     def rank_bands(self, rank: int) -> Bands:
-        """The bands of one rank's queries, from the stretches of its own spans only."""
+        """The bands that a rank computes of its own queries, from the stretches of its own spans only unless the whole
+        is at hand."""
+        if rank not in self._ranks:
+            self._ranks[rank] = self._rank_bands(rank)
+        return self._ranks[rank]
+
+    @cached_property
+    def _ranks(self) -> dict[int, Bands]:
+        return {}
+
+    def _rank_bands(self, rank: int) -> Bands:
+        if self.travel or "world" in vars(self):
+            return self.world.take(self.world.data[:, TAG] == rank)
+        spans = self.q_frame(rank).spans
+        if "whole" in vars(self.mask):
+            return regular(cut(self.mask.whole, Q_AXIS, spans, np.full(len(spans), rank)))
         parts = []
-        for span in self.q_frame(rank).spans:
+        for span in spans:
             start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
             parts.append(cut(self.mask.bands(start, stop), Q_AXIS, span[None], np.array([rank])))
         return regular(concat(parts))
 
     @cached_property
     def work(self) -> Ints:
-        """Attending pairs of each rank."""
-        return np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size).astype(np.int64)
+        """Attending pairs that each rank computes."""
+        own = np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size)
+        host = self.guests.data[:, TAG] % self.world_size
+        return (own + np.bincount(host, areas(self.guests), self.world_size)).astype(np.int64)
 
     @cached_property
     def windowed(self) -> bool:
         """Whether any tile of any rank may be bounded on the left."""
-        bands = self.mask.bands(self.mask.q_offset, self.mask.q_offset + self.mask.q_len)
-        return bool((bands.data[:, LO] > -INF).any())
+        return bool((self.mask.whole.data[:, LO] > -INF).any())
+
+    @cached_property
+    def _meetings(self) -> tuple[Ints, Ints, Ints]:
+        """Which band of the world meets which row of the key layout's table, and in which keys."""
+        return meeting(self.world.data[:, K_AXIS[:3]], self.k_layout.table[:, 1:])
+
+    @cached_property
+    def own_work(self) -> Ints:
+        """The part of each rank's work whose keys it holds itself."""
+        i, j, spans = self._meetings
+        own = self.world.data[i, TAG] == self.k_layout.table[j, 0]
+        data = self.world.data[i[own]]
+        data[:, K_AXIS[:3]] = spans[own]
+        bands = regular(Bands(data, self.world.sets))
+        return np.bincount(bands.data[:, TAG], areas(bands), self.world_size).astype(np.int64)
+
+    @cached_property
+    def owned(self) -> tuple[Ints, Ints]:
+        """How many owners' keys each band of the world meets; and for each rank how many tiles come of it, owner by
+        owner, if bands that begin at the same key and end in the same span of an owner become one tile, and own ones
+        wherever they end."""
+        i, j, _ = self._meetings
+        owner = self.k_layout.table[j, 0]
+        order = np.argsort(i * self.world_size + owner, kind="stable")
+        i, j, owner = i[order], j[order], owner[order]
+        last = np.ones(len(i), bool)
+        last[:-1] = (i[1:] != i[:-1]) | (owner[1:] != owner[:-1])
+        i, j, owner = i[last], j[last], owner[last]
+        rank, start, step = self.world.data[:, [TAG, K0, KS]][i].T
+        start = np.where(step > 1, -1 - i, start)  # spans with steps do not join
+        end = np.where(rank == owner, 0, j + 1)
+        place = (rank * self.world_size + owner) * (len(self.k_layout.table) + 1) + end
+        order = np.lexsort((start, place))
+        place, start, rank = place[order], start[order], rank[order]
+        new = np.ones(len(i), bool)
+        new[1:] = (place[1:] != place[:-1]) | (start[1:] != start[:-1])
+        tiles = np.bincount(rank[new], minlength=self.world_size)
+        return np.bincount(i, minlength=len(self.world)), tiles
 
     @cached_property
     def world_needs(self) -> Ints:
@@ -78,16 +147,12 @@ class Plan:
         return self._needs(self.rank_bands(rank))[:, 1:]
 
     def _needs(self, bands: Bands) -> Ints:
-        wanted = key_spans(bands)
+        wanted = axis_spans(bands, K_AXIS)
         table = self.k_layout.table
-        i, j = overlapping(*Frame(wanted[:, 1:]).hull, *Frame(table[:, 1:]).hull)
-        foreign = wanted[i, 0] != table[j, 0]
-        i, j = i[foreign], j[foreign]
-        spans = cross_spans(wanted[i, 1:], table[j, 1:])
-        held = spans[:, 1] > 0
-        rank, owner = wanted[i, 0][held], table[j, 0][held]
-        world = self.world_size
-        merged = merge_spans(rank * world + owner, spans[held])
+        i, j, spans = meeting(wanted[:, 1:], table[:, 1:])
+        rank, owner, world = wanted[i, 0], table[j, 0], self.world_size
+        foreign = rank != owner
+        merged = merge_spans((rank * world + owner)[foreign], spans[foreign])
         return np.column_stack((merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:]))
 
     @cached_property
@@ -96,19 +161,39 @@ class Plan:
         needs = self.world_needs
         return np.bincount(needs[:, 0], needs[:, 3], self.world_size).astype(np.int64)
 
+    @cached_property
+    def visits(self) -> Ints:
+        """Rows (rank, host, start, length, step): the query spans (``q_offset`` included) that travel."""
+        wanted = axis_spans(self.guests, Q_AXIS)
+        merged = merge_spans(wanted[:, 0], wanted[:, 1:])
+        rank, host = np.divmod(merged[:, 0], self.world_size)
+        return np.column_stack((rank, host, merged[:, 1:]))
+
+    @cached_property
+    def visited(self) -> Ints:
+        """Travelling queries that each rank sends and hosts."""
+        rows = self.visits
+        sent, hosted = (np.bincount(rows[:, end], rows[:, 3], self.world_size) for end in (0, 1))
+        return np.asarray(sent + hosted, np.int64)
+
+    def guest_tiles(self, host: int, guests: Frame) -> tuple[Tile, ...]:
+        """The tiles of the queries that visit ``host``, against its shard."""
+        bands = self.guests.take(self.guests.data[:, TAG] % self.world_size == host)
+        return localise(bands, guests, self.k_layout.frame(host))
+
     def tiles(self, rank: int, keys: Frame) -> tuple[Tile, ...]:
         """The rank's tiles against a frame of keys, coalesced, in order of queries then keys."""
         return localise(self.rank_bands(rank), self.q_frame(rank), keys)
 
 
-def key_spans(bands: Bands) -> Ints:
-    """Rows (tag, start, length, step) of all keys the bands hold; a tag's spans may still overlap."""
-    data = bands.data
-    parts = [data[data[:, KSET] == ANY][:, [TAG, K0, KN, KS]]]
+def axis_spans(bands: Bands, axis: tuple[int, ...]) -> Ints:
+    """Rows (tag, start, length, step) of all positions the bands hold on an axis; a tag's spans may still overlap."""
+    data, (first_of, length_of, step_of, set_of) = bands.data, axis
+    parts = [data[data[:, set_of] == ANY][:, [TAG, first_of, length_of, step_of]]]
     for i, members in enumerate(bands.sets, start=1):
         # Queries of one rank see nested ranges of the same scattered keys: join the ranges first.
-        rows = data[data[:, KSET] == i]
-        runs = _merge_runs(rows[:, TAG], rows[:, K0], rows[:, KN])
+        rows = data[data[:, set_of] == i]
+        runs = _merge_runs(rows[:, TAG], rows[:, first_of], rows[:, length_of])
         tag, start, stop = runs[:, 0], runs[:, 1], runs[:, 1] + runs[:, 2]
         first = np.searchsorted(members.bounds[:, 1], start, "right")
         of, within = expand(np.maximum(np.searchsorted(members.bounds[:, 0], stop, "left") - first, 0))
@@ -122,10 +207,13 @@ def merge_spans(group: Ints, spans: Ints, step: int = 0) -> Ints:
     """Union of spans within each group, as rows (group, start, length, step), disjoint, sorted.
 
     Spans of one step come back with that step. Mixed steps are merged by residue class of their least
-    common multiple (or of ``step``, if given), and a group that is one gapless run becomes one span.
+    common multiple (or of ``step``, if given), and those that together hold a gapless run become one span.
     """
     if not len(spans):
         return np.empty((0, 4), np.int64)
+    if step <= 1 and (spans[:, 2] == 1).all():
+        merged = _merge_runs(group, spans[:, 0], spans[:, 1])
+        return np.column_stack((merged, np.ones(len(merged), np.int64)))
     common = step or lcm(*np.unique(spans[:, 2]).tolist())
     parts = common // spans[:, 2]
     rows, residue = expand(np.minimum(parts, spans[:, 1]))
@@ -142,11 +230,11 @@ def _merge_runs(lane: Ints, start: Ints, length: Ints) -> Ints:
     """Union of step-1 runs within each lane, as rows (lane, start, length), sorted."""
     if not len(lane):
         return np.empty((0, 3), np.int64)
-    order = np.lexsort((start, lane))
-    lane, start, end = lane[order], start[order], (start + length)[order]
-    # Lanes are laid end to end on one axis, so that one running maximum serves all of them.
-    width = int(end.max(initial=0)) + 2
-    base = (lane - lane[0]) * width
+    # Lanes are laid end to end on one axis, so that one sort and one running maximum serve all of them.
+    end = start + length
+    base = (lane - lane.min()) * (int(end.max()) + 2)
+    order = np.argsort(base + start)
+    lane, start, end, base = lane[order], start[order], end[order], base[order]
     reach = np.maximum.accumulate(base + end)
     new = np.concatenate(([True], (base + start)[1:] > reach[:-1]))
     first = np.flatnonzero(new)
@@ -155,13 +243,12 @@ def _merge_runs(lane: Ints, start: Ints, length: Ints) -> Ints:
 
 
 def _join_residues(spans: Ints) -> Ints:
-    """Groups (column 0) whose residue classes together hold one gapless run, replaced by that run."""
-    first = np.flatnonzero(np.concatenate(([True], np.diff(spans[:, 0]) > 0)))
-    count = np.add.reduceat(spans[:, 2], first)
-    low = np.minimum.reduceat(spans[:, 1], first)
-    high = np.maximum.reduceat(spans[:, 1] + (spans[:, 2] - 1) * spans[:, 3], first)
-    whole = high - low + 1 == count
-    runs = np.stack((spans[first, 0], low, count, np.ones_like(count)), 1)[whole]
-    rest = spans[~np.isin(spans[:, 0], runs[:, 0])]
-    out = np.concatenate((runs, rest))
+    """Spans (group, start, length, step) of which some together hold a gapless run, replaced by that run."""
+    group, start, length, step = spans.T
+    runs = _merge_runs(group, start, (length - 1) * step + 1)
+    width = int((start + length * step).max()) + 1
+    of = np.searchsorted(runs[:, 0] * width + runs[:, 1], group * width + start, "right") - 1
+    whole = np.bincount(of, length, len(runs)) == runs[:, 2]
+    runs = np.column_stack((runs, np.ones(len(runs), np.int64)))
+    out = np.concatenate((runs[whole], spans[~whole[of]]))
     return out[np.lexsort((out[:, 1], out[:, 0]))]

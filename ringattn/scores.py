@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from ringattn.tiles import Rows
 
 Window = tuple[int | None, int | None]
 WHOLE = slice(None)
+FEATURES = frozenset({"softcap", "bias", "alibi", "dropout"})  # what a kernel may have to do beyond band and scale
 
 
 class Rule(Protocol):
@@ -43,7 +45,7 @@ class Alibi:
 
     def bias(self, heads: slice, q: Tensor, k: Tensor) -> Tensor:
         """See `Rule`."""
-        distance = (q[:, None] - k).abs_().to(self.params.dtype)
+        distance = (q.double()[:, None] - k.double()).abs_().to(self.params.dtype)  # fp64: exact below 2^53, and fast
         return (-self.params[heads, None, None] * distance).unsqueeze(0)
 
 
@@ -107,6 +109,26 @@ class Scores:
         return any(x is not None for x in (self.bias, self.rule, self.dropout))
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a tile: slices of its batch rows, query heads, query rows and key columns, each with both bounds."""
+
+    batch: slice
+    heads: slice
+    rows: slice
+    cols: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+
+    @property
+    def tokens(self) -> tuple[slice, slice, slice]:
+        """Its queries in a tensor `[batch, rows, heads, *]` of the tile."""
+        return self.batch, self.rows, self.heads
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tile lies: its local query rows, the global positions of its rows and columns, and its query heads."""
@@ -116,10 +138,28 @@ class Place:
     k: Tensor  # int64 [nk]
     heads: slice
 
+    def heads_of(self, block: Block) -> slice:
+        """The query heads of a block, as the attention call counts them."""
+        return slice(self.heads.start + block.heads.start, self.heads.start + block.heads.stop)
+
+    def rows_of(self, block: Block) -> slice | Tensor:
+        """The local query rows of a block."""
+        if not isinstance(self.rows, slice):
+            return _run(torch.as_tensor(self.rows[block.rows], device=self.q.device))
+        start, step = self.rows.start or 0, self.rows.step or 1
+        return slice(start + step * block.rows.start, start + step * (block.rows.stop - 1) + 1, step)
+
+    @cached_property
+    def hashes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int32 hashes of the heads, the query positions and the key positions."""
+        heads = torch.arange(self.heads.start, self.heads.stop, device=self.q.device)
+        heads, q, k = (_mix64(x).to(torch.int32) for x in (heads, self.q, self.k))
+        return heads, q, k
+
 
 @dataclass(frozen=True)
 class TileScores:
-    """What a kernel is told of one tile. Blocks of it are named by `rows` and `cols`, slices of the tile."""
+    """What a kernel is told of one tile."""
 
     window: Window
     scale: float
@@ -127,56 +167,61 @@ class TileScores:
     call: Scores | None = None  # set where bias, rule or dropout are
     place: Place | None = None
 
-    def bias(self, rows: slice, cols: slice) -> Tensor | None:
-        """What is added to the logits of a block, `[1|B, 1|heads, rows, cols]`, or None."""
-        if self.call is None or self.place is None:
-            return None
-        if self.call.rule is not None:
-            rule = self.call.rule.bias(self.place.heads, self.place.q[rows], self.place.k[cols])
-            return rule if self.call.bias is None else rule + self._block(self.call.bias, rows, cols)
-        return None if self.call.bias is None else self._block(self.call.bias, rows, cols)
+    @property
+    def features(self) -> frozenset[str]:
+        """What must not be left out: see `Scores.features`."""
+        capped = frozenset() if self.softcap is None else frozenset({"softcap"})
+        return capped if self.call is None else capped | self.call.features
 
-    def keep(self, rows: slice, cols: slice, batch: int, dtype: torch.dtype) -> Tensor | None:
-        """What dropout multiplies a block's probabilities with: 0 or `1 / (1 - p)`, `[batch, heads, rows, cols]`."""
+    def bias(self, block: Block) -> Tensor | None:
+        """What is added to the logits of a block, `[1|batch, 1|heads, rows, cols]`, or None."""
+        if self.call is None or self.place is None or (self.call.rule is None and self.call.bias is None):
+            return None
+        place, rule, bias = self.place, self.call.rule, None
+        if self.call.bias is not None:
+            batch, heads = _of_block(self.call.bias, block, place)
+            bias = self.call.bias[batch, heads, place.rows_of(block)][..., _run(place.k[block.cols])]
+        if rule is None:
+            return bias
+        ruled = rule.bias(place.heads_of(block), place.q[block.rows], place.k[block.cols])
+        return ruled if bias is None else ruled + bias
+
+    def keep(self, block: Block, dtype: torch.dtype) -> Tensor | None:
+        """What dropout multiplies a block's probabilities with, 0 or `1 / (1 - p)`: `[batch, heads, rows, cols]`."""
         if self.call is None or self.place is None or self.call.dropout is None:
             return None
-        dropout, place = self.call.dropout, self.place
-        heads = torch.arange(place.heads.start, place.heads.stop, device=place.q.device)
-        kept = _kept(dropout, torch.arange(batch, device=place.q.device), heads, place.q[rows], place.k[cols])
-        return kept.to(dtype).mul_(1.0 / (1.0 - dropout.p))
+        dropout, (heads, q, k) = self.call.dropout, self.place.hashes
+        hashes = heads[block.heads], q[block.rows], k[block.cols]
+        kept = [_kept(dropout, b, *hashes) for b in range(block.batch.start, block.batch.stop)]
+        return torch.stack(kept).to(dtype).mul_(1.0 / (1.0 - dropout.p))
 
     @property
     def wants_dbias(self) -> bool:
         """Whether backward owes :meth:`add_dbias`."""
         return self.call is not None and self.call.dbias is not None
 
-    def add_dbias(self, rows: slice, cols: slice, dlogits: Tensor) -> None:
-        """Adds the gradient of a block's logits, `[B, heads, rows, cols]`, to that of the bias tensor."""
+    def add_dbias(self, block: Block, dlogits: Tensor) -> None:
+        """Adds the gradient of a block's logits, `[batch, heads, rows, cols]`, to that of the bias tensor."""
         assert self.call is not None and self.call.dbias is not None and self.place is not None
         dbias = self.call.dbias
-        if dbias.size(0) == 1:
-            dlogits = dlogits.sum(0, keepdim=True)
-        if dbias.size(1) == 1:
-            dlogits = dlogits.sum(1, keepdim=True)
-        q, k = _run(_rows_of(self.place.rows, rows, dbias.device)), _run(self.place.k[cols])
-        heads = WHOLE if dbias.size(1) == 1 else self.place.heads
-        if isinstance(q, slice) and isinstance(k, slice):
-            dbias[:, heads, q, k] += dlogits
-        else:
-            index = torch.arange(dbias.size(2), device=dbias.device)[q][:, None], self.place.k[cols]
-            dbias[:, heads][:, :, *index] += dlogits  # the rows and columns of a tile are distinct
-
-    def _block(self, bias: Tensor, rows: slice, cols: slice) -> Tensor:
-        assert self.place is not None
-        bias = bias if bias.size(1) == 1 else bias[:, self.place.heads]
-        return bias[:, :, _run(_rows_of(self.place.rows, rows, bias.device))][..., _run(self.place.k[cols])]
+        for dim in (0, 1):
+            if dbias.size(dim) == 1:
+                dlogits = dlogits.sum(dim, keepdim=True)
+        home = dbias[_of_block(dbias, block, self.place)]
+        rows, cols = self.place.rows_of(block), _run(self.place.k[block.cols])
+        if isinstance(rows, slice) and isinstance(cols, slice):
+            home[:, :, rows, cols] += dlogits
+            return
+        index = torch.arange(dbias.size(2), device=dbias.device)[rows][:, None], self.place.k[block.cols]
+        home[:, :, *index] += dlogits  # the rows and the columns of a tile are distinct
 
 
-def _rows_of(rows: Rows, part: slice, device: torch.device) -> Tensor:
-    """The local rows of a block."""
-    if isinstance(rows, slice):
-        return torch.arange(rows.start, rows.stop, rows.step or 1, device=device)[part]
-    return torch.as_tensor(rows[part], device=device)
+def _of_block(bias: Tensor, block: Block, place: Place) -> tuple[slice, slice]:
+    """A block's batch rows and heads in a bias, whose dims of size 1 hold for all."""
+    return (
+        WHOLE if bias.size(0) == 1 else block.batch,
+        WHOLE if bias.size(1) == 1 else place.heads_of(block),
+    )
 
 
 def _run(index: Tensor) -> Tensor | slice:
@@ -189,18 +234,23 @@ def _run(index: Tensor) -> Tensor | slice:
     return slice(int(index[0]), int(index[-1]) + 1, step)
 
 
-def _kept(dropout: Dropout, batch: Tensor, heads: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """True where a pair is kept, `[batch, heads, nq, nk]`: a 32-bit hash of (seed, batch, head, q) and k."""
-    row = _mix64(batch + _mix64(torch.tensor(dropout.seed, device=q.device)))
-    row = _mix64(row[:, None] + heads)
-    row = _mix64(row[..., None] + q).to(torch.int32)
-    x = row[..., None] ^ _mix64(k).to(torch.int32)
-    # lowbias32 (Wellons, "Prospecting for hash functions", 2018), in place: products wrap
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, None)):
-        x ^= (x >> shift).bitwise_and_((1 << (32 - shift)) - 1)
-        if factor is not None:
-            x *= factor
-    return x >= int(dropout.p * (1 << 32)) - (1 << 31)
+def _kept(dropout: Dropout, batch: int, heads: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """1 where a pair is kept, else 0, int32 `[heads, nq, nk]`, given the hashes of heads, rows and columns."""
+    row = _mix32(_mix32(heads ^ _key(dropout.seed, batch))[:, None] ^ q)
+    return _mix32(row[..., None] ^ k).ge_(int(dropout.p * (1 << 32)) - (1 << 31))
+
+
+@lru_cache(maxsize=256)
+def _key(seed: int, batch: int) -> int:
+    return int(_mix64(_mix64(torch.tensor(seed)) + batch).to(torch.int32))
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """In place on int32, products wrapping: lowbias32 (Wellons, "Prospecting for hash functions", 2018) without its
+    outer shifts, as arguments are hashes and the highest bits decide."""
+    x.mul_(0x7FEB352D)
+    x.bitwise_xor_((x >> 15).bitwise_and_((1 << 17) - 1))
+    return x.mul_(0x846CA68B - (1 << 32))
 
 
 def _mix64(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +85,32 @@ def overlapping(a0: Ints, a1: Ints, b0: Ints, b1: Ints) -> tuple[Ints, Ints]:
     j = order[first[i] + within]
     keep = (b1[j] > a0[i]) & (a1[i] > a0[i])
     return i[keep], j[keep]
+
+
+def meeting(a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
+    """All pairs of spans ``(i, j)`` of ``a`` and ``b`` (start, length, step) that share positions, and these."""
+    parts = []
+    for step in np.unique(a[:, 2]).tolist():
+        rows = np.flatnonzero(a[:, 2] == step)
+        # One lane of the axis for each residue class that both sides keep to: only spans of one lane can meet.
+        lanes = gcd(step, *np.unique(b[:, 2]).tolist())
+        width = 1 + int(max((s[:, 0] + s[:, 1] * s[:, 2]).max(initial=0) for s in (a, b)))
+        i, j = overlapping(*_laned(a[rows], lanes, width), *_laned(b, lanes, width))
+        i = rows[i]
+        spans = cross_spans(a[i], b[j])
+        held = spans[:, 1] > 0
+        parts.append((i[held], j[held], spans[held]))
+    if len(parts) == 1:
+        return parts[0]
+    none = np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 3), np.int64)
+    i, j, spans = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+    return i, j, spans
+
+
+def _laned(spans: Ints, lanes: int, width: int) -> tuple[Ints, Ints]:
+    start, length, step = spans.T
+    shift = start % lanes * width if lanes > 1 else 0
+    return start + shift, start + np.maximum(length - 1, 0) * step + (length > 0) + shift
 
 
 def expand(count: Ints) -> tuple[Ints, Ints]:

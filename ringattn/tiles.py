@@ -5,7 +5,6 @@ Neighbouring tiles whose common hull has exactly their pairs become one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,17 +59,19 @@ def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> tuple[Tile, ...]:
     lo = np.where(pieces[:, LO] > -INF, (pieces[:, LO] - gap) // step, 1 - pieces[:, QN])
     hi = np.where(pieces[:, HI] < INF, (pieces[:, HI] - gap) // step, pieces[:, KN] - 1)
     boxes = coalesce(np.column_stack((q, k, lo, hi)))
-    order = np.lexsort((boxes[:, 3], boxes[:, 0]))
-    return tuple(_tile(row) for row in boxes[order].tolist()) + tuple(tiles)
+    return (*_tiles(boxes[np.lexsort((boxes[:, 3], boxes[:, 0]))]), *tiles)
 
 
-def _tile(box: Sequence[int]) -> Tile:
-    q0, nq, qs, k0, nk, ks, lo, hi = box
-    shift = nk - nq
-    left = None if lo <= 1 - nq else shift - lo
-    right = None if hi >= nk - 1 else hi - shift
-    area = int(staircase(*np.array([[nq], [nk], [hi]]))[0] - staircase(*np.array([[nq], [nk], [lo - 1]]))[0])
-    return Tile(_slice(q0, nq, qs), _slice(k0, nk, ks), (left, right), area)
+def _tiles(boxes: Ints) -> list[Tile]:
+    _, nq, _, _, nk, _, lo, hi = boxes.T
+    areas = staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
+    tiles = []
+    for (q0, nq, qs, k0, nk, ks, lo, hi), area in zip(boxes.tolist(), areas.tolist(), strict=True):
+        shift = nk - nq
+        left = None if lo <= 1 - nq else shift - lo
+        right = None if hi >= nk - 1 else hi - shift
+        tiles.append(Tile(_slice(q0, nq, qs), _slice(k0, nk, ks), (left, right), area))
+    return tiles
 
 
 def _slice(start: int, length: int, step: int) -> slice:
@@ -142,19 +143,24 @@ def _box_hull(a: Ints, b: Ints) -> Ints:
 
 
 def _merge_boxes(boxes: Ints) -> Ints:
-    """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes."""
-    unchanged = 0
-    keys = ((2, 0), (0, 2))
-    turn = 0
-    while unchanged < len(keys) and len(boxes) > 1:
-        boxes = boxes[np.lexsort(boxes[:, keys[turn % 2]].T)]
-        turn += 1
+    """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes.
+
+    Boxes of the same queries first: what these see is then one tile, and no two results are to be merged.
+    """
+    unchanged = turn = 0
+    keys = ((2, 0), (2, 0), (0, 2))
+    while unchanged < 2 and len(boxes) > 1:
+        boxes = boxes[np.lexsort(boxes[:, keys[turn]].T)]
         hull = _box_hull(boxes[:-1], boxes[1:])
         area = _box_area(boxes)
         fits = _box_area(hull) == area[:-1] + area[1:]
+        if turn == 0:
+            fits &= (boxes[:-1, :2] == boxes[1:, :2]).all(1)
         if not fits.any():
-            unchanged += 1
+            unchanged += turn > 0
+            turn = 2 if turn == 1 else 1
             continue
+        turn = {0: 0, 1: 2, 2: 1}[turn]
         unchanged = 0
         # Within a run of mergeable neighbours every second pair is merged: no box is used twice.
         starts = np.flatnonzero(fits & ~np.concatenate(([False], fits[:-1])))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ringattn
 
-GEOMETRY = ("spans", "tiles", "bands", "masks", "layouts", "plan", "schedules", "program", "cost")
+GEOMETRY = ("spans", "tiles", "bands", "masks", "layouts", "plan", "schedules", "program", "cost", "deals", "placement")
 
 
 def test_geometry_runs_without_torch():

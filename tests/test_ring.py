@@ -1,6 +1,7 @@
 """The ring against one process: forward, lse and gradients on every rank, in fp64, by rank-threads."""
 
 import functools
+import threading
 
 import cases
 import pytest
@@ -68,7 +69,7 @@ def check(ranks, expected, tolerance=1e-11):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m: f"rank {rank} {name}: {m}")  # noqa: B023
 
 
-@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize("name", GRID)
 def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
@@ -84,7 +85,7 @@ def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
         for world in (1, 4, 8)
         for i, name in enumerate(GRID)
         for j, layout in enumerate(("contiguous", "zigzag", "striped"))
-        for n, schedule in enumerate(("ring", "exchange"))
+        for n, schedule in enumerate(("ring", "exchange", "gather"))
         for keep in [(i + j + n + world // 4) % 6 == 0]
     ],
 )
@@ -123,7 +124,7 @@ def test_scale_is_used():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("schedule", ["ring", "exchange"])
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "q_offset", "mask"),
@@ -167,7 +168,7 @@ def test_bytes_moved_are_the_plans():
         row = 2 * 2 * (8 + 8) * 8  # batch 2, two KV heads, K and V of 8, fp64
         return cp.traffic(), row, cp.program(cp.masks[0]), int(cp.plan.received[transport.rank])
 
-    for schedule in ("ring", "exchange"):
+    for schedule in ("ring", "exchange", "gather"):
         for traffic, row, program, need in ra.Loopback(3).run(lambda t, s=schedule: one_rank(t, s)):
             for kind in ("forward kv", "backward kv"):
                 assert traffic["received"].get(kind, 0) == row * program.tokens("kv_recvs")
@@ -217,13 +218,44 @@ class Rank(Solo):
         self.rank, self.world_size = rank, world_size
 
 
+def test_the_next_batches_are_planned_in_another_thread():
+    """As a data loader would: replace() while attention runs on the context of the batch before."""
+    cuts = [sorted({0, S, *(7 * i * j % S for j in range(1, 5))}) for i in range(1, 9)]
+    masks = [ra.documents(bounds) & ra.causal() for bounds in cuts]
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, mask=masks[0])
+        planned = []
+
+        def plan():
+            for mask in masks:
+                planned.append(cp.replace(mask=mask))
+                planned[-1].program(mask)
+
+        loader = threading.Thread(target=plan)
+        loader.start()
+        found = [attend(cp) for _ in range(20)]
+        loader.join()
+        return found + [attend(batch) for batch in planned]
+
+    def attend(cp):
+        q, k, v, dout, dlse = tensors()
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = ra.attention(*map(cp.shard, inputs), cp=cp, return_lse=True)
+        return results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs)
+
+    found = zip(*ra.Loopback(2, timeout=20).run(one_rank), strict=True)
+    for ranks, mask in zip(found, [masks[0]] * 20 + masks, strict=True):
+        check(ranks, single_process(mask))
+
+
 def test_describe_says_what_and_why():
     text = ra.ContextParallel(Rank(1, 4), 4096, mask=(ra.causal(), ra.sliding_window(63))).describe()
     for part in (
         "4,096 tokens",
         "over 4 ranks",
         "layout zigzag",
-        "slowest rank takes",
+        "1.00 x the time",
         "schedule",
         "causal()",
     ):
@@ -316,6 +348,6 @@ def test_two_contexts_made_on_one_transport_never_share_a_call_number():
     def one_rank(transport):
         _q, _k, _v, _, _ = tensors()
         contexts = [ra.ContextParallel(transport, S, mask=m) for m in (ra.causal(), ra.full())]
-        return [cp.agreement("anything") for cp in contexts] + [contexts[0].agreement("other")]
+        return [cp.binding.agreement("anything") for cp in contexts] + [contexts[0].binding.agreement("other")]
 
     assert ra.Loopback(2).run(one_rank) == [[0, 1, 2], [0, 1, 2]]

@@ -1,9 +1,10 @@
 """Kernels compute tiles. `KERNELS` is the order of preference of `choose("auto", ...)`."""
 
 from ringattn.kernels.base import Call, Grads, Kernel, Rows, choose
+from ringattn.kernels.blockwise import Blockwise
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
-KERNELS: tuple[Kernel, ...] = (Sdpa(), Reference())
+KERNELS: tuple[Kernel, ...] = (Sdpa(), Blockwise(), Reference())
 
 __all__ = ["KERNELS", "Call", "Grads", "Kernel", "Rows", "choose"]

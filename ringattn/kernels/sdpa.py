@@ -15,7 +15,7 @@ from ringattn.kernels import sdpa_cuda, windows
 from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
 from ringattn.kernels.pieces import Piece, Shape, TileBand
-from ringattn.kernels.reference import FLOATING, refuse_features
+from ringattn.kernels.reference import FLOATING
 from ringattn.merge import Partial, fold
 from ringattn.scores import TileScores
 
@@ -42,7 +42,8 @@ class Sdpa:
 
     def refuse(self, call: Call) -> str | None:
         if call.features:
-            return refuse_features(call)
+            features = ", ".join(sorted(call.features))
+            return f"{features}: not computed by PyTorch's fused operators; kernel='blockwise' computes it"
         if call.device_type == "cuda":
             return sdpa_cuda.refuse(call)
         if call.device_type != "cpu":
@@ -54,6 +55,7 @@ class Sdpa:
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+        assert not scores.features, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(q):
             fold(acc, *sdpa_cuda.forward(q, k, v, window, scale), fresh)
@@ -69,6 +71,7 @@ class Sdpa:
             reached = max(reached, piece.rows.stop)
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+        assert not scores.features, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(k):
             grads.add(*sdpa_cuda.backward(rows, k, v, window, scale))

@@ -157,7 +157,7 @@ def _flash_backward(query: Query, k: Tensor, v: Tensor, window: Window, scale: f
     if query.q.size(-1) > FLASH_HEAD_DIM:
         raise NotImplementedError(
             f"the gradient of lse needs head_dim <= {FLASH_HEAD_DIM - DLSE_COLUMNS} here, got "
-            f"{query.q.size(-1) - DLSE_COLUMNS}: kernel='reference' computes it, or use the output alone"
+            f"{query.q.size(-1) - DLSE_COLUMNS}: kernel='blockwise' computes it, or use the output alone"
         )
     q, k, v, dout, out = (x.transpose(1, 2) for x in (query.q, k, v, query.dout, query.out))
     left, right = _flash_window(window)

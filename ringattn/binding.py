@@ -1,0 +1,220 @@
+"""Bindings: all that a context has settled for one setting of lengths, masks, layout, schedule and kernel.
+
+Contexts with equal settings over one link share one binding, and the dispatcher's operators, which take tensors
+and numbers only, find it by its handle: a digest as a tensor, so that a compiled graph is not tied to one batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import uuid
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ringattn.cost import Rates
+from ringattn.kernels import KERNELS
+from ringattn.layouts import Layout, named
+from ringattn.masks import BoundMask, Mask
+from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
+from ringattn.plan import Plan
+from ringattn.program import Program, compile_program
+from ringattn.schedules import SCHEDULES, Schedule, two_shards
+from ringattn.wire import Link
+
+RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
+HANDLE = 4  # int64 numbers of a handle
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a context.
+
+    timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
+    kv_bytes: what a rank's buffers of foreign (gather: of all) K/V may take, in bytes, on top of the shards; schedules
+        cut their steps to fit (gradient buffers have as many elements, in fp32). None: two shards of K/V, or what
+        a schedule asked for by name takes.
+    check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
+    seed: where the seeds of dropout calls without one of their own come from.
+    rates: how much a device computes while a token arrives and a call starts; every ``auto`` uses it.
+    """
+
+    timeout: float | None = None
+    kv_bytes: int | None = None
+    check_nan: bool = False
+    seed: int = 0
+    rates: Rates = field(default_factory=Rates)
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"Options.timeout={self.timeout}: must be a positive number of seconds")
+        if self.kv_bytes is not None and not self.kv_bytes > 0:
+            raise ValueError(f"Options.kv_bytes={self.kv_bytes}: must be a positive number of bytes; None is no limit")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of a context."""
+
+    seqlen: int
+    masks: tuple[Mask, ...]
+    kv_seqlen: int
+    q_offset: int
+    layout: str | Layout
+    schedule: str
+    kernel: str
+    options: Options
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal settings, over one link."""
+        layout = self.layout.digest if isinstance(self.layout, Layout) else self.layout
+        words = [repr(replace(self, masks=(), layout="")), str(layout), *(mask.digest for mask in self.masks)]
+        return hashlib.sha256("|".join(words).encode()).digest()
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, and whether queries
+    must ``stay``, because a bias tensor holds something for each of them."""
+
+    kv_heads: int
+    row_bytes: int
+    stay: bool = False
+
+
+TYPICAL = Load(8, 512)  # for those who ask before any call: 8 KV heads of 128 in 16 bits
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a context and its replacements have in common."""
+
+    link: Link
+    token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
+    draws: itertools.count[int] = field(default_factory=itertools.count)
+    recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
+
+    def bind(self, settings: Settings) -> Binding:
+        """The binding of these settings, a known one if there is one."""
+        digest = hashlib.sha256(self.token + settings.digest).digest()
+        known = _bindings.get(digest)
+        binding = known if known is not None else Binding(settings, self, digest)
+        self.recent[digest] = _bindings[digest] = binding
+        self.recent.move_to_end(digest)
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+        return binding
+
+
+_bindings: WeakValueDictionary[bytes, Binding] = WeakValueDictionary()
+
+
+def find(handle: Tensor) -> Binding:
+    """The binding of a handle."""
+    binding = _bindings.get(handle.numpy().tobytes())
+    if binding is None:
+        raise RuntimeError(
+            "the context of this attention call is gone: keep a reference to it until its backward has run "
+            f"(the last {RECENT} contexts of a group are kept in any case)"
+        )
+    return binding
+
+
+def handle_of(digest: bytes) -> Tensor:
+    """A digest of 32 bytes as a tensor."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(bytearray(digest), dtype=torch.int64)
+
+
+class Binding:
+    """Layouts, plans, the order of schedules, and this rank's programs. Planned when made, on integers alone."""
+
+    def __init__(self, settings: Settings, shared: Shared, digest: bytes) -> None:
+        self.settings, self.link, self.draws = settings, shared.link, shared.draws
+        self.handle = handle_of(digest)
+        self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
+        bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
+        self.masks = {mask.digest: mask for mask in settings.masks}
+        self.choice = self._choose(bound)
+        self.q_layout, self.k_layout = self.choice.taken.q_layout, self.choice.taken.k_layout
+        self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
+        self.schedules = self.choice.schedules
+        self._programs: dict[Hashable, Program] = {}
+        self._agreed: set[Hashable] = set()
+
+    def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
+        s, layout = self.settings, self.settings.layout
+        schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
+        problem = Problem(bound, self.world_size, s.options.rates, schedules)
+        if not isinstance(layout, Layout):
+            return choose(problem, layout)
+        if (layout.seqlen, layout.world_size) != (s.seqlen, self.world_size):
+            raise ValueError(
+                f"{layout!r} does not fit seqlen={s.seqlen} over {self.world_size} ranks; build it for these"
+            )
+        if s.kv_seqlen != s.seqlen:
+            raise ValueError(
+                f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={s.kv_seqlen} keys; "
+                "name a layout instead"
+            )
+        return given(problem, layout, layout)
+
+    def program(self, mask: Mask, load: Load = TYPICAL) -> Program:
+        """This rank's program for a mask and the sizes of a call.
+
+        Raises ``ValueError`` where no schedule fits ``Options.kv_bytes``.
+        """
+        key = mask, load
+        if key not in self._programs:
+            plan = self.plans[mask]
+            if load.stay and plan.travel:
+                plan = replace(plan, travel=False)
+            schedule, cut = self._fit(plan, load)
+            same = mask, plan.travel, schedule.name, cut  # calls of other sizes may well take the same
+            if same not in self._programs:
+                self._programs[same] = compile_program(plan, schedule, cut, self.rank)
+            self._programs[key] = self._programs[same]
+        return self._programs[key]
+
+    def _fit(self, plan: Plan, load: Load) -> tuple[Schedule, int]:
+        """The first schedule, and its preferred cut, whose buffers fit."""
+        limit, heads = self.settings.options.kv_bytes, load.kv_heads
+        room = two_shards(plan, heads) if limit is None else limit // load.row_bytes
+        asked = [by_name(name) for name in self.schedules]
+        for schedule in asked:
+            cut = schedule.fit(plan, heads, room)
+            if cut is not None:
+                return schedule, cut
+        least = [min((s.buffers(plan, cut, heads), cut) for cut in s.cuts(plan, heads)) for s in asked]
+        if limit is None:
+            return asked[0], least[0][1]
+        needs = ", ".join(f"{s.name} {rows * load.row_bytes:,}" for s, (rows, _) in zip(asked, least, strict=True))
+        raise ValueError(
+            f"Options.kv_bytes={limit:,}: the smallest K/V buffers of this call take more ({needs} bytes); raise the "
+            "limit, shard over more ranks, or allow another schedule"
+        )
+
+    def agreement(self, signature: Hashable) -> int | None:
+        """A fresh call number if this signature was not yet compared between the ranks, else None."""
+        if self.world_size == 1 or signature in self._agreed:
+            return None
+        self._agreed.add(signature)
+        return next(self.link.transport.calls)
+
+
+def by_name(name: str) -> Schedule:
+    return next(schedule for schedule in SCHEDULES if schedule.name == name)
+
+
+def check_names(layout: str | Layout, schedule: str, kernel: str) -> None:
+    """Raises ``ValueError`` for a name that does not exist, with those that do."""
+    named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
+    named("schedule", schedule, ["auto", *(known.name for known in SCHEDULES)])
+    if not isinstance(layout, Layout):
+        named("layout", layout, PLACEMENTS)

@@ -1,0 +1,133 @@
+"""Deals: chunks of the sequence dealt to the ranks by their exact areas.
+
+The sequence is cut once at every border that any layout in question has, and each *cell* is measured: its pairs,
+its kernel calls, the keys it needs. Adding up a rank's cells gives the work and the foreign keys of every layout
+exactly, at a small part of a plan's price, and with them a bound below its cost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, areas, regular
+from ringattn.cost import Rates, unhidden
+from ringattn.layouts import Layout
+from ringattn.masks import BoundMask
+from ringattn.plan import axis_spans, merge_spans
+from ringattn.spans import Ints
+from ringattn.tiles import cut
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Under one mask: the pairs of every cell; the keys that it needs, rows (cell, start, length, step); and its
+    bands, rows (cell, first key, whether it goes on where a band of the cell before ended)."""
+
+    pairs: Ints
+    keys: Ints
+    bands: Ints
+
+
+class Cells:
+    """The sequence cut at ``borders``, measured under each mask."""
+
+    def __init__(self, masks: Sequence[BoundMask], borders: Ints) -> None:
+        q_len, offset = masks[0].q_len, masks[0].q_offset
+        self.starts = np.unique(borders)
+        sizes = np.diff(self.starts, append=q_len)
+        spans = np.stack((self.starts + offset, sizes, np.ones_like(sizes)), 1)
+        self.measures = [_measure(mask, spans) for mask in masks]
+        self.pairs = np.sum([m.pairs for m in self.measures], 0)
+
+    @property
+    def total(self) -> float:
+        """Pairs of all masks over the whole sequence."""
+        return float(self.pairs.sum())
+
+    def weights(self, starts: Ints) -> Ints:
+        """Pairs of all masks in each of the chunks that begin at ``starts``."""
+        return np.add.reduceat(self.pairs, np.searchsorted(self.starts, starts))
+
+    def bound(self, q_layout: Layout, k_layout: Layout, rates: Rates) -> float:
+        """What the masks cost on layouts of plain runs, at least, whatever the schedule."""
+        rank = self._ranks(q_layout)
+        return sum(self._bound(m, rank, k_layout, rates) for m in self.measures)
+
+    def meetings(self, q_layout: Layout, k_layout: Layout) -> int:
+        """How often a run of queries meets a span of the keys it needs, about."""
+        if len(self.starts) * len(k_layout.table) < 1_000_000:  # not often
+            return 0
+        rank = self._ranks(q_layout)
+        ends = np.append(rank[1:] != rank[:-1], True)
+        return max(int(k_layout.met(*m.keys[ends[m.keys[:, 0]], 1:].T).sum()) for m in self.measures)
+
+    def _ranks(self, q_layout: Layout) -> Ints:
+        """Who holds each cell."""
+        first = np.argsort(q_layout.table[:, 1])
+        at = np.searchsorted(q_layout.table[first, 1], self.starts, "right") - 1
+        return q_layout.table[first[at], 0]
+
+    def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, rates: Rates) -> float:
+        world = k_layout.world_size
+        work = np.bincount(rank, cells.pairs, world)
+        keys, own = cells.keys, k_layout.table
+        owner = np.concatenate((rank[keys[:, 0]], own[:, 0]))
+        seen = merge_spans(owner, np.concatenate((keys[:, 1:], own[:, 1:])))
+        received = np.bincount(seen[:, 0], seen[:, 2], world) - k_layout.sizes
+        compute = work + rates.pairs_per_call * _calls(cells.bands, rank, world)
+        return float((compute + unhidden(received * rates.pairs_per_token, compute, rates)).max())
+
+
+def _calls(bands: Ints, rank: Ints, world: int) -> Ints:
+    """Kernel calls of each rank, at least: bands that begin at the same key may become one."""
+    cell, start, goes_on = bands.T
+    head = (goes_on == 0) | (rank[cell] != rank[cell - 1])
+    width = start.max(initial=0) + 1
+    return np.bincount(np.unique(rank[cell[head]] * width + start[head]) // width, minlength=world)
+
+
+def _measure(mask: BoundMask, spans: Ints) -> Measures:
+    rows = regular(cut(mask.whole, Q_AXIS, spans, np.arange(len(spans))))
+    data = rows.data
+    keys = axis_spans(rows, K_AXIS)
+    pairs = np.bincount(data[:, TAG], areas(rows), len(spans)).astype(np.int64)
+    return Measures(pairs, merge_spans(keys[:, 0], keys[:, 1:]), _bands(rows))
+
+
+def _bands(rows: Bands) -> Ints:
+    """The bands column of :class:`Measures`; none where spans have steps or sets, whose tiles are not counted so."""
+    data = rows.data
+    if rows.sets or rows.max_step > 1:
+        return np.empty((0, 3), np.int64)
+    before, here = data[:-1], data[1:]
+    follows = (here[:, Q0] == before[:, Q0] + before[:, QN]) & (here[:, TAG] == before[:, TAG] + 1)
+    touches = (here[:, K0] <= before[:, K0] + before[:, KN]) & (before[:, K0] <= here[:, K0] + here[:, KN])
+    return np.column_stack((data[:, TAG], data[:, K0], np.concatenate(([False], follows & touches))))
+
+
+def deal_by_weight(weights: Ints, world: int) -> Ints:
+    """The heaviest chunk left goes to the rank with the least work among those that may have more chunks."""
+    rank, most = np.empty(len(weights), np.int64), len(weights) // world
+    load = [(0, 0, r) for r in range(world)]  # work, chunks, rank
+    for chunk in np.argsort(-weights, kind="stable").tolist():
+        work, count, r = heapq.heappop(load)
+        rank[chunk] = r
+        if count + 1 < most:
+            heapq.heappush(load, (work + int(weights[chunk]), count + 1, r))
+    return rank
+
+
+def deal_by_rounds(weights: Ints, world: int) -> Ints:
+    """Each round deals one chunk to every rank from one stretch of the sequence, the heaviest to the rank with the
+    least work: less even than by weight, but equal stretches go to equal places."""
+    rank, load = np.empty(len(weights), np.int64), np.zeros(world, np.int64)
+    for stretch in np.split(np.arange(len(weights)), len(weights) // world):
+        heavy_first = stretch[np.argsort(-weights[stretch], kind="stable")]
+        light_first = np.argsort(load, kind="stable")
+        rank[heavy_first] = light_first
+        load[light_first] += weights[heavy_first]
+    return rank

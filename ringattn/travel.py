@@ -1,0 +1,50 @@
+"""Travelling queries: where few queries need many keys of another rank, the queries go there and the keys stay.
+
+Global query rows without causality need every key, so their rank would receive the whole sequence. Instead each rank
+that holds keys is their *host*: it computes their partial result on its own keys and sends that home, to be merged.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ringattn.bands import K_AXIS, TAG, Bands, concat, counts, regular
+from ringattn.layouts import Frame, Layout
+from ringattn.masks import BoundMask
+from ringattn.spans import cross_spans, overlapping
+
+# Keys a travelling query must save its rank for each row that travels: q and out forward, q, out, dout and dq
+# backward, with all heads, against K and V with the KV heads alone, twice, and their gradients.
+THIN = 16
+
+
+def worthwhile(mask: BoundMask, world_size: int) -> bool:
+    """Whether the mask has rows that may travel: few queries that need more keys than a rank holds."""
+    nq, nk = counts(regular(mask.whole))
+    return bool(((nq * THIN <= nk) & (nk * world_size >= mask.kv_len)).any())
+
+
+def part(bands: Bands, k_layout: Layout) -> tuple[Bands, Bands]:
+    """The world's bands (``TAG`` = rank) as those that are computed at home and those that travel, whose ``TAG`` is
+    ``rank * world_size + host``."""
+    nq, nk = counts(bands)
+    thin = (nq * THIN <= nk) & (nk >= k_layout.sizes.max())  # few queries that need more than a shard
+    if not thin.any():
+        return bands, bands.take(thin)
+    world = k_layout.world_size
+    pieces = _cut_by_owner(bands.take(thin), k_layout)
+    nq, nk = counts(pieces)
+    rank, host = np.divmod(pieces.data[:, TAG], world)
+    leaves = (nq * THIN <= nk) & (rank != host)
+    home = pieces.take(~leaves)
+    home.data[:, TAG] //= world
+    return concat((bands.take(~thin), home)), pieces.take(leaves)
+
+
+def _cut_by_owner(bands: Bands, k_layout: Layout) -> Bands:
+    table = k_layout.table
+    i, j = overlapping(*bands.hull(K_AXIS), *Frame(table[:, 1:]).hull)
+    data = bands.data[i]
+    data[:, list(K_AXIS[:3])] = cross_spans(data[:, list(K_AXIS[:3])], table[j, 1:])
+    data[:, TAG] = data[:, TAG] * k_layout.world_size + table[j, 0]
+    return regular(Bands(data[data[:, K_AXIS[1]] > 0], bands.sets))
