@@ -326,8 +326,10 @@ def test_cut_into_pieces_gives_the_same(tile: tuple[int, int, Window], monkeypat
     monkeypatch.setattr(sdpa, "LIMIT", 100)
     monkeypatch.setattr(sdpa, "TRIANGLE", 64)
     monkeypatch.setattr(sdpa, "NARROW", 0)
-    for got, want in zip(kernel_result(sdpa.Sdpa(), p), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    for small in (range(9999, 10000), range(30, 31), range(20, 41), range(20, 1000)):  # plain, halved, masked blocks
+        monkeypatch.setattr(sdpa, "SMALL", small)
+        for got, want in zip(kernel_result(sdpa.Sdpa(), p), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
 def test_pieces_cover_the_band_exactly_and_start_new_rows_whole() -> None:
@@ -339,9 +341,10 @@ def test_pieces_cover_the_band_exactly_and_start_new_rows_whole() -> None:
         if not (band.any(0).all() and band.any(1).all()):
             continue
         checked += 1
-        for limit, triangle in ((4, 2), (5, 5), (100, 3), (100, 100)):
+        for limit, triangle, most in ((4, 2, 9), (5, 5, 1), (100, 3, 100), (100, 100, 2), (100, 100, 7)):
             covered, reached = torch.zeros(band.shape, dtype=torch.int), 0
-            for piece in TileBand.of(*tile).pieces(limit, triangle):
+            pieces = [half for whole in TileBand.of(*tile).pieces(limit, triangle) for half in whole.halves(most)]
+            for piece in pieces:
                 ones = torch.ones_like(covered[piece.rows, piece.cols])
                 assert 0 < ones.size(0) <= limit
                 assert 0 < ones.size(1) <= limit
@@ -353,7 +356,7 @@ def test_pieces_cover_the_band_exactly_and_start_new_rows_whole() -> None:
                     ones = ones.tril() if piece.shape is Shape.LOWER else ones.triu()
                 covered[piece.rows, piece.cols] += ones
             assert reached == tile[0]
-            assert torch.equal(covered, band.int()), (tile, limit, triangle)
+            assert torch.equal(covered, band.int()), (tile, limit, triangle, most)
 
 
 def make_call(**changes: object) -> Call:

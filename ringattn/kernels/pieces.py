@@ -45,7 +45,7 @@ class Piece:
         if self.shape is Shape.FULL or size <= most:
             yield self
             return
-        half = -(-size // 2 // ALIGNMENT) * ALIGNMENT
+        half = size // 2 // ALIGNMENT * ALIGNMENT or size // 2
         top, bottom = _cut(self.rows, half)
         left, right = _cut(self.cols, half)
         if self.shape is Shape.UPPER:
@@ -81,13 +81,6 @@ class TileBand:
     def width(self) -> int | None:
         """Columns seen by a row that the tile's borders do not clip; None without two bounds."""
         return None if self.lo is None or self.hi is None else self.hi - self.lo + 1
-
-    @property
-    def bounded(self) -> TileBand:
-        """The same pairs by two bounds: a triangle is a window as wide as its side."""
-        lo = 1 - self.nq if self.lo is None else self.lo
-        hi = self.nk - 1 if self.hi is None else self.hi
-        return TileBand(self.nq, self.nk, lo, hi)
 
     def pieces(self, limit: int, triangle: int) -> Iterator[Piece]:
         """Disjoint pieces of at most `limit` rows and columns that cover the band exactly.

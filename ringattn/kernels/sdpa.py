@@ -1,9 +1,10 @@
 """Tiles by PyTorch's own fused operators.
 
 On the CPU, and in fp32 on CUDA, the operators know full rectangles, squares below their diagonal and dense
-additive masks: `pieces` cuts a tile into the former, and `windows` computes narrow windows with the latter.
-They run in the accumulators' precision whatever the storage dtype: partial sums stay fp32, and 16-bit matrix
-products are slow on most CPUs. On CUDA in fp16 and bf16 the operators take windows, and a tile is one call.
+additive masks: `pieces` cuts a tile into the former, and `windows` computes narrow windows, and triangles on the
+CPU, with the latter. They run in the accumulators' precision whatever the storage dtype: partial sums stay fp32,
+and 16-bit matrix products are slow on most CPUs. On CUDA in fp16 and bf16 the operators take windows, and a tile is
+one call.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ LIMIT = 8192
 TRIANGLE = 1024
 # The widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
 NARROW = 2048
-
-# Triangles of this many rows are computed by masked blocks on the CPU, whose operator computes the whole of the
-# squares on a diagonal; smaller ones are one call all the same, and larger ones are halved in backward, where
-# nothing has to be merged.
-SMALL = range(256, 1536 + 1)
+# Triangles of this many rows are computed by masked blocks on the CPU, whose operator computes 512 columns at a time,
+# on a diagonal too: half of what a triangle of 512 rows costs is for nothing. Yet smaller ones are not worth more
+# than one call, and larger ones are halved only in backward, where nothing has to be merged.
+SMALL = range(160, 1536 + 1)
 # The rows or columns from which on a dense copy of the other side pays: it is read once for every 256 of them.
 PACKING = 2048
 

@@ -11,20 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Rows
-from ringattn.kernels.operators import Operator, Query, head_major
+from ringattn.kernels.operators import Operator, Query
 from ringattn.kernels.pieces import ALIGNMENT, TileBand
 from ringattn.merge import Partial, fold
 
-# Rows of a forward block and keys of a backward block: the mask wastes that much of the width, and smaller
-# blocks waste more in the operator. Blocks of one forward call: scratch of a few MiB, shared key copies.
-FORWARD_STEP = 64
-FORWARD_BLOCKS = 16
-BACKWARD_STEP = 128
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of blocks: the mask wastes that much of the width, and smaller blocks waste more in the operator."""
+
+    rows: int  # of a forward block
+    most: int  # blocks of one forward call: scratch of a few MiB, shared key copies
+    keys: int  # of a backward block
+
+
+SIZES = {"cpu": Sizes(rows=64, most=16, keys=128), "cuda": Sizes(rows=192, most=8, keys=192)}
+# Rows and columns together of most triangles that come here: they share one mask.
+TRIANGLE_WIDTH = 3072
 # Tiles of at most this many tokens are brought to the operator's precision at once, longer ones block by block.
 WHOLE = 8192
 
@@ -43,15 +52,14 @@ def forward(
     operator: Operator, band: TileBand, q: Tensor, k: Tensor, v: Tensor, scale: float, acc: Partial, fresh: bool
 ) -> None:
     """Fold a band into `acc`."""
-    band, dtype, step = band.bounded, acc.out.dtype, FORWARD_STEP
-    assert band.lo is not None and band.width is not None
-    slack = -(band.width + step - 1) % ALIGNMENT
-    mask = _mask(step, band.width, slack, dtype, q.device)
-    k, v = _whole(k, dtype), _whole(v, dtype)
-    for run in _runs(band.nq, band.nk, step, mask.size(1), band.lo - slack, FORWARD_BLOCKS):
+    (lo, _, width), dtype, sizes = _bounds(band), acc.out.dtype, SIZES[q.device.type]
+    step, slack = sizes.rows, -(width + sizes.rows - 1) % ALIGNMENT
+    mask = _mask(step, width, slack, dtype, q.device)
+    q, k, v = (_whole(x, dtype).transpose(1, 2) for x in (q, k, v))
+    for run in _runs(band.nq, band.nk, step, mask.size(1), lo - slack, sizes.most):
         for batch in _batches(q.size(0), run):
-            queries = _blocks(q[batch, run.block].to(dtype).transpose(1, 2), run.count, step)
-            keys, values = (_keys(x[batch, run.span], dtype, run.count, step) for x in (k, v))
+            queries = _blocks(q[batch, :, run.block].to(dtype), run.count, step)
+            keys, values = (_keys(x[batch, :, run.span].to(dtype), run.count, step) for x in (k, v))
             part = mask[: queries.size(2), run.skip : run.skip + keys.size(2)]
             out, lse = operator.forward(queries, keys, values, False, part, scale)
             home = Partial(acc.out[batch, run.block], acc.lse[batch, :, run.block])
@@ -60,21 +68,39 @@ def forward(
 
 def backward(operator: Operator, band: TileBand, rows: Rows, k: Tensor, v: Tensor, scale: float, grads: Grads) -> None:
     """Add the gradients of a band."""
-    band, dtype, step = band.bounded, grads.dq.dtype, BACKWARD_STEP
-    assert band.hi is not None and band.width is not None
-    mask = _mask(step, band.width, 0, dtype, k.device).T.contiguous()
-    rows = rows.map(lambda x: _whole(x, dtype), lambda x: x)
-    for run in _runs(band.nk, band.nq, step, mask.size(0), -band.hi, most=1):
-        query = Query.of(rows.rows(run.span), lambda x: x.to(dtype).transpose(1, 2))
-        keys, values = (x[:, run.block].to(dtype).transpose(1, 2) for x in (k, v))
-        part = mask[run.skip : run.skip + query.q.size(2), : keys.size(2)]
-        grads.tile(run.span, run.block).add(*operator.backward(query, keys, values, False, part, scale))
+    (_, hi, width), dtype, step = _bounds(band), grads.dq.dtype, SIZES[k.device.type].keys
+    mask = _transposed_mask(step, width, dtype, k.device)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    query = Query.of(rows, lambda x: _whole(x, dtype).transpose(1, 2))
+    for run in _runs(band.nk, band.nq, step, mask.size(0), -hi, most=1):
+        part = query.map(lambda x, span=run.span: x[:, :, span].to(dtype))  # type: ignore[misc]
+        keys, values = (x[:, :, run.block].to(dtype) for x in (k, v))
+        seen = mask[run.skip : run.skip + part.q.size(2), : keys.size(2)]
+        grads.tile(run.span, run.block).add(*operator.backward(part, keys, values, False, seen, scale))
 
 
+def _bounds(band: TileBand) -> tuple[int, int, int]:
+    """`lo, hi, width`; what has one bound is a window wide enough, the same for all so that they share a mask."""
+    if band.lo is None or band.hi is None:
+        width = max(TRIANGLE_WIDTH, band.nq + band.nk)
+        if band.hi is None:
+            assert band.lo is not None, "a full rectangle is no window"
+            return band.lo, band.lo + width - 1, width
+        return band.hi - width + 1, band.hi, width
+    return band.lo, band.hi, band.hi - band.lo + 1
+
+
+@lru_cache(maxsize=8)
 def _mask(step: int, width: int, slack: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask `[step, slack + width + step - 1]`: row i sees `width` columns from `slack + i` on."""
     seen = torch.ones(step, slack + width + step - 1, dtype=dtype, device=device)
     return seen.triu_(slack).tril_(slack + width - 1).log_()
+
+
+@lru_cache(maxsize=8)
+def _transposed_mask(step: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask `[width + step - 1, step]`: column j is seen by `width` rows from `j` on."""
+    return _mask(step, width, 0, dtype, device).T.contiguous()
 
 
 def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,9 +132,9 @@ def _runs(length: int, limit: int, step: int, reach: int, offset: int, most: int
         p = stop
 
 
-def _keys(x: Tensor, dtype: torch.dtype, count: int, step: int) -> Tensor:
-    """Keys or values of a run, head-major; copied so that their rows lie together where several blocks read them."""
-    return x.to(dtype).transpose(1, 2) if count == 1 else _blocks(head_major(x, dtype), count, step)
+def _keys(x: Tensor, count: int, step: int) -> Tensor:
+    """Keys or values of a run, copied so that their rows lie together where several blocks read them."""
+    return x if count == 1 else _blocks(x.contiguous(), count, step)
 
 
 def _blocks(x: Tensor, count: int, step: int) -> Tensor:
