@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise
 
+# CPU operators are fastest on whole vector registers.
+ALIGNMENT = 16
+
 
 class Shape(Enum):
     FULL = "full"  # every pair
@@ -26,6 +29,35 @@ class Piece:
     rows: slice
     cols: slice
     shape: Shape
+
+    @property
+    def band(self) -> TileBand:
+        """What the piece sees of its own rows and columns."""
+        nq, nk = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        return TileBand(nq, nk, 0 if self.shape is Shape.UPPER else None, 0 if self.shape is Shape.LOWER else None)
+
+    def halves(self, most: int) -> Iterator[Piece]:
+        """The piece, its triangles halved into two and a square until they have at most `most` rows.
+
+        In order of their rows, as :meth:`TileBand.pieces`.
+        """
+        size = self.rows.stop - self.rows.start
+        if self.shape is Shape.FULL or size <= most:
+            yield self
+            return
+        half = -(-size // 2 // ALIGNMENT) * ALIGNMENT
+        top, bottom = _cut(self.rows, half)
+        left, right = _cut(self.cols, half)
+        if self.shape is Shape.UPPER:
+            yield Piece(top, right, Shape.FULL)
+        yield from Piece(top, left, self.shape).halves(most)
+        if self.shape is Shape.LOWER:
+            yield Piece(bottom, left, Shape.FULL)
+        yield from Piece(bottom, right, self.shape).halves(most)
+
+
+def _cut(x: slice, at: int) -> tuple[slice, slice]:
+    return slice(x.start, x.start + at), slice(x.start + at, x.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +81,13 @@ class TileBand:
     def width(self) -> int | None:
         """Columns seen by a row that the tile's borders do not clip; None without two bounds."""
         return None if self.lo is None or self.hi is None else self.hi - self.lo + 1
+
+    @property
+    def bounded(self) -> TileBand:
+        """The same pairs by two bounds: a triangle is a window as wide as its side."""
+        lo = 1 - self.nq if self.lo is None else self.lo
+        hi = self.nk - 1 if self.hi is None else self.hi
+        return TileBand(self.nq, self.nk, lo, hi)
 
     def pieces(self, limit: int, triangle: int) -> Iterator[Piece]:
         """Disjoint pieces of at most `limit` rows and columns that cover the band exactly.

@@ -26,8 +26,12 @@ TRIANGLE = 1024
 # The widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
 NARROW = 2048
 
+# Triangles of this many rows are computed by masked blocks on the CPU, whose operator computes the whole of the
+# squares on a diagonal; smaller ones are one call all the same, and larger ones are halved in backward, where
+# nothing has to be merged.
+SMALL = range(256, 1536 + 1)
 # The rows or columns from which on a dense copy of the other side pays: it is read once for every 256 of them.
-PACKING = 512
+PACKING = 2048
 
 
 class Sdpa:
@@ -57,13 +61,13 @@ class Sdpa:
             fold(acc, *sdpa_cuda.forward(q, k, v, window, scale), fresh)
             return
         operator, band = _operator(q), TileBand.of(q.size(1), k.size(1), window)
-        if _is_narrow(band):
+        if _is_narrow(band, q):
             windows.forward(operator, band, q, k, v, scale, acc, fresh)
             return
         reached = 0  # rows that hold a result already; the first piece on new rows holds all of them
         for piece in band.pieces(LIMIT, TRIANGLE):
-            out, lse = _forward_piece(operator, piece, q, k, v, scale, acc.out.dtype)
-            fold(acc.rows(piece.rows), out, lse, fresh and piece.rows.stop > reached)
+            rows, cols, new = piece.rows, piece.cols, fresh and piece.rows.stop > reached
+            _forward_piece(operator, piece, q[:, rows], k[:, cols], v[:, cols], scale, acc.rows(rows), new)
             reached = max(reached, piece.rows.stop)
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
@@ -73,19 +77,26 @@ class Sdpa:
             grads.add(*sdpa_cuda.backward(rows, k, v, window, scale))
             return
         operator, band = _operator(k), TileBand.of(rows.q.size(1), k.size(1), window)
-        if _is_narrow(band):
+        if _is_narrow(band, k):
             windows.backward(operator, band, rows, k, v, scale, grads)
             return
         for piece in band.pieces(LIMIT, TRIANGLE):
-            _backward_piece(operator, piece, rows, k, v, scale, grads.tile(piece.rows, piece.cols))
+            for part in [piece] if k.is_cuda else piece.halves(SMALL.stop - 1):
+                here, cols = grads.tile(part.rows, part.cols), part.cols
+                _backward_piece(operator, part, rows.rows(part.rows), k[:, cols], v[:, cols], scale, here)
 
 
 def _operator(x: Tensor) -> Operator:
     return sdpa_cuda.Efficient() if x.is_cuda else CpuFlash()
 
 
-def _is_narrow(band: TileBand) -> bool:
-    return band.width is not None and band.width <= NARROW
+def _is_narrow(band: TileBand, x: Tensor) -> bool:
+    """Whether masked blocks are fastest: narrow windows, and on the CPU small triangles, which are wasteful there."""
+    if band.lo is None and band.hi is None:
+        return False
+    if band.lo is None or band.hi is None:
+        return not x.is_cuda and max(band.nq, band.nk) in SMALL
+    return band.hi - band.lo < NARROW
 
 
 def _packed(x: Tensor, readers: int, dtype: torch.dtype) -> Tensor:
@@ -94,25 +105,29 @@ def _packed(x: Tensor, readers: int, dtype: torch.dtype) -> Tensor:
 
 
 def _forward_piece(
-    operator: Operator, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """`out` `[B, n, H, D]` and `lse` of one piece."""
-    q, k, v = q[:, piece.rows], k[:, piece.cols], v[:, piece.cols]
-    nq, nk = q.size(1), k.size(1)
+    operator: Operator, piece: Piece, q: Tensor, k: Tensor, v: Tensor, scale: float, acc: Partial, fresh: bool
+) -> None:
+    if _is_narrow(piece.band, q):
+        windows.forward(operator, piece.band, q, k, v, scale, acc, fresh)
+        return
+    dtype, nq, nk = acc.out.dtype, q.size(1), k.size(1)
     q, k, v = _packed(q, nk, dtype), _packed(k, nq, dtype), _packed(v, nq, dtype)
     if piece.shape is Shape.UPPER:  # read backwards it is a square below its diagonal
         out, lse = operator.forward(q.flip(2), k.flip(2), v.flip(2), True, None, scale)
-        return out.flip(2).transpose(1, 2), lse.flip(2)
-    out, lse = operator.forward(q, k, v, piece.shape is Shape.LOWER, None, scale)
-    return out.transpose(1, 2), lse
+        fold(acc, out.flip(2).transpose(1, 2), lse.flip(2), fresh)
+    else:
+        out, lse = operator.forward(q, k, v, piece.shape is Shape.LOWER, None, scale)
+        fold(acc, out.transpose(1, 2), lse, fresh)
 
 
 def _backward_piece(
     operator: Operator, piece: Piece, rows: Rows, k: Tensor, v: Tensor, scale: float, grads: Grads
 ) -> None:
-    dtype, k, v = grads.dq.dtype, k[:, piece.cols], v[:, piece.cols]
-    nq, nk = piece.rows.stop - piece.rows.start, k.size(1)
-    query = Query.of(rows.rows(piece.rows), lambda x: _packed(x, nk, dtype))
+    if _is_narrow(piece.band, k):
+        windows.backward(operator, piece.band, rows, k, v, scale, grads)
+        return
+    dtype, nq, nk = grads.dq.dtype, rows.q.size(1), k.size(1)
+    query = Query.of(rows, lambda x: _packed(x, nk, dtype))
     k, v = _packed(k, nq, dtype), _packed(v, nq, dtype)
     if piece.shape is Shape.UPPER:
         query = query.map(lambda x: x.flip(2))
