@@ -86,8 +86,8 @@ def main(rounds: int = 9, json: str = "documents-cpu") -> None:
     rows = on_processes(measure, 2, rounds, SETTINGS)
     for case in rows:
         print(
-            f"{case['asked']:22} {case['of_causal_8192']:.3f} of one causal call on 8,192 ({case['useful_gflops']:.1f} of "
-            f"{case['causal_8192_gflops']:.1f} GFLOP/s), {case['times_auto']:.3f} of auto's time; {case['layout']}, "
+            f"{case['asked']:22} {case['of_causal_8192']:.3f} of one causal call on 8,192 ({case['useful_gflops']:.1f} "
+            f"of {case['causal_8192_gflops']:.1f} GFLOP/s), {case['times_auto']:.3f} of auto's time; {case['layout']}, "
             f"{case['schedule']}, balance {case['balance']:.2f}, {case['kernel_calls']} calls, "
             f"received {case['received_bytes_forward']} bytes, least {case['least_bytes_forward']}"
         )

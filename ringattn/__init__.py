@@ -20,6 +20,7 @@ from ringattn.masks import (
     sliding_window,
     strided,
 )
+from ringattn.packing import Packing, pack
 from ringattn.scores import alibi
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Loopback",
     "Mask",
     "Options",
+    "Packing",
     "PeerError",
     "Rates",
     "alibi",
@@ -40,6 +42,7 @@ __all__ = [
     "full",
     "global_tokens",
     "longformer",
+    "pack",
     "prefix_lm",
     "sliding_window",
     "strided",

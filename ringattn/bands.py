@@ -379,7 +379,7 @@ def counts(bands: Bands) -> Ints:
 
 def staircase(nq: Ints, nk: Ints, c: Ints) -> Ints:
     """Pairs ``(i, j)``, ``0 <= i < nq``, ``0 <= j < nk``, with ``j - i <= c``: a sum of clamped ramps."""
-    start = np.clip(-c, 0, nq)
-    full = np.clip(nk - 1 - c, start, nq)
+    start = np.minimum(np.maximum(-c, 0), nq)
+    full = np.minimum(np.maximum(nk - 1 - c, start), nq)
     ramp = full - start
     return ramp * (start + c + 1) + ramp * (ramp - 1) // 2 + (nq - full) * nk

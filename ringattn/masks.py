@@ -159,7 +159,7 @@ def _brief(arg: object) -> str:
     return repr(arg)
 
 
-def _count(name: str, value: object, least: int) -> int:
+def at_least(name: str, value: object, least: int) -> int:
     """An integer argument, or a ValueError with the value, the rule and what to pass."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
@@ -224,8 +224,8 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
 
     Raises ``ValueError`` for a negative side.
     """
-    left = None if left is None else _count("sliding_window left", left, 0)
-    right = None if right is None else _count("sliding_window right", right, 0)
+    left = None if left is None else at_least("sliding_window left", left, 0)
+    right = None if right is None else at_least("sliding_window right", right, 0)
     return Mask(_sliding_window, (left, right))
 
 
@@ -246,7 +246,7 @@ def global_tokens(count_or_positions: int | Iterable[int]) -> Mask:
         if positions and positions[0] < 0:
             raise ValueError(f"global_tokens position {positions[0]}: positions count from 0")
         return Mask(_global_positions, (positions,))
-    return Mask(_global_tokens, (_count("global_tokens count", count_or_positions, 0),))
+    return Mask(_global_tokens, (at_least("global_tokens count", count_or_positions, 0),))
 
 
 def _global_tokens(at: Stretch, count: int) -> Bands:
@@ -277,14 +277,14 @@ def documents(cu_seqlens: Iterable[int], cu_seqlens_k: Iterable[int] | None = No
     where the queries end; ``cu_seqlens_k`` (default the same) must end at the key length and have as
     many documents. Raises ``ValueError`` otherwise.
     """
-    q = _boundaries("cu_seqlens", cu_seqlens)
-    k = q if cu_seqlens_k is None else _boundaries("cu_seqlens_k", cu_seqlens_k)
+    q = boundaries("cu_seqlens", cu_seqlens)
+    k = q if cu_seqlens_k is None else boundaries("cu_seqlens_k", cu_seqlens_k)
     if len(q) != len(k):
         raise ValueError(f"cu_seqlens names {len(q) - 1} documents and cu_seqlens_k {len(k) - 1}: they must pair up")
     return Mask(_documents, (q, k) if k is not q else (q,))
 
 
-def _boundaries(name: str, values: Iterable[int]) -> tuple[int, ...]:
+def boundaries(name: str, values: Iterable[int]) -> tuple[int, ...]:
     bounds = _integers(name, values)
     if not bounds or bounds[0] != 0:
         raise ValueError(f"{name}={_brief(bounds)}: must start with 0, the beginning of the first document")
@@ -317,7 +317,7 @@ def _documents(at: Stretch, q: tuple[int, ...], k: tuple[int, ...] | None = None
 
 def prefix_lm(length: int) -> Mask:
     """``k <= q or k < length``: bidirectional over a prefix, causal after it."""
-    return Mask(_prefix_lm, (_count("prefix_lm length", length, 0),))
+    return Mask(_prefix_lm, (at_least("prefix_lm length", length, 0),))
 
 
 def _prefix_lm(at: Stretch, length: int) -> Bands:
@@ -329,7 +329,7 @@ def _prefix_lm(at: Stretch, length: int) -> Bands:
 
 def chunked(size: int) -> Mask:
     """``k // size == q // size``: attention inside chunks of ``size`` tokens."""
-    return Mask(_chunked, (_count("chunked size", size, 1),))
+    return Mask(_chunked, (at_least("chunked size", size, 1),))
 
 
 def _chunked(at: Stretch, size: int) -> Bands:
@@ -340,7 +340,7 @@ def _chunked(at: Stretch, size: int) -> Bands:
 
 def strided(stride: int) -> Mask:
     """``(q - k) % stride == 0``."""
-    return Mask(_strided, (_count("strided stride", stride, 1),))
+    return Mask(_strided, (at_least("strided stride", stride, 1),))
 
 
 def _strided(at: Stretch, stride: int, lo: int = -INF, hi: int = INF) -> Bands:
@@ -352,7 +352,7 @@ def _strided(at: Stretch, stride: int, lo: int = -INF, hi: int = INF) -> Bands:
 
 def dilated(stride: int, window: int) -> Mask:
     """``q - k`` in ``{0, stride, 2 * stride, ..., window * stride}``: a causal window with holes."""
-    return Mask(_dilated, (_count("dilated stride", stride, 1), _count("dilated window", window, 0)))
+    return Mask(_dilated, (at_least("dilated stride", stride, 1), at_least("dilated window", window, 0)))
 
 
 def _dilated(at: Stretch, stride: int, window: int) -> Bands:
@@ -374,13 +374,13 @@ def bigbird(block: int, num_window: int, num_global: int, num_random: int, seed:
     attend and are attended everywhere, ``num_random`` distinct key blocks for every block row (earlier
     blocks only, if ``causal``), which depend on ``(seed, block row)`` alone. ``causal`` adds ``& causal()``.
     """
-    block = _count("bigbird block", block, 1)
-    if _count("bigbird num_window", num_window, 1) % 2 == 0:
+    block = at_least("bigbird block", block, 1)
+    if at_least("bigbird num_window", num_window, 1) % 2 == 0:
         raise ValueError(f"bigbird num_window={num_window}: must be odd, the query's own block in the middle")
     reach = num_window // 2
     mask = Mask(_block_window, (block, reach))
-    mask = mask | global_tokens(_count("bigbird num_global", num_global, 0) * block)
-    args = (block, _count("bigbird num_random", num_random, 0), _count("bigbird seed", seed, 0), bool(causal))
+    mask = mask | global_tokens(at_least("bigbird num_global", num_global, 0) * block)
+    args = (block, at_least("bigbird num_random", num_random, 0), at_least("bigbird seed", seed, 0), bool(causal))
     mask = mask | Mask(_random_blocks, args)
     return mask & _causal_mask() if causal else mask
 

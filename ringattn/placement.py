@@ -189,8 +189,7 @@ def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Cand
         best = _race(plain, SIMPLER)
         if best.time <= good:
             return best, plain
-    deals = sorted(_deals(problem, cells), key=lambda c: c.bound)[:FINALISTS]
-    candidates = [*plain, *deals] or [Candidate(problem, *_pair(problem, contiguous))]
+    candidates = [*plain, *_deals(problem, cells)] or [Candidate(problem, *_pair(problem, contiguous))]
     return _race(candidates, 1.0 if search else SIMPLER), candidates
 
 
@@ -269,9 +268,21 @@ def _counts(problem: Problem) -> list[int]:
     return [count for count in counts if count <= problem.q_len and count * bands <= PIECE_BUDGET]
 
 
-def _deals(problem: Problem, cells: Cells) -> Iterator[Candidate]:
-    """Chunks dealt out in several ways, finer ones until they are even. Where the keys are another sequence, they
-    lie contiguously."""
+def _deals(problem: Problem, cells: Cells) -> list[Candidate]:
+    """The deals of least bound, best first."""
+    best: list[Candidate] = []
+    for load, q_layout, k_layout in sorted(_dealt(problem, cells), key=lambda deal: deal[0]):
+        if len(best) == FINALISTS and load >= best[-1].bound:
+            break  # no bound is below the most work of a rank
+        if cells.meetings(q_layout, k_layout) <= MEETING_BUDGET:
+            made = Candidate(problem, q_layout, k_layout, _bound(problem, cells, q_layout, k_layout))
+            best = sorted([*best, made], key=lambda c: c.bound)[:FINALISTS]
+    return best
+
+
+def _dealt(problem: Problem, cells: Cells) -> Iterator[tuple[float, Layout, Layout]]:
+    """Chunks dealt out in several ways, finer ones until they are even, and the most work of a rank. Where the keys are
+    another sequence, they lie contiguously."""
     world = problem.world_size
     other = None if problem.kv_len == problem.q_len else contiguous(problem.kv_len, world)
     for count in _counts(problem):
@@ -280,10 +291,9 @@ def _deals(problem: Problem, cells: Cells) -> Iterator[Candidate]:
         for deal in (deal_by_rounds, deal_by_weight):
             rank = deal(weights, world)
             layout = dealt("balanced", problem.q_len, world, spans, rank)
-            if cells.meetings(layout, other or layout) > MEETING_BUDGET:
-                return
-            yield Candidate(problem, layout, other or layout, _bound(problem, cells, layout, other or layout))
-        if np.bincount(rank, weights, world).max() * world <= EVEN * cells.total:
+            load = float(np.bincount(rank, weights, world).max())
+            yield load, layout, other or layout
+        if load * world <= EVEN * cells.total:
             break
 
 

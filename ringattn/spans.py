@@ -89,11 +89,11 @@ def overlapping(a0: Ints, a1: Ints, b0: Ints, b1: Ints) -> tuple[Ints, Ints]:
 
 def meeting(a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
     """All pairs of spans ``(i, j)`` of ``a`` and ``b`` (start, length, step) that share positions, and these."""
-    parts = []
-    for step in np.unique(a[:, 2]).tolist():
+    parts, steps = [], set(b[:, 2].tolist())
+    for step in sorted(set(a[:, 2].tolist())):
         rows = np.flatnonzero(a[:, 2] == step)
         # One lane of the axis for each residue class that both sides keep to: only spans of one lane can meet.
-        lanes = gcd(step, *np.unique(b[:, 2]).tolist())
+        lanes = gcd(step, *steps)
         width = 1 + int(max((s[:, 0] + s[:, 1] * s[:, 2]).max(initial=0) for s in (a, b)))
         i, j = overlapping(*_laned(a[rows], lanes, width), *_laned(b, lanes, width))
         i = rows[i]

@@ -108,28 +108,22 @@ def coalesce(boxes: Ints) -> Ints:
     """
     if not len(boxes):
         return boxes
+    if (boxes[:, 2] == 1).all() and (boxes[:, 5] == 1).all():
+        return _coalesce_lane(boxes, 1, 1, 0, 0)
     lanes = np.column_stack((boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5]))
     kinds, lane = np.unique(lanes, axis=0, return_inverse=True)
-    out = []
-    for i, (qs, ks, q_rest, k_rest) in enumerate(kinds.tolist()):
-        box = boxes[lane.reshape(-1) == i]
-        q, k = box[:, 0] // qs, box[:, 3] // ks
-        flat = np.column_stack((q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q))
-        flat = _merge_boxes(flat)
-        q0, q1, k0, k1, lo, hi = flat.T
-        steps = np.full((2, len(flat)), [[qs], [ks]])
-        columns = (
-            q0 * qs + q_rest,
-            q1 - q0,
-            steps[0],
-            k0 * ks + k_rest,
-            k1 - k0,
-            steps[1],
-            lo - k0 + q0,
-            hi - k0 + q0,
-        )
-        out.append(np.stack(columns, 1))
-    return np.concatenate(out)
+    which = lane.reshape(-1)
+    return np.concatenate([_coalesce_lane(boxes[which == i], *kind) for i, kind in enumerate(kinds.tolist())])
+
+
+def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int) -> Ints:
+    """Boxes whose rows are ``q_rest + qs * i`` and whose columns are ``k_rest + ks * j``, merged."""
+    q, k = box[:, 0] // qs, box[:, 3] // ks
+    flat = np.column_stack((q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q))
+    q0, q1, k0, k1, lo, hi = _merge_boxes(flat).T
+    steps = np.full((2, len(q0)), [[qs], [ks]])
+    rows, columns = (q0 * qs + q_rest, q1 - q0, steps[0]), (k0 * ks + k_rest, k1 - k0, steps[1])
+    return np.stack((*rows, *columns, lo - k0 + q0, hi - k0 + q0), 1)
 
 
 def _box_area(b: Ints) -> Ints:
@@ -163,8 +157,10 @@ def _merge_boxes(boxes: Ints) -> Ints:
         turn = {0: 0, 1: 2, 2: 1}[turn]
         unchanged = 0
         # Within a run of mergeable neighbours every second pair is merged: no box is used twice.
-        starts = np.flatnonzero(fits & ~np.concatenate(([False], fits[:-1])))
-        run = np.arange(len(fits)) - starts[np.maximum(np.cumsum(np.isin(np.arange(len(fits)), starts)) - 1, 0)]
+        begins = fits.copy()
+        begins[1:] &= ~fits[:-1]
+        at = np.arange(len(fits))
+        run = at - np.maximum.accumulate(np.where(begins, at, 0))
         chosen = np.flatnonzero(fits & (run % 2 == 0))
         boxes[chosen] = hull[chosen]
         boxes = np.delete(boxes, chosen + 1, 0)

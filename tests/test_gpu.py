@@ -51,7 +51,7 @@ def test_ring_on_one_device(mask, layout, dtype):
     q, k, v, dout = inputs(dtype)
     truth = single(q, k, v, dout, mask, torch.float64)
     peer = single(q, k, v, dout, mask, dtype)
-    for schedule in ("ring", "exchange"):
+    for schedule in ("ring", "exchange", "gather"):
         for found in run(q, k, v, dout, mask, 3, layout=layout, schedule=schedule):
             for name, a, b, exact in zip(("out", "lse", "dq", "dk", "dv"), found, peer, truth, strict=True):
                 finite = exact != -torch.inf
@@ -78,6 +78,49 @@ def test_lse_gradient_on_the_device():
         grads.append([t.grad for t in local])
     for a, b in zip(*grads, strict=True):
         assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_stacks_of_small_tiles_on_the_device():
+    q, k, v, dout = inputs(torch.float32)
+    for mask in (ra.chunked(8), ra.bigbird(8, 3, 1, 2)):
+        truth = single(q, k, v, dout, mask, torch.float64)
+        for found in run(q, k, v, dout, mask, 2):
+            for a, exact in zip(found, truth, strict=True):
+                torch.testing.assert_close(a.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_score_features_on_the_device():
+    q, k, v, dout = inputs(torch.float32)
+    sinks, bias = torch.randn(8, device="cuda"), torch.randn(1, 8, S, S, device="cuda")
+    features = {"softcap": 5.0, "sinks": sinks, "dropout_p": 0.3, "seed": 7}
+    results = []
+    for world, kernel in ((1, "reference"), (1, "blockwise"), (3, "auto")):
+        for rule in (bias, ra.alibi(torch.linspace(0.1, 0.8, 8))):
+
+            def one_rank(transport, kernel=kernel, rule=rule):
+                cp = ra.ContextParallel(transport, S, mask=MASKS[5], kernel=kernel)
+                local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+                own = cp.shard(rule, dim=2) if isinstance(rule, torch.Tensor) else rule
+                out = ra.attention(*local, cp=cp, bias=own, **features)
+                out.backward(cp.shard(dout))
+                return [cp.unshard(out.detach()), *(cp.unshard(t.grad) for t in local)]
+
+            results.append(ra.Loopback(world).run(one_rank)[0])
+    for expected, *others in (results[::2], results[1::2]):
+        for found in others:
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_on_the_device():
+    q, k, v, dout = inputs(torch.bfloat16)
+    cp = ra.ContextParallel(None, S, mask=MASKS[5])
+    grads = []
+    for attend in (ra.attention, torch.compile(ra.attention, fullgraph=True)):
+        local = [t.clone().requires_grad_() for t in (q, k, v)]
+        attend(*local, cp=cp).backward(dout)
+        grads.append([t.grad for t in local])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_buffers_stay_flat():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa
-from ringattn.kernels.pieces import Shape, TileBand
+from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.merge import Partial
 from ringattn.scores import TileScores
 
@@ -410,3 +410,27 @@ def test_an_unknown_kernel_names_the_nearest() -> None:
 def test_sdpa_says_why_it_refuses(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         choose("sdpa", make_call(**changes), KERNELS)
+
+
+@pytest.mark.parametrize("shape", Shape)
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 40, 97, 130])
+def test_halves_cover_a_triangle_exactly_and_start_new_rows_whole(shape: Shape, size: int) -> None:
+    covered, reached = torch.zeros(size + 3, size + 5, dtype=torch.int), 3
+    for part in Piece(slice(3, size + 3), slice(5, size + 5), shape).halves(16):
+        ones = torch.ones_like(covered[part.rows, part.cols])
+        if part.shape is not Shape.FULL:
+            assert ones.size(0) == ones.size(1) <= 16
+            ones = ones.tril() if part.shape is Shape.LOWER else ones.triu()
+        covered[part.rows, part.cols] += ones
+        assert part.rows.start <= reached, "no row is passed over"
+        reached = max(reached, part.rows.stop)
+    square = torch.ones(size, size, dtype=torch.int)
+    expected = {Shape.FULL: square, Shape.LOWER: square.tril(), Shape.UPPER: square.triu()}[shape]
+    assert torch.equal(covered[3:, 5:], expected) and covered.sum() == expected.sum()
+
+
+@pytest.mark.parametrize("size", [200, 300, 900, 1500, 1700, 3300])
+@pytest.mark.parametrize("window", [(None, 0), (0, None)], ids=str)
+def test_triangles_of_every_size(size: int, window: Window) -> None:
+    """Small ones are one operator call, middle ones masked blocks, large ones halves of these."""
+    assert_within_law(sdpa.Sdpa(), make_problem(size, size, window, torch.float32, heads=(2, 1), batch=1, head_dim=8))

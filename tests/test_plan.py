@@ -1,6 +1,8 @@
 """Layouts, tiles, schedules and programs: exact cover by brute force, and the numbers of known cases."""
 
 import gc
+import pathlib
+import resource
 import tracemalloc
 
 import cases
@@ -382,27 +384,39 @@ def test_a_million_tokens_on_a_thousand_ranks():
     assert len(plan.tiles(5, plan.k_layout.frame(5))) < 32
 
 
-@pytest.mark.parametrize("batches", [60, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_nothing_is_left_of_old_batches(batches):
-    """New documents every batch: what a plan took is free again with its context."""
+def replaced(batches):
+    """That many batches of new documents, planned and compiled."""
     rng = np.random.default_rng(0)
     first = ra.ContextParallel(Rank(1, 2), 24, mask=ra.causal())
+    for _ in range(batches):
+        mask = ra.documents(documents_of(24, 4, int(rng.integers(1 << 30)))) & ra.causal()
+        batch = first.replace(mask=mask)
+        batch.program(mask), mask.digest, batch.q_layout.digest
+    del batch, mask
+    gc.collect()
 
-    def run(count):
-        for _ in range(count):
-            mask = ra.documents(documents_of(24, 4, int(rng.integers(1 << 30)))) & ra.causal()
-            batch = first.replace(mask=mask)
-            batch.program(mask), mask.digest, batch.q_layout.digest
-        del batch, mask
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
 
+def test_nothing_is_left_of_old_batches():
+    """What a plan took is free again with its context, but for the last few that are kept."""
     tracemalloc.start()
     try:
-        before = run(2 * RECENT)
-        assert run(batches) - before < 20_000
+        replaced(2 * RECENT)
+        before = tracemalloc.get_traced_memory()[0]
+        replaced(60)
+        assert tracemalloc.get_traced_memory()[0] - before < 20_000
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_thousand_batches():
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    replaced(1_000)
+    before, objects = resident(), len(gc.get_objects())
+    replaced(10_000)
+    assert resident() - before < 4 << 20 and len(gc.get_objects()) - objects < 1_000
 
 
 class Rank(Solo):
