@@ -50,8 +50,9 @@ class Sdpa:
             return f"device {call.device_type!r} has no operator here (cpu and cuda have)"
         if call.dtype not in FLOATING:
             return f"dtype {call.dtype} must be one of float16, bfloat16, float32, float64"
-        if call.v_head_dim != call.head_dim:
-            return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} on the CPU"
+        if call.v_head_dim != call.head_dim:  # padding the smaller with zeros is exact, but slower than blockwise
+            sizes = f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim}"
+            return f"{sizes} for PyTorch's CPU operator; kernel='blockwise' takes both"
         return None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
