@@ -20,6 +20,8 @@ from ringattn.travel import worthwhile
 
 Pairs = NDArray[Any]  # of each rank
 
+# Merges that take as long as a gather's copies of one own token: K/V into its buffers, twice, and gradients out.
+COPIES = 3
 # K/V tokens whose bytes are those of one travelling query: q and out, with all heads.
 QUERY = 8
 # Room that is assumed while nothing is known of heads and bytes: the K/V of so many of the largest shard.
@@ -84,14 +86,15 @@ def cost(plan: Plan, schedule: str, rates: Rates) -> Cost:
 
     ``exchange`` hides its transfer behind the work on the own shard alone. ``ring`` hides what its relay carries
     behind all work, and pays for every step. ``gather`` hides all but the first heads' transfer; it makes the
-    fewest calls, once for each chunk of heads.
+    fewest calls, once for each chunk of heads, and copies the own keys.
     """
     turns = HEAD_CHUNKS if schedule == "gather" else 1
     parts, tiles = _parts(plan, schedule)
     calls = turns * tiles
     rows = np.bincount(plan.world.data[:, TAG], parts * plan.world.data[:, QN], plan.world_size)
     merged = np.maximum(rows - plan.q_layout.sizes, 0)
-    compute = plan.work + rates.pairs_per_call * calls + rates.pairs_per_merge * merged
+    copied = COPIES * plan.k_layout.sizes if schedule == "gather" and plan.received.any() else 0
+    compute = plan.work + rates.pairs_per_call * calls + rates.pairs_per_merge * (merged + copied)
     moved, steps = relayed(plan) if schedule == "ring" else (plan.received, turns * bool(plan.received.any()))
     transfer = (moved + QUERY * plan.visited) * rates.pairs_per_token
     first = transfer / turns if turns > 1 else np.zeros(1)
