@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ringattn.context import ContextParallel
 from ringattn.dispatch import NO_SEED
@@ -77,18 +78,36 @@ def attention(
         NotImplementedError: no kernel, or not the chosen one, can compute the call; says why.
         PeerError: a peer did not come, or fell silent, within ``Options.timeout``.
     """
+    _check_types(q, k, v, cp, sinks, scale, softcap, dropout_p, seed)
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cp)
     mask_handle = _mask_handle(mask, cp)
     bias, rule = (bias, None) if bias is None or isinstance(bias, Tensor) else (None, bias)
     _check_extras(bias, rule, sinks, softcap, dropout_p, seed, q, cp)
     q, scale = _apply_sign(q, _check_scale(scale, q))
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
     out, lse, _ = torch.ops.ringattn.attention(
         q, k, v, bias, rule.name if rule else "", rule.params.to(q.device) if rule else None, sinks, cp.handle,
         mask_handle, scale, softcap, dropout_p, NO_SEED if seed is None else seed, grad,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _check_types(q: object, k: object, v: object, cp: object, sinks: object, *numbers: object) -> None:
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp={cp!r}: must be a ringattn.ContextParallel")
+    for name, t in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+        if not isinstance(t, Tensor) and not (name == "sinks" and t is None):
+            raise ValueError(f"{name} is a {type(t).__name__}: must be a tensor")
+    for name, value in zip(("scale", "softcap", "dropout_p"), numbers, strict=False):
+        if not isinstance(value, (int, float, Tensor)) and not (value is None and name != "dropout_p"):
+            raise ValueError(f"{name}={value!r}: must be a number")
+    if not isinstance(seed := numbers[-1], (int, torch.SymInt)) and seed is not None:
+        raise ValueError(f"seed={seed!r}: must be an integer, the same on every rank")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        tensors = (t for t in (q, k, v, sinks) if isinstance(t, Tensor))
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError("attention() has no forward-mode derivative (jvp): use reverse mode")
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from ringattn.schedules import SCHEDULES, Schedule, two_shards
 from ringattn.wire import Link
 
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
-HANDLE = 4  # int64 numbers of a handle
+REMEMBERED = 4096  # signatures of calls that the ranks have compared
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Options:
     """Settings of a context.
 
     timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
-    kv_bytes: what a rank's buffers of foreign (gather: of all) K/V may take, in bytes, on top of the shards; schedules
-        cut their steps to fit (gradient buffers have as many elements, in fp32). None: two shards of K/V, or what
+    kv_bytes: what the buffers in which a rank holds foreign (gather: all) K/V may take, in bytes, on top of the shards;
+        schedules cut their steps to fit. Gradient buffers have as many elements, in fp32, and messages that have to
+        be packed are copied on their way out. None: two shards of K/V, or what
         a schedule asked for by name takes.
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
@@ -51,10 +52,14 @@ class Options:
     rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"Options.timeout={self.timeout}: must be a positive number of seconds")
-        if self.kv_bytes is not None and not self.kv_bytes > 0:
-            raise ValueError(f"Options.kv_bytes={self.kv_bytes}: must be a positive number of bytes; None is no limit")
+        for name, value in (("timeout", self.timeout), ("kv_bytes", self.kv_bytes)):
+            if value is not None and (not isinstance(value, (int, float)) or not value > 0):
+                unit = "seconds" if name == "timeout" else "bytes; None is two shards of K/V"
+                raise ValueError(f"Options.{name}={value!r}: must be a positive number of {unit}")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"Options.seed={self.seed!r}: must be an integer, the same on every rank")
+        if not isinstance(self.rates, Rates):
+            raise ValueError(f"Options.rates={self.rates!r}: must be a ringattn.Rates")
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,22 @@ class Shared:
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     draws: itertools.count[int] = field(default_factory=itertools.count)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
+    agreed: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+
+    def agreement(self, signature: str) -> int | None:
+        """A fresh call number if this signature was not lately compared between the ranks, else None.
+
+        What is remembered follows from the order of calls alone, which is the same on all ranks.
+        """
+        if self.link.transport.world_size == 1:
+            return None
+        key = hashlib.sha256(signature.encode()).digest()
+        known = key in self.agreed
+        self.agreed[key] = None
+        self.agreed.move_to_end(key)
+        if len(self.agreed) > REMEMBERED:
+            self.agreed.popitem(last=False)
+        return None if known else next(self.link.transport.calls)
 
     def bind(self, settings: Settings) -> Binding:
         """The binding of these settings, a known one if there is one."""
@@ -137,6 +158,7 @@ class Binding:
 
     def __init__(self, settings: Settings, shared: Shared, digest: bytes) -> None:
         self.settings, self.link, self.draws = settings, shared.link, shared.draws
+        self.agreement = shared.agreement
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
@@ -146,7 +168,6 @@ class Binding:
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
         self._programs: dict[Hashable, Program] = {}
-        self._agreed: set[Hashable] = set()
 
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, layout = self.settings, self.settings.layout
@@ -185,7 +206,7 @@ class Binding:
     def _fit(self, plan: Plan, load: Load) -> tuple[Schedule, int]:
         """The first schedule, and its preferred cut, whose buffers fit."""
         limit, heads = self.settings.options.kv_bytes, load.kv_heads
-        room = two_shards(plan, heads) if limit is None else limit // load.row_bytes
+        room = two_shards(plan, heads) if limit is None else limit // max(load.row_bytes, 1)
         asked = [by_name(name) for name in self.schedules]
         for schedule in asked:
             cut = schedule.fit(plan, heads, room)
@@ -199,13 +220,6 @@ class Binding:
             f"Options.kv_bytes={limit:,}: the smallest K/V buffers of this call take more ({needs} bytes); raise the "
             "limit, shard over more ranks, or allow another schedule"
         )
-
-    def agreement(self, signature: Hashable) -> int | None:
-        """A fresh call number if this signature was not yet compared between the ranks, else None."""
-        if self.world_size == 1 or signature in self._agreed:
-            return None
-        self._agreed.add(signature)
-        return next(self.link.transport.calls)
 
 
 def by_name(name: str) -> Schedule:

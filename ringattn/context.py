@@ -65,6 +65,8 @@ class ContextParallel:
         options: Options = Options(),  # noqa: B008 - frozen
         _shared: Shared | None = None,
     ) -> None:
+        if not isinstance(options, Options):
+            raise ValueError(f"options={options!r}: must be a ringattn.Options")
         if ulysses != 1:
             raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
         self._settings: dict[str, Any] = {

@@ -101,7 +101,7 @@ def _measure(mask: BoundMask, spans: Ints) -> Measures:
 def _bands(rows: Bands) -> Ints:
     """The bands column of :class:`Measures`; none where spans have steps or sets, whose tiles are not counted so."""
     data = rows.data
-    if rows.sets or rows.max_step > 1:
+    if not len(data) or rows.sets or rows.max_step > 1:
         return np.empty((0, 3), np.int64)
     before, here = data[:-1], data[1:]
     follows = (here[:, Q0] == before[:, Q0] + before[:, QN]) & (here[:, TAG] == before[:, TAG] + 1)

@@ -82,8 +82,11 @@ def attention_backward_operator(
     scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, seed, dbias)
     with torch.autocast(q.device.type, enabled=False):
         run = _prepare(binding, q, k, v, mask, scores, sinks)
-        q, k, v, dout = map(_rows_together, (q, k, v, dout))
-        grads = list(backward(q, k, v, out, lse, dout, dlse, run))
+        dense = [_rows_together(x) for x in (q, k, v)]
+        found = backward(dense[0], dense[1], dense[2], out, lse, _rows_together(dout), dlse, run)
+        # Laid in memory as the inputs are, which the fake kernel says too.
+        laid = zip(found, (q, k, v), strict=True)
+        grads = [g if x.stride(-1) == 1 else torch.empty_like(x).copy_(g) for g, x in laid]
         if dbias is not None and bias is not None:
             grads.append(dbias.to(bias.dtype))
         if wants_dsinks and sinks is not None:
@@ -216,8 +219,10 @@ def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: 
     logits = f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}"
     dropout = f"p {scores.dropout.p}" if scores.dropout else "none"
     sinks = "none" if run.sinks is None else "given"
-    signature = (mask, shapes, q.dtype, q.device.type, run.kernel.name, logits, dropout, sinks, grad)
-    number = binding.agreement(signature)
+    schedule = f"{program.schedule} (cut {program.cut}{', queries travel' if program.travel else ''})"
+    settings, inputs = s.digest.hex(), f"{shapes}, {q.dtype} on {q.device.type}"
+    signature = (settings, mask.digest, inputs, schedule, run.kernel.name, logits, dropout, sinks, grad)
+    number = binding.agreement(repr(signature))
     if number is None:
         return
     agree(
@@ -227,10 +232,10 @@ def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: 
             "version": f"ringattn {VERSION}",
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
             "layout": f"{binding.q_layout.name} {binding.q_layout.digest}",
-            "schedule": f"{program.schedule} (cut {program.cut})",
+            "schedule": schedule,
             "mask": f"{mask} (digest {mask.digest})",
             "kernel": run.kernel.name,
-            "shapes": f"{shapes}, {q.dtype} on {q.device.type}",
+            "shapes": inputs,
             "logits": logits,
             "dropout": f"{dropout}, seed {scores.dropout.seed}" if scores.dropout else dropout,
             "sinks": sinks,

@@ -8,6 +8,7 @@ place in ``LAYOUTS``.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,10 +110,20 @@ class Layout:
 
         Raises ``ValueError`` unless every position from 0 on belongs to exactly one rank.
         """
-        rows = [(rank, *Span(*map(int, s))) for rank, spans in enumerate(shards) for s in spans]
+        try:
+            rows = [(rank, *Span(*map(operator.index, s))) for rank, spans in enumerate(shards) for s in spans]
+        except TypeError:
+            raise ValueError(
+                f"layout {name!r}: give each rank a list of spans (start, length[, step]), integers"
+            ) from None
         table = np.array(rows, np.int64).reshape(-1, 4)
         if (table[:, 1:] < [0, 0, 1]).any():
             raise ValueError(f"layout {name!r}: spans need start >= 0, length >= 0 and step >= 1")
+        if len(table) and (last := int(Frame(table[:, 1:]).hull[1].max())) > table[:, 2].sum():
+            raise ValueError(
+                f"layout {name!r}: a span ends at position {last - 1}, but the shards hold {table[:, 2].sum()} in all; "
+                "they must hold each position from 0 on exactly once"
+            )
         positions = Frame(table[:, 1:]).positions()
         times = np.bincount(positions, minlength=len(positions))
         wrong = np.flatnonzero(times != 1)

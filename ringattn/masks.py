@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ class Mask:
 
     rule: Callable[..., Bands]
     args: tuple[Any, ...] = ()
+    handle: torch.Tensor = field(init=False, repr=False, compare=False)  # the digest as int64 ``[1]``
 
     def __hash__(self) -> int:
         return self._hash  # thousands of document bounds are hashed once, not at every call
@@ -63,13 +64,13 @@ class Mask:
         parts = [arg.digest if isinstance(arg, Mask) else repr(arg) for arg in self.args]
         return hashlib.sha256("|".join((self.rule.__name__, *parts)).encode()).hexdigest()[:16]
 
-    @cached_property
-    def handle(self) -> torch.Tensor:
-        """The digest as an int64 tensor ``[1]``: what a compiled graph takes instead of the mask."""
-        import torch
+    def __post_init__(self) -> None:
+        import torch  # here and in dense() alone: geometry itself never needs torch
 
+        # Made at once, not when first asked for: a compiled graph may only read it.
         with torch.inference_mode(False):
-            return torch.frombuffer(bytearray(bytes.fromhex(self.digest)), dtype=torch.int64)
+            handle = torch.frombuffer(bytearray(bytes.fromhex(self.digest)), dtype=torch.int64)
+        object.__setattr__(self, "handle", handle)
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))

@@ -87,7 +87,7 @@ class Program:
     not at all.
 
     ``blank`` says that some query rows are not written whole by a fresh tile first, so the result has
-    to start from the identity. ``schedule`` and ``cut`` say what it was compiled from.
+    to start from the identity. ``schedule``, ``cut`` and ``travel`` say what it was compiled from.
     """
 
     rank: int
@@ -98,6 +98,7 @@ class Program:
     blank: bool
     schedule: str
     cut: int
+    travel: bool
 
     @property
     def two_turns(self) -> bool:
@@ -144,7 +145,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
     if visits.sends or visits.recvs:
         stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
     blank |= not touched.all()
-    return Program(rank, q_frame, own, tuple(stages), visits, blank, schedule.name, cut)
+    return Program(rank, q_frame, own, tuple(stages), visits, blank, schedule.name, cut, plan.travel)
 
 
 def _visits(plan: Plan, rank: int) -> Visits:

@@ -63,9 +63,15 @@ def alibi(slopes: Tensor | Sequence[float]) -> Rule:
     """
     if isinstance(slopes, Tensor) and slopes.requires_grad:
         raise ValueError("alibi slopes require grad, and their gradient is not computed: pass slopes.detach()")
-    slopes = torch.as_tensor(slopes)
+    try:
+        slopes = torch.as_tensor(slopes)
+    except (TypeError, RuntimeError, ValueError):
+        raise ValueError(f"alibi slopes={slopes!r}: must be one finite number for each query head") from None
+    if slopes.is_complex():
+        raise ValueError(f"alibi slopes are {slopes.dtype}: must be real numbers")
     slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
-    if slopes.ndim != 1 or not slopes.numel() or not slopes.isfinite().all():
+    finite = torch.compiler.is_compiling() or bool(slopes.isfinite().all())  # values are no matter of a graph
+    if slopes.ndim != 1 or not slopes.numel() or not finite:
         raise ValueError(f"alibi slopes {tuple(slopes.shape)}: must be one finite number for each query head")
     return Alibi(slopes)
 

@@ -7,6 +7,7 @@ precision; an lse travels as two numbers, so that fp32 messages carry what the f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ringattn.kernels import Grads, Rows
 from ringattn.merge import Partial, fold
 from ringattn.program import Move, Visits
-from ringattn.wire import Batch, pack_rows
+from ringattn.wire import Batch
 from ringattn.work import Area, Run, accumulator_dtype, row_delta
 
 Message = tuple[Move, Tensor]
@@ -23,8 +24,8 @@ Message = tuple[Move, Tensor]
 class _Guesthouse:
     """The two ways of a visit, the same forward and backward: rows go out and rows of results come back."""
 
-    def __init__(self, run: Run, k: Tensor, v: Tensor, wide: torch.dtype) -> None:
-        self.run, self.k, self.v, self.wide = run, k, v, wide
+    def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> None:
+        self.run, self.q, self.k, self.v, self.wide = run, q, k, v, wide
         self.visits = run.program.visits
         self.any = bool(self.visits.sends or self.visits.recvs)
         self.guests: Tensor | None = None
@@ -35,14 +36,16 @@ class _Guesthouse:
         kv_heads, own = self.k.shape[2], self.run.program.k_frame
         return Area(self.run, self.visits.frame, own, slice(0, kv_heads), num_heads // kv_heads)
 
-    def invite(self, messages: Batch, kind: str, rows: Tensor) -> None:
-        """Sends own rows ``[S, B, H, *]`` to their hosts and makes room for the guests that come here."""
+    def invite(self, messages: Batch, kind: str, rows: Callable[[slice], Tensor], like: tuple[Tensor, int]) -> None:
+        """Sends own rows to their hosts and makes room for the guests that come here: ``rows`` of a slice of the
+        shard are ``[n, batch, num_heads, width]`` in the dtype of ``like = (tensor, width)``."""
         sends, recvs = messages.of(kind)
-        for i, move in enumerate(self.visits.sends):
-            out = messages.buffer(f"{kind} out {i}", (move.tokens, *rows.shape[1:]), rows, rows.dtype)
-            sends.append((pack_rows(rows, move, out), move.peer))
+        for move in self.visits.sends:
+            sends.append((torch.cat([rows(part) for part in move.rows]), move.peer))
         if self.visits.recvs:
-            guests = messages.buffer(f"{kind} in", (self.visits.frame.size, *rows.shape[1:]), rows, rows.dtype)
+            (tensor, width), q = like, self.q
+            shape = (self.visits.frame.size, q.shape[0], q.shape[2], width)
+            guests = messages.buffer(f"{kind} in", shape, tensor, tensor.dtype)
             recvs += [(guests[move.rows[0]], move.peer) for move in self.visits.recvs]
             self.guests = guests
 
@@ -63,14 +66,13 @@ class ForwardVisits(_Guesthouse):
     """The visits of a forward pass: q goes out, partial results come home."""
 
     def __init__(self, run: Run, q: Tensor, k: Tensor, v: Tensor) -> None:
-        super().__init__(run, k, v, accumulator_dtype(q.dtype))
-        self.q = q
+        super().__init__(run, q, k, v, accumulator_dtype(q.dtype))
         self.results: Tensor | None = None
 
     def post(self, t: int, messages: Batch) -> None:
         """Adds the messages of this turn."""
         if t == Visits.INVITE and self.any:
-            self.invite(messages, "q", self.q.transpose(0, 1))
+            self.invite(messages, "q", lambda part: self.q[:, part].transpose(0, 1), (self.q, self.q.shape[-1]))
         elif t == Visits.RETURN and self.any:
             self.send_home(messages, "partial", self.results, self.v.shape[-1] + 2, self.q)
 
@@ -101,14 +103,15 @@ class BackwardVisits(_Guesthouse):
     where they belong."""
 
     def __init__(self, run: Run, rows: Rows, k: Tensor, v: Tensor, own: Grads) -> None:
-        super().__init__(run, k, v, own.dq.dtype)
+        super().__init__(run, rows.q, k, v, own.dq.dtype)
         self.rows, self.own = rows, own
         self.dq: Tensor | None = None
 
     def post(self, t: int, messages: Batch) -> None:
         """Adds the messages of this turn."""
         if t == Visits.INVITE and self.any:
-            self.invite(messages, "q", self._packed())
+            width = self.own.dq.shape[-1] + 2 * self.v.shape[-1] + 3
+            self.invite(messages, "q", self._packed, (self.own.dq, width))
         elif t == Visits.RETURN and self.any:
             self.send_home(messages, "dq", self.dq, self.own.dq.shape[-1], self.rows.q)
 
@@ -132,15 +135,14 @@ class BackwardVisits(_Guesthouse):
                 part.add_(message[at : at + n].transpose(0, 1))
                 at += n
 
-    def _packed(self) -> Tensor:
-        """``q, dout, out, lse, delta, dlse`` side by side, ``[S, B, H, *]``."""
-        r = self.rows
+    def _packed(self, part: slice) -> Tensor:
+        """``q, dout, out, lse, delta, dlse`` of some rows side by side, ``[n, B, H, *]``."""
+        r = self.rows.rows(part)
         delta = row_delta(r.dout.to(self.wide), r.out, r.dlse) if r.delta is None else r.delta
         dlse = torch.zeros_like(r.lse) if r.dlse is None else r.dlse
         heads_last = [x.permute(2, 0, 1).unsqueeze(-1) for x in (r.lse, delta, dlse)]
-        return torch.cat(
-            [x.to(self.wide) for x in (*(x.transpose(0, 1) for x in (r.q, r.dout, r.out)), *heads_last)], -1
-        )
+        rows_first = [x.transpose(0, 1) for x in (r.q, r.dout, r.out)]
+        return torch.cat([x.to(self.wide) for x in (*rows_first, *heads_last)], -1)
 
     def _unpacked(self, guests: Tensor) -> Rows:
         dtype, d, dv = self.rows.q.dtype, self.rows.q.shape[-1], self.rows.out.shape[-1]

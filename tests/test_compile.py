@@ -180,6 +180,39 @@ def test_the_operator_passes_pytorchs_own_checks():
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_inputs_whose_last_dim_is_not_contiguous_compile(backend):
+    torch._dynamo.reset()
+    cp, x = ra.ContextParallel(None, 16), torch.randn(1, 16, 8, 2, requires_grad=True)
+
+    def attend(x):
+        q = x.transpose(-1, -2)
+        return ra.attention(q, q, q, cp=cp)
+
+    grads = [
+        torch.autograd.grad(fn(x).square().sum(), x)[0]
+        for fn in (attend, torch.compile(attend, fullgraph=True, backend=backend))
+    ]
+    torch.testing.assert_close(*grads)
+    inputs = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in tensors(batch=1)[:3]]
+    cp = ra.ContextParallel(None, S, mask=LOCAL)
+    arguments = (*inputs, None, "", None, None, cp.handle, LOCAL.handle, 0.3, None, 0.0, -1, True)
+    torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
+
+
+def test_equal_masks_and_rules_made_elsewhere_compile():
+    torch._dynamo.reset()
+    q, k, v, *_ = tensors()
+    cp, slopes = ra.ContextParallel(None, S, mask=(LOCAL, ra.full())), torch.linspace(0.1, 0.4, 4)
+    other = ra.full()
+    assert other is not cp.masks[1]
+
+    def attend(q):
+        return ra.attention(q, k, v, cp=cp, mask=other, bias=ra.alibi(slopes))
+
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager")(q), attend(q))
+
+
 def test_handles_follow_from_the_settings():
     """The handle of a mask depends on the mask alone, and a context of other settings has another one."""
     a, b = ra.ContextParallel(None, S, mask=LOCAL), ra.ContextParallel(None, S, mask=LOCAL, q_offset=1, kv_seqlen=S + 1)

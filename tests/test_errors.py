@@ -165,3 +165,67 @@ def test_a_context_made_before_its_group_is_refused(monkeypatch):
         ra.ContextParallel(None, 8)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert ra.ContextParallel(None, 8).world_size == 1
+
+
+def call(**arguments):
+    given = dict(zip("qkv", qkv(), strict=True)) | {"cp": ra.ContextParallel(None, 8)} | arguments
+    return ra.attention(**given)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: call(softcap="1"), "softcap='1': must be a number"),
+        (lambda: call(scale="1"), "scale='1': must be a number"),
+        (lambda: call(dropout_p=None), "dropout_p=None: must be a number"),
+        (lambda: call(dropout_p=0.5, seed=1.5), "seed=1.5: must be an integer"),
+        (lambda: call(sinks=[1.0, 2.0]), "sinks is a list: must be a tensor"),
+        (lambda: call(q=None), "q is a NoneType: must be a tensor"),
+        (lambda: call(cp=ra.causal()), "must be a ringattn.ContextParallel"),
+        (lambda: ra.alibi("x"), "must be one finite number for each query head"),
+        (lambda: ra.alibi(torch.ones(4, dtype=torch.complex64)), "must be real numbers"),
+        (lambda: ra.Options(kv_bytes="1"), "Options.kv_bytes='1'"),
+        (lambda: ra.Options(seed="x"), "Options.seed='x': must be an integer"),
+        (lambda: ra.Options(rates=None), "must be a ringattn.Rates"),
+        (lambda: ra.ContextParallel(None, 8, options={}), "must be a ringattn.Options"),
+        (lambda: ra.Layout.from_spans([[(0, 2.7)]]), "give each rank a list of spans"),
+        (lambda: ra.Layout.from_spans([[(10**12, 1)]]), "a span ends at position 1000000000000"),
+    ],
+)
+def test_wrong_types(build, text):
+    with pytest.raises(ValueError, match=text):
+        build()
+
+
+def test_forward_mode_is_refused():
+    q, k, v = (t.double() for t in qkv())
+    cp = ra.ContextParallel(None, 8)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: ra.attention(x, k, v, cp=cp), (q,), (torch.ones_like(q),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        ra.attention(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v, cp=cp)
+
+
+def test_plans_and_trainings_that_differ_are_named():
+    mask = ra.longformer(2, 2, causal=False)
+    rates = [ra.Rates(1e5, 1.0, 0.0, 0.0, 0.0), ra.Rates(0.0, 0.0, 1e5, 1e6, 1e6)]
+
+    def travels(transport):
+        options = ra.Options(rates=rates[transport.rank % 2])
+        cp = ra.ContextParallel(transport, 150, mask=mask, layout="contiguous", schedule="exchange", options=options)
+        return ra.attention(*qkv(q_len=50, kv_len=50), cp=cp)
+
+    with pytest.raises(ValueError, match=r"schedule: exchange \(cut 1, queries travel\) on"):
+        ra.Loopback(3, timeout=10).run(travels)
+
+    def trains(transport):
+        sinks = torch.zeros(4, requires_grad=transport.rank == 0)
+        ra.attention(*qkv(q_len=4, kv_len=4), cp=ra.ContextParallel(transport, 8), sinks=sinks)
+
+    with pytest.raises(ValueError, match="gradient: wanted on rank 0; not wanted on rank 1"):
+        ra.Loopback(2, timeout=10).run(trains)
+
+
+def test_an_empty_batch_moves_nothing_and_needs_no_room():
+    cp = ra.ContextParallel(None, 8, options=ra.Options(kv_bytes=100))
+    assert ra.attention(*qkv(batch=0), cp=cp).shape == (0, 8, 4, 4)

@@ -351,3 +351,37 @@ def test_two_contexts_made_on_one_transport_never_share_a_call_number():
         return [cp.binding.agreement("anything") for cp in contexts] + [contexts[0].binding.agreement("other")]
 
     assert ra.Loopback(2).run(one_rank) == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("layout", ["auto", "balanced", "contiguous"])
+def test_masks_without_a_pair(layout):
+    q, k, v, dout, _ = tensors()
+    stack = (ra.causal(), ra.causal() - ra.full())
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, mask=stack, layout=layout)
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = ra.attention(*map(cp.shard, inputs), cp=cp, mask=stack[1], return_lse=True)
+        (cp.unshard(out) * dout).sum().backward()
+        return out, lse, [t.grad for t in inputs]
+
+    for out, lse, grads in ra.Loopback(2, timeout=20).run(one_rank):
+        assert (out == 0).all() and (lse == -torch.inf).all() and all((g == 0).all() for g in grads)
+    alone = ra.Loopback(2).run(lambda t: ra.ContextParallel(t, 16, mask=ra.sliding_window(4) - ra.causal()).plan)
+    assert all(plan.work.sum() == 0 for plan in alone)
+
+
+def test_what_a_rank_keeps_does_not_change_what_ranks_agree_on():
+    """One rank keeps an output, and with it a context that the others have long dropped."""
+    q, k, v, *_ = tensors()
+    kept = []
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S)
+        inputs = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        for i in range(90):
+            out = ra.attention(*inputs, cp=cp.replace(mask=ra.sliding_window(i % 45)))
+            if transport.rank == 0 and i == 0:
+                kept.append(out)
+
+    ra.Loopback(2, timeout=20).run(one_rank)

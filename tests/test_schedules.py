@@ -133,6 +133,23 @@ def test_travelling_keeps_the_owner_of_global_rows_even():
     assert goes.work.sum() == stays.work.sum() == ra.longformer(128, 32, causal=False).area(seqlen, seqlen)
 
 
+def test_only_rows_that_travel_are_packed():
+    q, k, v, dout, _ = tensors(4096, 4096, batch=1)
+    rates = ra.Rates(pairs_per_call=0.0, pairs_per_step=0.0)
+
+    def one_rank(transport):
+        options = ra.Options(rates=rates)
+        mask = ra.longformer(4, [5], causal=False)
+        cp = ra.ContextParallel(transport, 4096, mask=mask, layout="contiguous", options=options)
+        assert cp.plan.travel
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        ra.attention(*local, cp=cp).backward(cp.shard(dout))
+        return cp.traffic()["sent"], max(t.nbytes for t in cp.link.workspace.buffers())
+
+    for sent, largest in ra.Loopback(2).run(one_rank):
+        assert sent.get("backward q", 0) <= 4 * 32 * 8 and largest < 4096
+
+
 def test_travelling_queries_in_other_dtypes_and_without_their_gradient_of_lse():
     mask, sizes = BOTH_WAYS["first"], {"q_len": LONG, "kv_len": LONG}
     q, k, v, dout, _ = tensors(LONG, LONG)
