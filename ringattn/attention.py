@@ -100,7 +100,8 @@ def _check_types(q: object, k: object, v: object, cp: object, sinks: object, *nu
         if not isinstance(t, Tensor) and not (name == "sinks" and t is None):
             raise ValueError(f"{name} is a {type(t).__name__}: must be a tensor")
     for name, value in zip(("scale", "softcap", "dropout_p"), numbers, strict=False):
-        if not isinstance(value, (int, float, Tensor)) and not (value is None and name != "dropout_p"):
+        kinds = (int, float, torch.SymFloat, torch.SymInt, *([Tensor] if name == "scale" else []))
+        if not isinstance(value, kinds) and not (value is None and name != "dropout_p"):
             raise ValueError(f"{name}={value!r}: must be a number")
     if not isinstance(seed := numbers[-1], (int, torch.SymInt)) and seed is not None:
         raise ValueError(f"seed={seed!r}: must be an integer, the same on every rank")
@@ -141,15 +142,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         raise ValueError(f"head_dim of q is {q.shape[-1]} and of k {k.shape[-1]}: must be equal")
     if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} heads over {k.shape[2]} KV heads: num_kv_heads must divide num_heads")
-    for name, size, local, whole in (
-        ("q", q.shape[1], cp.local_seqlen, f"seqlen={cp.seqlen}"),
-        ("k", k.shape[1], cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}"),
-    ):
-        if size != local:
-            raise ValueError(
-                f"{name} has {size} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
-                f"(layout {cp.q_layout.name}); shard with cp.shard{'_kv' if name == 'k' else ''}()"
-            )
+    if q.shape[1] != cp.local_seqlen:
+        raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
+    if k.shape[1] != cp.local_kv_seqlen:
+        raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
+
+
+def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParallel) -> ValueError:
+    turned = (
+        f"; its dims must be [batch, tokens, heads, head_dim], and dim 2 has {local}" if x.shape[2] == local else ""
+    )
+    return ValueError(
+        f"{name} has {x.shape[1]} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
+        f"(layout {cp.q_layout.name}); shard with cp.shard{'_kv' if name == 'k' else ''}(){turned}"
+    )
 
 
 def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
@@ -157,8 +163,10 @@ def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
         return cp.mask_handles[0]
     if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
         listed = "; ".join(map(str, cp.masks))
-        raise ValueError(f"mask {mask} is not one of the context's ({listed}); name it in ContextParallel(mask=...)")
-    return mask.handle
+        raise ValueError(
+            f"mask {mask!r:.200} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
+        )
+    return torch.from_numpy(mask.handle)
 
 
 def _check_extras(
@@ -168,13 +176,17 @@ def _check_extras(
     heads = q.shape[2]
     if bias is not None:
         _check_bias(bias, q, cp)
-    if rule is not None and (getattr(rule, "name", None) not in RULES or rule.params.shape[0] != heads):
+    if rule is not None and getattr(rule, "name", None) not in RULES:
         raise ValueError(f"bias={rule!r}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
+    if rule is not None and rule.params.shape[0] != heads:
+        raise ValueError(
+            f"{rule.name} has {rule.params.shape[0]} slopes, q has {heads} heads: ringattn.alibi(slopes[{heads}])"
+        )
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in FLOATS or sinks.device != q.device):
         raise ValueError(
             f"sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
         )
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap}: must be a positive number; None is no cap")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and below 1")

@@ -93,7 +93,7 @@ class Load:
     stay: bool = False
 
 
-TYPICAL = Load(8, 512)  # for those who ask before any call: 8 KV heads of 128 in 16 bits
+TYPICAL = Load(8, 0)  # for those who ask before any call: 8 KV heads, of no known size
 
 
 @dataclass(frozen=True)
@@ -167,12 +167,13 @@ class Binding:
         self.q_layout, self.k_layout = self.choice.taken.q_layout, self.choice.taken.k_layout
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
+        self.last = TYPICAL  # the load of the last call
         self._programs: dict[Hashable, Program] = {}
 
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, layout = self.settings, self.settings.layout
         schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
-        problem = Problem(bound, self.world_size, s.options.rates, schedules)
+        problem = Problem(bound, self.world_size, s.options.rates, schedules, s.options.kv_bytes is None)
         if not isinstance(layout, Layout):
             return choose(problem, layout)
         if (layout.seqlen, layout.world_size) != (s.seqlen, self.world_size):
@@ -186,7 +187,7 @@ class Binding:
             )
         return given(problem, layout, layout)
 
-    def program(self, mask: Mask, load: Load = TYPICAL) -> Program:
+    def program(self, mask: Mask, load: Load) -> Program:
         """This rank's program for a mask and the sizes of a call.
 
         Raises ``ValueError`` where no schedule fits ``Options.kv_bytes``.

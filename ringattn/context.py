@@ -11,11 +11,12 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.binding import TYPICAL, Load, Options, Settings, Shared, check_names
+from ringattn.binding import Load, Options, Settings, Shared, check_names
 from ringattn.comm import Solo, Transport, transport_over
 from ringattn.describe import describe
 from ringattn.layouts import Layout
@@ -32,6 +33,9 @@ Group = dist.ProcessGroup | DeviceMesh | Transport | None
 
 class ContextParallel:
     """How one sequence lies over the ranks of a group, and what each rank computes on it.
+
+    ``position_ids``: int64 ``[local_seqlen]`` on the CPU, the global position of each local token, ``q_offset``
+    included.
 
     Args:
         group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a ringattn transport, or None for one rank.
@@ -96,7 +100,8 @@ class ContextParallel:
         self.local_seqlen = int(self.q_layout.sizes[self.rank])
         self.local_kv_seqlen = int(self.k_layout.sizes[self.rank])
         self.handle = self.binding.handle
-        self.mask_handles = tuple(m.handle for m in self.masks)
+        self.mask_handles = tuple(torch.from_numpy(m.handle) for m in self.masks)
+        self.position_ids = position_ids(self.q_layout.frame(self.rank), q_offset)
 
     def _check_ranks(self, self_attention: bool) -> None:
         if self_attention and self.world_size > self.seqlen:
@@ -116,11 +121,6 @@ class ContextParallel:
         return ContextParallel(None, **{**self._settings, **changes}, _shared=self._shared)
 
     # -- what a rank holds ----------------------------------------------------------------------
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """int64 ``[local_seqlen]`` on the CPU: the global position of each local token, ``q_offset`` included."""
-        return position_ids(self.q_layout.frame(self.rank), self.q_offset)
 
     @cached_property
     def kv_position_ids(self) -> Tensor:
@@ -158,9 +158,10 @@ class ContextParallel:
         """The plan of the first mask; ``plans[mask]`` has the others."""
         return self.plans[self.masks[0]]
 
-    def program(self, mask: Mask, load: Load = TYPICAL) -> Program:
-        """This rank's compiled schedule for one of the masks, and for a call of these sizes (8 KV heads)."""
-        return self.binding.program(mask, load)
+    def program(self, mask: Mask, load: Load | None = None) -> Program:
+        """This rank's compiled schedule for one of the masks and a call of these sizes: without any, of the last
+        call, or before any call of 8 KV heads and no limit on buffers."""
+        return self.binding.program(mask, load or self.binding.last)
 
     @property
     def link(self) -> Link:
@@ -173,7 +174,8 @@ class ContextParallel:
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
 
-        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``. Replacements count together.
+        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``, and of queries that travel
+        ``forward q``, ``forward partial``, ``backward q``, ``backward dq``. Replacements count together.
         """
         traffic = self._shared.link.traffic
         return {

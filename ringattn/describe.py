@@ -24,6 +24,7 @@ def describe(cp: ContextParallel, choice: Choice) -> str:
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {cp.rank}",
         f"layout {cp.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
         *_table(choice),
+        "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
         f"kernel {cp.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if cp.kernel == "auto" else ""),
     ]
@@ -66,6 +67,12 @@ def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
         f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
         f"sends {program.tokens('grad_sends'):,} of gradients",
     ]
+    if plan.travel:
+        away, guests = program.visits.sends, program.visits
+        lines.append(
+            f"    queries that need many keys travel: {sum(m.tokens for m in away):,} of this rank to {len(away)} ranks, "
+            f"and {guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
+        )
     for t, stage in enumerate(program.stages[:MAX_STEPS]):
         shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
         peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"

@@ -174,6 +174,7 @@ def _prepare(
     kernel = choose(binding.settings.kernel, call, KERNELS)
     row_bytes = q.shape[0] * (q.shape[-1] + v.shape[-1]) * q.element_size()
     load = Load(k.shape[2], row_bytes, stay=scores.bias is not None)
+    binding.last = load
     return Run(binding.program(mask, load), kernel, scores, binding.link, sinks)
 
 

@@ -49,7 +49,7 @@ class Mask:
 
     rule: Callable[..., Bands]
     args: tuple[Any, ...] = ()
-    handle: torch.Tensor = field(init=False, repr=False, compare=False)  # the digest as int64 ``[1]``
+    handle: Ints = field(init=False, repr=False, compare=False)  # the digest as int64 ``[1]``
 
     def __hash__(self) -> int:
         return self._hash  # thousands of document bounds are hashed once, not at every call
@@ -65,12 +65,8 @@ class Mask:
         return hashlib.sha256("|".join((self.rule.__name__, *parts)).encode()).hexdigest()[:16]
 
     def __post_init__(self) -> None:
-        import torch  # here and in dense() alone: geometry itself never needs torch
-
         # Made at once, not when first asked for: a compiled graph may only read it.
-        with torch.inference_mode(False):
-            handle = torch.frombuffer(bytearray(bytes.fromhex(self.digest)), dtype=torch.int64)
-        object.__setattr__(self, "handle", handle)
+        object.__setattr__(self, "handle", np.frombuffer(bytes.fromhex(self.digest), np.int64).copy())
 
     def __and__(self, other: Mask) -> Mask:
         return Mask(_both, (self, _checked(other)))

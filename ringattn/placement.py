@@ -49,6 +49,7 @@ class Problem:
     world_size: int
     rates: Rates
     schedules: tuple[str, ...] = ("exchange", "gather", "ring")
+    two_shards: bool = True  # buffers must fit two shards of K/V; else a call decides what fits its own limit
 
     @property
     def q_len(self) -> int:
@@ -71,11 +72,11 @@ class Offer:
     out: str = ""
 
     @staticmethod
-    def of(schedule: str, costs: Sequence[Cost], only: bool) -> Offer:
+    def of(schedule: str, costs: Sequence[Cost], free: bool) -> Offer:
         calls, out = max(c.calls for c in costs), ""
         if calls > CALL_BUDGET:
             out = f"about {calls:,} kernel calls a rank, budget {CALL_BUDGET:,}"
-        elif not only and not all(c.fits for c in costs):
+        elif not free and not all(c.fits for c in costs):
             out = "its buffers do not fit the room of two shards"
         most = max(c.received for c in costs)
         return Offer(schedule, sum(c.time for c in costs), max(c.balance for c in costs), most, calls, out)
@@ -99,7 +100,8 @@ class Candidate:
     def offers(self) -> tuple[Offer, ...]:
         """One for each schedule, best first, those that may not be taken last."""
         names, rates = self.problem.schedules, self.problem.rates
-        offers = [Offer.of(name, [cost(p, name, rates) for p in self.plans], len(names) == 1) for name in names]
+        free = len(names) == 1 or not self.problem.two_shards
+        offers = [Offer.of(name, [cost(p, name, rates) for p in self.plans], free) for name in names]
         # At equal times by name: the relay comes last.
         return tuple(sorted(offers, key=lambda o: (bool(o.out), o.time, o.schedule)))
 

@@ -175,7 +175,7 @@ def test_the_operator_passes_pytorchs_own_checks():
     q, k, v, *_ = tensors(batch=1)
     cp = ra.ContextParallel(None, S, mask=LOCAL)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    arguments = (*inputs, None, "", None, None, cp.handle, LOCAL.handle, 0.3, None, 0.0, -1, True)
+    arguments = (*inputs, None, "", None, None, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
 
@@ -196,8 +196,23 @@ def test_inputs_whose_last_dim_is_not_contiguous_compile(backend):
     torch.testing.assert_close(*grads)
     inputs = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in tensors(batch=1)[:3]]
     cp = ra.ContextParallel(None, S, mask=LOCAL)
-    arguments = (*inputs, None, "", None, None, cp.handle, LOCAL.handle, 0.3, None, 0.0, -1, True)
+    arguments = (*inputs, None, "", None, None, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True)
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
+
+
+def test_lengths_may_change_in_a_compiled_graph():
+    """The first other length makes the graph dynamic; positions are read inside it."""
+    torch._dynamo.reset()
+    counter, cp = CompileCounterWithBackend("aot_eager"), ra.ContextParallel(None, S)
+
+    def attend(q, cp):
+        return ra.attention(q * cp.position_ids[:, None, None], q, q, cp=cp)
+
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for seqlen in (S, 40, 56, 72):
+        q, cp = torch.randn(1, seqlen, 2, 8), cp.replace(seqlen=seqlen)
+        torch.testing.assert_close(compiled(q, cp), attend(q, cp))
+    assert counter.frame_count <= 2
 
 
 def test_equal_masks_and_rules_made_elsewhere_compile():
@@ -216,6 +231,6 @@ def test_equal_masks_and_rules_made_elsewhere_compile():
 def test_handles_follow_from_the_settings():
     """The handle of a mask depends on the mask alone, and a context of other settings has another one."""
     a, b = ra.ContextParallel(None, S, mask=LOCAL), ra.ContextParallel(None, S, mask=LOCAL, q_offset=1, kv_seqlen=S + 1)
-    assert torch.equal(a.masks[0].handle, ra.sliding_window(5).handle) and not torch.equal(a.handle, b.handle)
+    assert a.masks[0].handle == ra.sliding_window(5).handle and not torch.equal(a.handle, b.handle)
     pairs = itertools.combinations([LOCAL, ra.causal(), ra.full(), documents(3)], 2)
-    assert not any(torch.equal(x.handle, y.handle) for x, y in pairs)
+    assert not any(x.handle == y.handle for x, y in pairs)

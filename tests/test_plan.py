@@ -402,8 +402,9 @@ def test_nothing_is_left_of_old_batches():
     try:
         replaced(2 * RECENT)
         before = tracemalloc.get_traced_memory()[0]
-        replaced(60)
-        assert tracemalloc.get_traced_memory()[0] - before < 20_000
+        replaced(200)
+        # A plan takes 16 kB, so two hundred kept would show; numpy keeps small pieces of memory for its next arrays.
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000
     finally:
         tracemalloc.stop()
 

@@ -98,6 +98,24 @@ def test_room_decides_the_cut_and_too_little_is_refused():
 
 
 LONG = 150
+
+
+def test_a_limit_of_bytes_is_a_calls_affair_and_describing_needs_no_call():
+    """While no call has said what a token takes, nothing is left out, and nothing raises."""
+    q, k, v, *_ = tensors(64, 64)
+
+    def one_rank(transport, limit):
+        cp = ra.ContextParallel(transport, 64, layout="zigzag", options=ra.Options(kv_bytes=limit))
+        before = cp.describe()
+        ra.attention(cp.shard(q), cp.shard(k), cp.shard(v), cp=cp)
+        return sorted(cp.schedules), before, cp.program(cp.masks[0]).schedule, cp.schedule
+
+    for limit, first in ((1 << 30, True), (2 * 16 * SHARD, False)):
+        for known, text, used, best in ra.Loopback(4).run(lambda t, n=limit: one_rank(t, n)):
+            assert known == ["exchange", "gather", "ring"] and "do not fit" not in text
+            assert (used == best) if first else used in ("ring", "gather")
+
+
 BOTH_WAYS = {
     "first": ra.longformer(5, 2, causal=False),
     "scattered": ra.longformer(5, [3, 60, 61], causal=False),
@@ -116,6 +134,7 @@ def test_queries_travel(world, name, schedule, poison):
 
     def received(transport):
         cp = ra.ContextParallel(transport, LONG, mask=mask, **settings)
+        assert "queries that need many keys travel" in cp.describe()
         return cp.plan.travel, cp.plan.received.max(), cp.plan.work.sum()
 
     for travels, tokens, work in ra.Loopback(world).run(received):
