@@ -70,7 +70,7 @@ def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
     if plan.travel:
         away, guests = program.visits.sends, program.visits
         lines.append(
-            f"    queries that need many keys travel: {sum(m.tokens for m in away):,} of this rank to {len(away)} ranks, "
+            f"    queries that need many keys travel: {sum(m.tokens for m in away):,} go from here to {len(away)} ranks, "
             f"and {guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
         )
     for t, stage in enumerate(program.stages[:MAX_STEPS]):
