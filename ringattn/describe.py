@@ -69,9 +69,10 @@ def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
     ]
     if plan.travel:
         away, guests = program.visits.sends, program.visits
+        sent = sum(move.tokens for move in away)
         lines.append(
-            f"    queries that need many keys travel: {sum(m.tokens for m in away):,} go from here to {len(away)} ranks, "
-            f"and {guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
+            f"    queries that need many keys travel: {sent:,} go from here to {len(away)} ranks, "
+            f"{guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
         )
     for t, stage in enumerate(program.stages[:MAX_STEPS]):
         shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
