@@ -16,12 +16,12 @@ import typer
 
 import ringattn
 from benchmarks.common import write
+from ringattn.binding import by_name
 from ringattn.comm import Solo
 from ringattn.layouts import contiguous, zigzag
 from ringattn.placement import Choice, Problem, choose
 from ringattn.plan import Plan
 from ringattn.program import compile_program
-from ringattn.schedules import exchange
 
 SEQLEN, WORLD, DOCUMENTS = 1 << 20, 1024, 5000
 
@@ -79,7 +79,7 @@ def worlds(rounds: int) -> list[dict[str, Any]]:
 
             def program(bound: Any = bound, placed: Any = placed) -> None:
                 plan = Plan(bound, placed, placed)
-                compile_program(plan, exchange(plan, WORLD // 2), WORLD // 2)
+                compile_program(plan, by_name("exchange"), 1, WORLD // 2)
 
             row = {
                 "mask": name,
