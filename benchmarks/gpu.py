@@ -125,7 +125,7 @@ def virtual_ring(causal_rates: dict[int, tuple[float, float]]) -> list[dict[str,
     rows = []
     world = 8
     for shard in (4096, 8192, 16384):
-        for schedule in ("ring", "exchange"):
+        for schedule in ("ring", "exchange", "gather"):
             for rank in (0, world - 1):
                 cp = ringattn.ContextParallel(Instant(rank, world), shard * world, layout="zigzag", schedule=schedule)
                 pairs = int(cp.plan.work[rank])

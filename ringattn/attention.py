@@ -83,6 +83,8 @@ def attention(
     _check_tensors(q, k, v, cp)
     mask_handle = _mask_handle(mask, cp)
     bias, rule = (bias, None) if bias is None or isinstance(bias, Tensor) else (None, bias)
+    if not torch.compiler.is_compiling():
+        _check_mode(q, k, v, bias, sinks)
     _check_extras(bias, rule, sinks, softcap, dropout_p, seed, q, cp)
     q, scale = _apply_sign(q, _check_scale(scale, q))
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
@@ -105,9 +107,12 @@ def _check_types(q: object, k: object, v: object, cp: object, sinks: object, *nu
             raise ValueError(f"{name}={value!r}: must be a number")
     if not isinstance(seed := numbers[-1], (int, torch.SymInt)) and seed is not None:
         raise ValueError(f"seed={seed!r}: must be an integer, the same on every rank")
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        tensors = (t for t in (q, k, v, sinks) if isinstance(t, Tensor))
-        if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+
+
+def _check_mode(*tensors: Tensor | None) -> None:
+    """Operators without a formula drop tangents in silence."""
+    if forward_ad._current_level >= 0:
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError("attention() has no forward-mode derivative (jvp): use reverse mode")
 
 

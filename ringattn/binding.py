@@ -24,7 +24,7 @@ from ringattn.masks import BoundMask, Mask
 from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
-from ringattn.schedules import SCHEDULES, Schedule, two_shards
+from ringattn.schedules import SCHEDULES, Schedule, by_name, two_shards
 from ringattn.wire import Link
 
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
@@ -158,7 +158,7 @@ class Binding:
 
     def __init__(self, settings: Settings, shared: Shared, digest: bytes) -> None:
         self.settings, self.link, self.draws = settings, shared.link, shared.draws
-        self.agreement = shared.agreement
+        self.agreement, self.digest = shared.agreement, digest
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
@@ -221,10 +221,6 @@ class Binding:
             f"Options.kv_bytes={limit:,}: the smallest K/V buffers of this call take more ({needs} bytes); raise the "
             "limit, shard over more ranks, or allow another schedule"
         )
-
-
-def by_name(name: str) -> Schedule:
-    return next(schedule for schedule in SCHEDULES if schedule.name == name)
 
 
 def check_names(layout: str | Layout, schedule: str, kernel: str) -> None:

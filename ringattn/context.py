@@ -81,7 +81,7 @@ class ContextParallel:
         self.masks: tuple[Mask, ...] = self._settings["mask"]
         self.options, self.kernel = options, kernel
         check_names(layout, schedule, kernel)
-        for m in self.masks:
+        for m in self.masks if _shared is None else ():
             m.bind(self.seqlen, self.kv_seqlen, q_offset)  # a mask that does not fit says so before anything is sent
         self._shared = _shared or Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
         transport = self._shared.link.transport

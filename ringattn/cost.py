@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ringattn.bands import QN, TAG
 from ringattn.plan import Plan
-from ringattn.schedules import HEAD_CHUNKS
+from ringattn.schedules import HEAD_CHUNKS, by_name, two_shards
 from ringattn.spans import Ints
 from ringattn.travel import worthwhile
 
@@ -24,9 +24,7 @@ Pairs = NDArray[Any]  # of each rank
 COPIES = 3
 # K/V tokens whose bytes are those of one travelling query: q and out, with all heads.
 QUERY = 8
-# Room that is assumed while nothing is known of heads and bytes: the K/V of so many of the largest shard.
-ROOM = 2
-KV_HEADS = 8  # of which a gather holds two in its room, one computing and one arriving
+KV_HEADS = 8  # assumed while nothing is known of a call
 
 
 @dataclass(frozen=True)
@@ -102,20 +100,13 @@ def cost(plan: Plan, schedule: str, rates: Rates) -> Cost:
     time = compute + first + unhidden(transfer - first, hider, rates) + rates.pairs_per_step * steps
     work, mean, most = int(plan.work.max()), float(plan.work.mean()), int(plan.received.max())
     balance = work / mean if mean else 1.0
-    return Cost(float(time.max()), work, most, int(calls.max()), balance, _fits(plan, schedule))
+    fits = by_name(schedule).fit(plan, KV_HEADS, two_shards(plan, KV_HEADS)) is not None
+    return Cost(float(time.max()), work, most, int(calls.max()), balance, fits)
 
 
 def unhidden(transfer: Pairs, compute: Pairs, rates: Rates) -> Pairs:
     """Time that transfers add to compute which runs meanwhile."""
     return np.maximum(transfer - compute, 0) + rates.exposed * np.minimum(transfer, compute)
-
-
-def _fits(plan: Plan, schedule: str) -> bool:
-    """Whether the assumed room holds the schedule's buffers on every rank; a relay's two blocks always fit."""
-    room = ROOM * int(plan.k_layout.sizes.max())
-    if schedule == "gather":
-        return 2 * int((plan.k_layout.sizes + plan.received).max()) <= KV_HEADS * room
-    return schedule == "ring" or int(plan.received.max()) <= room
 
 
 def _parts(plan: Plan, schedule: str) -> tuple[Ints, Ints]:

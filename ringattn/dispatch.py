@@ -213,19 +213,25 @@ def _check_finite(binding: Binding, **tensors: Tensor) -> None:
 
 def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, grad: bool) -> None:
     """Ranks compare what they are about to do, at the first call of each signature."""
+    if binding.world_size == 1:
+        return
     s, scores, program, mask = binding.settings, run.scores, run.program, _mask_of(binding, handle)
-    shapes = f"batch {q.shape[0]}, heads {q.shape[2]} over {k.shape[2]}, head_dim {q.shape[3]}, v_head_dim {v.shape[3]}"
-    rule = "no rule" if scores.rule is None else f"{scores.rule.name} {scores.rule.params.tolist()}"
+    inputs = (
+        f"batch {q.shape[0]}, heads {q.shape[2]} over {k.shape[2]}, head_dim {q.shape[3]}, v_head_dim {v.shape[3]}, "
+        f"{q.dtype} on {q.device.type}"
+    )
+    rule = "no rule" if scores.rule is None else scores.rule.name
     bias = "no bias" if scores.bias is None else f"bias [{scores.bias.shape[0]}, {scores.bias.shape[1]}, ...]"
     logits = f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}"
     dropout = f"p {scores.dropout.p}" if scores.dropout else "none"
     sinks = "none" if run.sinks is None else "given"
     schedule = f"{program.schedule} (cut {program.cut}{', queries travel' if program.travel else ''})"
-    settings, inputs = s.digest.hex(), f"{shapes}, {q.dtype} on {q.device.type}"
-    signature = (settings, mask.digest, inputs, schedule, run.kernel.name, logits, dropout, sinks, grad)
+    signature = (binding.digest, mask.digest, inputs, schedule, run.kernel.name, logits, dropout, sinks, grad)
     number = binding.agreement(repr(signature))
     if number is None:
         return
+    if scores.rule is not None:  # only now: reading values waits for the device
+        logits += f" {scores.rule.params.tolist()}"
     agree(
         binding.link.transport,
         number,

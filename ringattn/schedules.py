@@ -275,3 +275,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule("exchange", exchange, lambda plan, kv_heads: (1,), _exchange_buffers),
     Schedule("gather", gather, _gather_cuts, _gather_buffers),
 )
+
+
+def by_name(name: str) -> Schedule:
+    return next(schedule for schedule in SCHEDULES if schedule.name == name)

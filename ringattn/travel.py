@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from ringattn.bands import K_AXIS, TAG, Bands, concat, counts, regular
-from ringattn.layouts import Frame, Layout
+from ringattn.layouts import Layout
 from ringattn.masks import BoundMask
-from ringattn.spans import cross_spans, overlapping
+from ringattn.spans import meeting
 
 # Keys a travelling query must save its rank for each row that travels: q and out forward, q, out, dout and dq
 # backward, with all heads, against K and V with the KV heads alone, twice, and their gradients.
@@ -20,7 +20,7 @@ THIN = 16
 
 def worthwhile(mask: BoundMask, world_size: int) -> bool:
     """Whether the mask has rows that may travel: few queries that need more keys than a rank holds."""
-    nq, nk = counts(regular(mask.whole))
+    nq, nk = counts(mask.whole)
     return bool(((nq * THIN <= nk) & (nk * world_size >= mask.kv_len)).any())
 
 
@@ -42,9 +42,8 @@ def part(bands: Bands, k_layout: Layout) -> tuple[Bands, Bands]:
 
 
 def _cut_by_owner(bands: Bands, k_layout: Layout) -> Bands:
-    table = k_layout.table
-    i, j = overlapping(*bands.hull(K_AXIS), *Frame(table[:, 1:]).hull)
+    i, j, spans = meeting(bands.data[:, K_AXIS[:3]], k_layout.table[:, 1:])
     data = bands.data[i]
-    data[:, list(K_AXIS[:3])] = cross_spans(data[:, list(K_AXIS[:3])], table[j, 1:])
-    data[:, TAG] = data[:, TAG] * k_layout.world_size + table[j, 0]
-    return regular(Bands(data[data[:, K_AXIS[1]] > 0], bands.sets))
+    data[:, K_AXIS[:3]] = spans
+    data[:, TAG] = data[:, TAG] * k_layout.world_size + k_layout.table[j, 0]
+    return regular(Bands(data, bands.sets))

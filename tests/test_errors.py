@@ -202,6 +202,9 @@ def test_forward_mode_is_refused():
     cp = ra.ContextParallel(None, 8)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: ra.attention(x, k, v, cp=cp), (q,), (torch.ones_like(q),))
+    bias = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: ra.attention(q, k, v, cp=cp, bias=x), (bias,), (torch.ones_like(bias),))
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         ra.attention(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v, cp=cp)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
-from ringattn.binding import RECENT, by_name
+from ringattn.binding import RECENT
 from ringattn.comm import Solo
 from ringattn.cost import Rates, cheaper, cost
 from ringattn.deals import Cells
@@ -20,7 +20,7 @@ from ringattn.layouts import LAYOUTS, contiguous, striped, zigzag
 from ringattn.placement import CALL_BUDGET, Problem, choose
 from ringattn.plan import Plan
 from ringattn.program import compile_program
-from ringattn.schedules import HEAD_CHUNKS, SCHEDULES, ring
+from ringattn.schedules import HEAD_CHUNKS, SCHEDULES, by_name, ring
 
 
 def plan_of(mask, layout, world, q_len=cases.SEQLEN, kv_len=cases.SEQLEN, q_offset=0):
