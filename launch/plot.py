@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def draw(records: Sequence[dict[str, Any]], entropy: float, title: str, path: Path) -> None:
@@ -19,7 +20,8 @@ def draw(records: Sequence[dict[str, Any]], entropy: float, title: str, path: Pa
     above.set_title(title)
     above.legend()
     below.plot(steps, [record["tokens_per_s"] for record in records], marker=".", color="tab:green")
-    below.set_ylim(bottom=0)
+    below.set_ylim(0, 1.1 * max((record["tokens_per_s"] for record in records), default=1.0))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
     below.set_ylabel("tokens / s")
     below.set_xlabel("step")
     for axes in (above, below):

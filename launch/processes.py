@@ -2,6 +2,7 @@
 plainly there is one of them. Here are the few things the processes do together outside attention."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -73,9 +74,12 @@ class World:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the group and lets go of it. gloo's threads end with the last reference; one still at work
+        while the interpreter shuts down would abort the process."""
         if self.group is not None:
+            self.group = None
             dist.destroy_process_group()
+            gc.collect()
 
 
 def check_device(device: str) -> None:

@@ -97,7 +97,8 @@ def _child(
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=deadline)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=deadline)
         pipe.send_bytes(pickle.dumps((fn(rank, world_size, *args), None)))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
         os._exit(1)  # a group with a failed peer may not come down cleanly

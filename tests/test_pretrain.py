@@ -275,6 +275,26 @@ def test_a_run_goes_on_over_another_number_of_ranks(
     assert picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 50
 
 
+def threads_after_a_run(rank: int, world_size: int, config: Config, run: Path) -> tuple[set[str], set[str]]:
+    job = prepare(config, run, resume=False, overwrite=False)
+    world = world_of(rank, world_size)
+    train(job, start(job, world), StopAt(job, world, 1))
+    before = thread_names()
+    world.close()
+    return before, thread_names()
+
+
+def thread_names() -> set[str]:
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed under /proc on Linux alone")
+def test_no_thread_of_the_group_outlives_a_run(text: Path, tmp_path: Path) -> None:
+    for before, after in run_processes(threads_after_a_run, 2, tiny(text), tmp_path / "run"):
+        assert {name for name in before if "gloo" in name}
+        assert not {name for name in after if "gloo" in name}
+
+
 def test_metrics_after_the_checkpoint_are_dropped(text: Path, tmp_path: Path) -> None:
     config, run = tiny(text), tmp_path / "run"
     run_until(0, 1, config, run, False, 1)
