@@ -1,0 +1,409 @@
+"""The loss over data x context ranks against one process: values, every rank's gradients, counts, and memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import run_processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ringattn as ra
+from ringattn.loss import TokenMeter, count_targets, linear_token_mean, shift_labels, sum_over, token_mean
+
+S, VOCABULARY, WIDTH = 61, 37, 8
+CU = (0, 3, 3, 4, 20, 41, S)
+GRID = [(1, 2), (2, 2), (1, 3), (1, 4)]  # data x context
+
+
+class Model(nn.Module):
+    """A decoder without its attention: the loss is all that is asked about. The head is tied, and softcapped."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype), nn.Linear(WIDTH, WIDTH, dtype=dtype)
+
+    def hidden(self, tokens):
+        return torch.tanh(self.linear(self.embed(tokens)))
+
+    def head(self, rows):
+        return 5 * torch.tanh(F.linear(rows, self.embed.weight) / 5)
+
+
+def make_model():
+    torch.manual_seed(1)
+    return Model()
+
+
+def samples(number, seed=0):
+    """Tokens and labels ``[number, S]``, later samples with fewer targets, none of them in the first 35 positions of
+    the second: the ranks that hold these in a contiguous layout have no target."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (number, S), generator=generator)
+    labels = shift_labels(tokens, cu_seqlens=CU)
+    keep = torch.rand(number, S, generator=generator) < torch.linspace(0.9, 0.1, number)[:, None]
+    keep[1::2, :35] = False
+    return tokens, labels.masked_fill(~keep, -100)
+
+
+def one_process(model, tokens, labels):
+    """The mean over all targets of all samples at once, by torch's own mean."""
+    loss = F.cross_entropy(model.head(model.hidden(tokens)).flatten(0, 1), labels.flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def whole_logits(hidden, head, labels, **how):
+    return token_mean(head(hidden), labels, **how)
+
+
+def assert_same(found, expected, tolerance=1e-12):
+    (loss, gradients), (right, right_gradients) = found, expected
+    torch.testing.assert_close(loss, right, rtol=tolerance, atol=0)
+    assert gradients.keys() == right_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(right_gradients[name].abs().max())
+        torch.testing.assert_close(gradient, right_gradients[name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+# -- labels and counts ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", [1, 2, 7, S, S + 5])
+@pytest.mark.parametrize("bounds", [None, CU])
+def test_shifted_labels(by, bounds):
+    tokens = torch.randint(0, VOCABULARY, (2, S), dtype=torch.int32)
+    tokens[0, 5] = -100
+    labels = shift_labels(tokens, cu_seqlens=bounds, by=by)
+    document = torch.bucketize(torch.arange(S), torch.tensor(bounds or (0, S)), right=True)
+    assert labels.dtype == torch.int64 and labels.is_contiguous()
+    for p in range(S):
+        within = p + by < S and document[p] == document[p + by]
+        expected = tokens[:, p + by] if within else torch.full((2,), -100)
+        assert labels[:, p].tolist() == expected.tolist(), p
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"tokens": torch.zeros(S, dtype=torch.int64)}, r"must be integers \[batch, seqlen\]"),
+        ({"tokens": torch.zeros(1, S)}, "torch.float32: must be integers"),
+        ({"cu_seqlens": [0, 9]}, "cu_seqlens ends at 9 but tokens has 61 positions"),
+        ({"by": 0}, "by=0: must be at least 1"),
+    ],
+)
+def test_labels_that_cannot_be_shifted(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        shift_labels(**({"tokens": torch.zeros(1, S, dtype=torch.int64)} | arguments))
+
+
+def count_everywhere(rank, world, data, context):
+    mesh = init_device_mesh("cpu", (data, context), mesh_dim_names=("dp", "cp"))
+    cp = ra.ContextParallel(mesh["cp"], S, layout="zigzag")
+    whole = samples(data)[1][mesh["dp"].get_local_rank()][None]
+    shard = cp.shard(whole)
+    return {
+        "shards": int(count_targets(shard, mesh)),
+        "of a process group": int(count_targets(shard, dist.group.WORLD)),
+        "whole, told so": int(count_targets(whole, mesh, cp=cp)),
+        "shards, told so": int(count_targets(shard, mesh, cp=cp)),
+        "two micro-batches": int(count_targets([shard, shard[:, :3]], mesh)),
+        "whole, not told": int(count_targets(whole, mesh)),
+        "this rank": int(count_targets(shard)),
+        "first three": int((shard[:, :3] != -100).sum()),
+        "dtype": count_targets(shard, mesh).dtype,
+    }
+
+
+@pytest.mark.parametrize(("data", "context"), GRID)
+def test_counts(data, context):
+    right = int((samples(data)[1] != -100).sum())
+    ranks = run_processes(count_everywhere, data * context, data, context)
+    extra = sum(found["first three"] for found in ranks)
+    for found in ranks:
+        assert {found[case] for case in ("shards", "of a process group", "whole, told so", "shards, told so")} == {
+            right
+        }
+        assert found["two micro-batches"] == right + extra and found["dtype"] == torch.int64
+        assert found["whole, not told"] == right * context  # why there is a `cp` argument
+    assert sum(found["this rank"] for found in ranks) == right
+
+
+def test_labels_that_cannot_be_counted():
+    cp = ra.ContextParallel(None, S)
+    with pytest.raises(
+        ValueError, match=r"labels of 60 tokens: must be this rank's shard \(local_seqlen=61\) or whole"
+    ):
+        count_targets(torch.zeros(1, S - 1, dtype=torch.int64), cp=cp)
+    with pytest.raises(ValueError, match="must be int64"):
+        count_targets(torch.zeros(1, S))
+    with pytest.raises(ValueError, match="must be int64, one tensor or several"):
+        count_targets([])
+    with pytest.raises(ValueError, match="pass a ProcessGroup that this rank is in"):
+        count_targets(torch.zeros(1, S, dtype=torch.int64), dist.GroupMember.NON_GROUP_MEMBER)
+
+
+# -- the mean ---------------------------------------------------------------------------------------
+
+
+def train_everywhere(rank, world, data, context, layout):
+    """A step by both functions, and one of two micro-batches; loss and gradients summed over the ranks."""
+    mesh = init_device_mesh("cpu", (data, context), mesh_dim_names=("dp", "cp"))
+    cp = ra.ContextParallel(mesh["cp"], S, layout=layout)
+    tokens, labels = (cp.shard(t[mesh["dp"].get_local_rank() :: data]) for t in samples(2 * data))
+    found, targets = {}, [int((t != -100).sum()) for t in labels]
+    for name, mean in (("whole", whole_logits), ("chunked", linear_token_mean)):
+        for group in (mesh, dist.group.WORLD):
+            model = make_model()
+            share = mean(model.hidden(tokens), model.head, labels, group=group)
+            share.backward()
+            found[name, type(group).__name__] = results(model, share, group)
+        model = make_model()
+        count = count_targets(labels, mesh)
+        shares = [mean(model.hidden(x), model.head, y, count=count) for x, y in zip(tokens, labels, strict=True)]
+        for share in shares:
+            share.backward()
+        found[name, "accumulated"] = results(model, torch.stack(shares).sum(), mesh)
+    return found, targets
+
+
+def results(model, share, group):
+    gradients = {name: sum_over(p.grad, group) for name, p in model.named_parameters()}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    return sum_over(share, group), gradients
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("data", "context"), GRID)
+def test_loss_and_gradients_are_those_of_one_process(data, context, layout):
+    expected = one_process(make_model(), *samples(2 * data))
+    ranks = run_processes(train_everywhere, data * context, data, context, layout)
+    if layout == "contiguous":
+        assert any(targets[1] == 0 for _, targets in ranks), "one rank is to have no targets in a micro-batch"
+    for found, _ in ranks:
+        assert len(found) == 6
+        for case in found.values():
+            assert_same(case, expected)
+
+
+def test_the_mean_of_means_is_another():
+    tokens, labels = samples(2)
+    right, gradients = one_process(make_model(), tokens, labels)
+    model = make_model()
+    means = [token_mean(model.head(model.hidden(x)), y) for x, y in zip(tokens, labels, strict=True)]
+    mean = torch.stack(means).mean()
+    mean.backward()
+    assert abs(mean - right) > 1e-3 * right
+    assert (model.linear.weight.grad - gradients["linear.weight"]).norm() > 0.1 * gradients["linear.weight"].norm()
+
+
+@pytest.mark.parametrize("mean", [whole_logits, linear_token_mean])
+@pytest.mark.parametrize("length", [0, 5])
+def test_without_targets_all_is_zero_and_connected(mean, length):
+    model = make_model()
+    tokens, labels = torch.zeros(1, length, dtype=torch.int64), torch.full((1, length), -100)
+    share = mean(model.hidden(tokens), model.head, labels)
+    share.backward()
+    assert share == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 8, 200])
+def test_chunks_change_nothing(chunks):
+    tokens, labels = samples(3)
+    model = make_model()
+    share = linear_token_mean(model.hidden(tokens), model.head, labels, chunks=chunks)
+    share.backward()
+    found = share.detach(), {name: p.grad for name, p in model.named_parameters()}
+    assert_same(found, one_process(make_model(), tokens, labels))
+
+
+def test_evaluation_needs_no_gradients():
+    tokens, labels = samples(2)
+    model = make_model()
+    with torch.no_grad():
+        share = linear_token_mean(model.hidden(tokens), model.head, labels)
+    assert not share.requires_grad
+    torch.testing.assert_close(share, one_process(make_model(), tokens, labels)[0], rtol=1e-12, atol=0)
+
+
+def test_a_frozen_head():
+    labels = samples(2)[1]
+    hidden, frozen = torch.randn(2, S, WIDTH, requires_grad=True), torch.randn(VOCABULARY, WIDTH)
+    linear_token_mean(hidden, lambda rows: F.linear(rows, frozen), labels).backward()
+    again = hidden.detach().clone().requires_grad_()
+    F.cross_entropy(F.linear(again, frozen).flatten(0, 1), labels.flatten()).backward()
+    torch.testing.assert_close(hidden.grad, again.grad)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_precision_is_as_good_chunked_as_whole(autocast):
+    """bf16 by autocast, or of the parameters themselves: errors against fp64, chunked at most twice those of whole."""
+    right = make_model()
+    tokens, labels = samples(6)
+    loss, gradients = one_process(right, tokens, labels)
+
+    def errors(mean):
+        model = make_model().to(torch.float32 if autocast else torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            share = mean(model.hidden(tokens), model.head, labels)
+        assert share.dtype == torch.float32
+        share.backward()
+        off = {name: (p.grad.double() - gradients[name]).norm() for name, p in model.named_parameters()}
+        return off | {"loss": (share.detach().double() - loss).abs()}
+
+    chunked, whole = errors(linear_token_mean), errors(whole_logits)
+    for name, error in chunked.items():
+        scale = loss if name == "loss" else gradients[name].norm()
+        assert error <= 2 * whole[name] + 1e-7 * scale, f"{name}: {error} chunked, {whole[name]} whole"
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in made)])
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_logits_of_the_shard_never_exist(grad):
+    vocabulary, tokens, chunks = 1000, 96, 6
+
+    def largest(mean, **how):
+        hidden, weight = torch.randn(2, tokens // 2, WIDTH), torch.randn(vocabulary, WIDTH, requires_grad=grad)
+        labels = torch.randint(0, vocabulary, (2, tokens // 2))
+        with Largest() as seen:
+            share = mean(hidden, lambda rows: F.linear(rows, weight), labels, **how)
+            if grad:
+                share.backward()
+        return seen.numel
+
+    assert largest(linear_token_mean, chunks=chunks) == vocabulary * tokens // chunks
+    assert largest(whole_logits) == vocabulary * tokens
+
+
+# -- FSDP2 ------------------------------------------------------------------------------------------
+
+
+class Sharded(nn.Module):
+    """Computes its loss in its forward, where FSDP has gathered its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(VOCABULARY, WIDTH), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens, labels, **how):
+        return linear_token_mean(self.norm(self.embed(tokens)), self.head, labels, chunks=3, **how)
+
+
+def train_sharded(rank, world, wrapped):
+    torch.manual_seed(2)
+    model = Sharded().double()
+    units = {"root": [], "head": [model.head], "norm and head": [[model.norm, model.head]]}[wrapped] + [model]
+    for unit in units:
+        fully_shard(unit)
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+    # Shards of 3 and 58 tokens: in chunks of some number of tokens the ranks would gather unequally often.
+    layout = ra.Layout.from_spans([[(0, 3)], *[[(3 + r, 58 // (world - 1), world - 1)] for r in range(world - 1)]])
+    cp = ra.ContextParallel(dist.group.WORLD, S, layout=layout)
+    tokens, labels = map(cp.shard, samples(2))
+    share = model(tokens, labels, group=dist.group.WORLD)
+    share.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return sum_over(share, dist.group.WORLD), gradients
+
+
+@pytest.mark.parametrize("wrapped", ["root", "head", "norm and head"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_heads_sharded_by_fsdp(wrapped, world):
+    torch.manual_seed(2)
+    model = Sharded().double()
+    share = model(*samples(2))
+    share.backward()
+    expected = share.detach(), {name: p.grad for name, p in model.named_parameters()}
+    for found in run_processes(train_sharded, world, wrapped):
+        assert_same(found, expected)
+
+
+# -- what does not fit, and what to log -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        (
+            {"labels": torch.zeros(1, S - 1, dtype=torch.int64)},
+            r"labels \(1, 60\) torch.int64: must be int64 \(1, 61\)",
+        ),
+        ({"labels": torch.zeros(1, S, dtype=torch.int32)}, "torch.int32: must be int64"),
+        ({"count": -1}, "count=-1: must be at least 0"),
+        ({"count": 2.5}, "count=2.5: must be an integer"),
+        ({"count": torch.ones(2, dtype=torch.int64)}, "must be an integer scalar"),
+        ({"count": torch.tensor(1.0)}, "must be an integer scalar"),
+        ({"group": "dp_cp"}, "group='dp_cp': pass a ProcessGroup"),
+        ({"chunks": 0}, "chunks=0: must be at least 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(how, text):
+    arguments = {"labels": torch.zeros(1, S, dtype=torch.int64)} | how
+    with pytest.raises(ValueError, match=text):
+        linear_token_mean(torch.zeros(1, S, WIDTH), nn.Linear(WIDTH, VOCABULARY), **arguments)
+    if "chunks" not in how:
+        with pytest.raises(ValueError, match=text):
+            token_mean(torch.zeros(1, S, VOCABULARY), **arguments)
+
+
+def count_twice(rank, world):
+    with pytest.raises(ValueError, match="a count is that of all ranks already"):
+        token_mean(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), group=dist.group.WORLD, count=3)
+
+
+def test_a_count_is_not_counted_again():
+    run_processes(count_twice, 2)
+
+
+def meter_everywhere(rank, world, data, context):
+    mesh = init_device_mesh("cpu", (data, context), mesh_dim_names=("dp", "cp"))
+    cp = ra.ContextParallel(mesh["cp"], S)
+    tokens, labels = (t[mesh["dp"].get_local_rank()][None] for t in samples(data))
+    model = make_model()
+    meter = TokenMeter(mesh)
+    readings = []
+    for steps in (1, 3):
+        for _ in range(steps):
+            share = linear_token_mean(model.hidden(cp.shard(tokens)), model.head, cp.shard(labels), group=mesh)
+            meter.add(cp.shard(tokens) if steps == 1 else tokens, share, cp=cp)
+        readings.append(meter.read(steps))
+    return readings
+
+
+@pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
+def test_tokens_are_metered_once(data, context):
+    loss = float(one_process(make_model(), *samples(data))[0])
+    for first, then in run_processes(meter_everywhere, data * context, data, context):
+        assert (first.tokens, then.tokens) == (data * S, 4 * data * S)  # not times the context ranks
+        assert first.loss == pytest.approx(loss, rel=1e-12) and then.loss == pytest.approx(loss, rel=1e-12)
+        assert first.tokens_per_second > 0 and then.tokens_per_second > 0
+
+
+def test_the_rate_is_that_since_the_last_reading(monkeypatch):
+    now = iter([10.0, 12.0, 17.0])
+    monkeypatch.setattr("ringattn.loss.time.perf_counter", lambda: next(now))
+    meter = TokenMeter()
+    rates = []
+    for tokens in (30, 100):
+        meter.add(torch.zeros(1, tokens), torch.tensor(1.0))
+        rates.append(meter.read().tokens_per_second)
+    assert rates == [15.0, 20.0]
