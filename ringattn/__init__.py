@@ -1,5 +1,6 @@
 """Exact attention over sequences that do not fit one device."""
 
+from ringattn import loss
 from ringattn.attention import attention
 from ringattn.binding import Options
 from ringattn.comm import Loopback, PeerError
@@ -21,6 +22,7 @@ from ringattn.masks import (
     strided,
 )
 from ringattn.packing import Packing, pack
+from ringattn.rolling import roll
 from ringattn.scores import alibi
 
 __all__ = [
@@ -42,8 +44,10 @@ __all__ = [
     "full",
     "global_tokens",
     "longformer",
+    "loss",
     "pack",
     "prefix_lm",
+    "roll",
     "sliding_window",
     "strided",
 ]

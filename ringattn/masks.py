@@ -281,6 +281,21 @@ def documents(cu_seqlens: Iterable[int], cu_seqlens_k: Iterable[int] | None = No
     return Mask(_documents, (q, k) if k is not q else (q,))
 
 
+def bounds_of(mask: Mask) -> tuple[int, ...] | None:
+    """The bounds of the documents that a mask is cut with by ``&``, or None."""
+    if mask.rule is _documents:
+        return mask.args[0] if len(mask.args) == 1 else None
+    found = [bounds_of(part) for part in mask.args] if mask.rule is _both else []
+    return next((bounds for bounds in found if bounds is not None), None)
+
+
+def contains(wide: Mask, narrow: Mask, seqlen: int) -> bool:
+    """Whether every pair of ``narrow`` is one of ``wide``, over a sequence of ``seqlen`` tokens."""
+    if wide.rule is _both:
+        return all(contains(part, narrow, seqlen) for part in wide.args)
+    return wide == narrow or (narrow - wide).area(seqlen, seqlen) == 0
+
+
 def boundaries(name: str, values: Iterable[int]) -> tuple[int, ...]:
     bounds = _integers(name, values)
     if not bounds or bounds[0] != 0:

@@ -1,0 +1,154 @@
+"""Batches for sharded models: every rank of a context group reads the same samples, and keeps its tokens of them.
+
+Labels are shifted before they are cut, as the next token of a shard's last one lies on another rank. Rows with padding
+or documents of their own are packed into one sequence. Nothing here communicates, so it may run in a loader's worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DistributedSampler
+
+from ringattn.comm import Solo
+from ringattn.context import ContextParallel
+from ringattn.integrations.transformers.ring import batch_context
+from ringattn.loss import IGNORED, shift_labels
+from ringattn.packing import Packing, pack
+
+TOLD = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
+FILLS = {"labels": IGNORED}
+
+
+def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int = 1) -> dict[str, Tensor]:
+    """This rank's part of a batch as a collator makes it, ready for `model(**batch)` under `register(cp)`.
+
+    Args:
+        cp: the registered context. Its length need not be the batch's.
+        batch: whole `input_ids` `[batch, seqlen]`, perhaps `labels` (as Transformers has them: not shifted) and others
+            of that shape. Where documents begin is read from `cu_seq_lens_q`, `seq_idx` or `position_ids` that start
+            again; `attention_mask` tells padding, which is dropped.
+        multiple: fill packed sequences up to a multiple of so many tokens.
+
+    Returns `input_ids`, `position_ids`, `labels` and `shift_labels` (both shifted, -100 without a target) of
+    `[batch, local_seqlen]`, or `[1, local_seqlen]` where rows were packed, and `cu_seq_lens_q`, `cu_seq_lens_k`: the
+    bounds of the whole sequence.
+
+    Raises `ValueError` for tensors of other shapes.
+    """
+    ids = batch["input_ids"]
+    rows = [tensor for name, tensor in batch.items() if name not in TOLD]
+    if ids.ndim != 2 or any(not isinstance(x, Tensor) or x.shape[:2] != ids.shape for x in rows):
+        shapes = {name: tuple(getattr(x, "shape", ())) for name, x in batch.items() if name not in TOLD}
+        raise ValueError(f"a batch of {shapes}: every input must be [batch, seqlen], as input_ids; leave others out")
+    packing = _packing(batch, multiple)
+    whole = {name: _laid(batch, name, packing) for name in batch if name not in TOLD}
+    bounds = (0, ids.shape[1]) if packing is None else packing.cu_seqlens
+    if "labels" in whole:
+        whole["labels"] = shift_labels(whole["labels"], cu_seqlens=bounds)
+    context = batch_context(cp, bounds)
+    local = {name: context.shard(x) for name, x in whole.items()}
+    if "labels" in local:
+        local["shift_labels"] = local["labels"]
+    positions = context.position_ids if packing is None else context.shard(packing.position_ids, dim=0)
+    cu_seq_lens = torch.tensor(bounds, dtype=torch.int32)
+    return {**local, "position_ids": positions[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+
+
+def _packing(batch: Mapping[str, Any], multiple: int) -> Packing | None:
+    """How the rows are packed, or None if all of them are one document without padding."""
+    seqlen = batch["input_ids"].shape[1]
+    rows = [_bounds(batch, row) for row in range(batch["input_ids"].shape[0])]
+    if all(row == [0, seqlen] for row in rows) and seqlen % multiple == 0:
+        return None
+    return pack(rows, multiple)
+
+
+def _bounds(batch: Mapping[str, Any], row: int) -> list[int]:
+    """Where the documents of a row begin and end, among its real tokens."""
+    if batch.get("cu_seq_lens_q") is not None:
+        if batch["input_ids"].shape[0] != 1:
+            raise ValueError("cu_seq_lens_q belongs to one packed row, [1, seqlen]; this batch has several")
+        return batch["cu_seq_lens_q"].tolist()
+    real = _real(batch, row)
+    count = int(real.sum())
+    for name, begins in (("seq_idx", lambda d: d != 0), ("position_ids", lambda d: d != 1)):
+        if batch.get(name) is not None:
+            of_rows = batch[name].expand(batch["input_ids"].shape)
+            changes = begins(of_rows[row][real].diff()).nonzero().flatten() + 1
+            return [0, *changes.tolist(), count] if count else [0]
+    return [0, count] if count else [0]
+
+
+def _real(batch: Mapping[str, Any], row: int) -> Tensor:
+    """Bool `[seqlen]`: the tokens of a row that are no padding."""
+    if batch.get("attention_mask") is None:
+        return torch.ones(batch["input_ids"].shape[1], dtype=torch.bool)
+    return batch["attention_mask"][row].bool()
+
+
+def _laid(batch: Mapping[str, Any], name: str, packing: Packing | None) -> Tensor:
+    if packing is None:
+        return batch[name]
+    rows = [batch[name][row][_real(batch, row)] for row in range(batch["input_ids"].shape[0])]
+    return packing.pack(rows, FILLS.get(name, 0))
+
+
+class ShardingCollator:
+    """Wraps a collate function: what it makes of the samples is cut to this rank's part by `shard_batch`.
+
+    It needs no group, can be pickled, and so works in a `DataLoader`'s worker processes.
+
+    Args:
+        cp: the registered context.
+        collate: from samples to a batch of whole sequences; Transformers' default without one.
+        multiple: see `shard_batch`.
+    """
+
+    def __init__(
+        self,
+        cp: ContextParallel,
+        collate: Callable[[Sequence[Any]], Mapping[str, Any]] | None = None,
+        *,
+        multiple: int = 1,
+    ) -> None:
+        self._settings, self._rank, self._world_size = cp.binding.settings, cp.rank, cp.world_size
+        self._collate, self._multiple = collate, multiple
+        self._context: ContextParallel | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+        from transformers import default_data_collator
+
+        if self._context is None:
+            self._context = self._plan()
+        batch = (self._collate or default_data_collator)(list(samples))
+        return shard_batch(self._context, batch, multiple=self._multiple)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_context": None}
+
+    def _plan(self) -> ContextParallel:
+        """A context that knows its place but cannot communicate: enough to plan and to cut."""
+        s, spot = self._settings, Solo(self._settings.options.timeout or 60.0)
+        spot.rank, spot.world_size = self._rank, self._world_size
+        return ContextParallel(
+            spot, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options
+        )
+
+
+def replica_sampler(
+    dataset: Sized, data: DeviceMesh | None = None, *, shuffle: bool = True, seed: int = 0, drop_last: bool = False
+) -> DistributedSampler:
+    """A sampler that gives all ranks of a context group the same samples, and other groups others.
+
+    Args:
+        dataset: the samples.
+        data: the 1-D mesh of the data axis (`mesh["dp"]`); None where all ranks are one context group.
+        shuffle, seed, drop_last: see `torch.utils.data.DistributedSampler`.
+    """
+    rank, size = (0, 1) if data is None else (data.get_local_rank(), data.size())
+    return DistributedSampler(dataset, size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]

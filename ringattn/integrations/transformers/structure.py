@@ -1,0 +1,163 @@
+"""What Transformers says of a layer's mask, as `ringattn` masks.
+
+Transformers describes a layer's mask as a composition of index functions (`transformers.masking_utils`) and hands it to
+the mask function that is registered under the model's attention name. The function here never builds a tensor of the
+sequence squared: it translates the composition, and what it returns reaches the layers as their `attention_mask`.
+A function that it does not know is refused by name, because dropping it would change the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ringattn.masks import Mask, causal, chunked, sliding_window
+
+LAYERS = ("full_attention", "chunked_attention", "sliding_attention")  # of Transformers' `layer_types`
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a layer may see, apart from documents: keys up to its own position or all of them, within `limits`.
+
+    padding: bool `[batch, seqlen]` as the model was given it, True for real tokens, or None. model: whose it is.
+    """
+
+    causal: bool
+    limits: tuple[Mask, ...] = ()
+    padding: Tensor | None = field(default=None, compare=False)
+    model: str = field(default="the model", compare=False)
+
+    @cached_property
+    def padding_kind(self) -> str:
+        """`none`, `right` (behind the real tokens of each row) or `other`. Waits for the device, once."""
+        if self.padding is None or bool(self.padding.all()):
+            return "none"
+        comes_back = self.padding[:, 1:] & ~self.padding[:, :-1]
+        return "other" if bool(comes_back.any()) else "right"
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    **others: Any,
+) -> Structure:
+    """The mask function that is registered under the attention's name; see `transformers.AttentionMaskInterface`.
+
+    Raises `NotImplementedError` for a mask it does not know and for a cache that holds earlier tokens.
+    """
+    model = describe_model(config)
+    check_layers(config, getattr(config, "layer_types", None) or ())
+    if not isinstance(q_offset, int) or q_offset:
+        raise NotImplementedError(
+            f"{model}: a KV cache of earlier tokens (q_offset={q_offset}); sharded attention computes whole sequences, "
+            "so pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
+        )
+    is_causal: bool = True
+    limits: tuple[Mask, ...] = ()
+    if mask_function is not None:
+        is_causal, limits = _translate(mask_function, model)
+    return Structure(is_causal, limits, attention_mask, model)
+
+
+def describe_model(config: Any) -> str:
+    """The class of the model that a config belongs to, for error texts."""
+    names = getattr(config, "architectures", None)
+    return names[0] if names else f"a model of type {getattr(config, 'model_type', type(config).__name__)!r}"
+
+
+def window(width: int) -> Mask:
+    """Transformers' `sliding_window`, which counts the token itself, as a limit: nothing older than `width - 1`."""
+    return sliding_window(width - 1, None)
+
+
+def _translate(function: Callable[..., Any], model: str) -> tuple[bool, tuple[Mask, ...]]:
+    """Whether it is causal, and its limits."""
+    name, inside = _captured(function)
+    match name:
+        case "causal_mask_function":
+            return True, ()
+        case "bidirectional_mask_function":
+            return False, ()
+        case "and_masks":
+            parts = [_translate(part, model) for part in inside["mask_functions"]]
+            return any(part[0] for part in parts), tuple(limit for part in parts for limit in part[1])
+        case "sliding_window_overlay":
+            return False, (window(inside["sliding_window"]),)
+        case "sliding_window_bidirectional_overlay":
+            return False, (sliding_window(inside["sliding_window"], inside["sliding_window"]),)
+        case "chunked_overlay" if not bool(inside["left_padding"].any()):
+            return False, (chunked(inside["chunk_size"]),)
+        # Transformers' own guess at documents, from the jumps in one shard's positions. Whole bounds come with the
+        # batch; positions that start again without them are refused where the attention sees them.
+        case "remap_positions_for_packed_sequence":
+            return _translate(inside["mask_function"], model)
+        case "packed_sequence_mask_function":
+            return False, ()
+    raise NotImplementedError(
+        f"{model}: its mask is made of {name}, which is not known here; give that layer another attention, or describe "
+        "the mask to the context (ContextParallel(mask=...)) and call ringattn.attention yourself"
+    )
+
+
+def _captured(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
+    """The name of the function, or of the function that made it, and the variables it has captured."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return repr(function), {}
+    values = (cell.cell_contents for cell in function.__closure__ or ())
+    return function.__qualname__.split(".")[0], dict(zip(code.co_freevars, values, strict=True))
+
+
+def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B008 - a mask is immutable
+    """The masks of a model's whole stack of layers, for `ContextParallel(mask=...)`, so that the layout suits them all.
+
+    Args:
+        config: a Transformers config; of a composite one the text part.
+        base: what a layer without limits sees: causal, or documents & causal, ...
+
+    Raises `NotImplementedError` for layers that are no softmax attention.
+    """
+    config = config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+    check_layers(config, types)
+    limits: dict[str, tuple[Mask, ...]] = {kind: () for kind in LAYERS}
+    if getattr(config, "sliding_window", None):
+        limits["sliding_attention"] = (window(config.sliding_window),)
+    if getattr(config, "attention_chunk_size", None):
+        limits["chunked_attention"] = (chunked(config.attention_chunk_size),)
+    ordered = sorted(set(types), key=LAYERS.index)  # the widest first
+    return tuple(dict.fromkeys(limited(base, limits[kind]) for kind in ordered))
+
+
+def check_layers(config: Any, types: Iterable[str]) -> None:
+    """Raises `NotImplementedError` for layers that carry state along the sequence without attention: each shard
+    would start afresh, without a word."""
+    unknown = sorted(set(types) - set(LAYERS))
+    if unknown:
+        raise NotImplementedError(
+            f"{describe_model(config)} has layers of type {', '.join(unknown)}, which would not see beyond their "
+            f"shard; only {', '.join(LAYERS)} can be sharded here"
+        )
+
+
+def limited(base: Mask, limits: tuple[Mask, ...]) -> Mask:
+    """`base` within limits; a causal window is written as users write it."""
+    for limit in limits:
+        if base == causal() and limit.rule is sliding_window(0).rule and limit.args[1] is None:
+            base = sliding_window(limit.args[0])
+        else:
+            base = base & limit
+    return base

@@ -1,0 +1,97 @@
+"""Transformers' Trainer over sharded sequences, by its public methods alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
+from ringattn.integrations.transformers.ring import Ring
+
+
+class ReplicaLoader(DataLoader):
+    """A loader whose sampler is told the epoch, as Trainer tells it the loader."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on, so that every epoch is shuffled anew."""
+        assert isinstance(self.sampler, DistributedSampler)
+        self.sampler.set_epoch(epoch)
+
+
+class ShardedTrainerMixin:
+    """Put it before `Trainer`: `class MyTrainer(ShardedTrainerMixin, Trainer)`; everything else is Trainer's own.
+
+    All ranks of a context group read the same samples and keep their tokens. Trainer counts the targets of all ranks
+    and divides by them, so loss and gradients are those of a single process (leave `average_tokens_across_devices` on).
+
+    Args:
+        ring: what `register(cp)` returned.
+        data: the 1-D mesh of the data axis (`mesh["dp"]`); None where all ranks are one context group.
+        multiple: fill packed sequences up to a multiple of so many tokens.
+        args, kwargs: Trainer's own.
+
+    Raises `NotImplementedError` for `compute_metrics`, which would get the logits of one shard.
+    """
+
+    def __init__(
+        self, *args: Any, ring: Ring, data: DeviceMesh | None = None, multiple: int = 1, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        if trainer.compute_metrics is not None:
+            raise NotImplementedError(
+                "compute_metrics would see the logits of one shard of each sequence; leave it out, evaluate() gives "
+                "the exact loss"
+            )
+        ranks = ring.cp.world_size * (1 if data is None else data.size())
+        if trainer.args.world_size != ranks:
+            raise ValueError(
+                f"{trainer.args.world_size} processes, but {ring.cp.world_size} ranks of the context times "
+                f"{1 if data is None else data.size()} of the data axis; pass data=mesh['dp'] of the mesh whose 'cp' "
+                "the context was made on"
+            )
+        if not trainer.args.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices=False makes a mean of means over shards; leave it on")
+        self._ring, self._data, self._multiple = ring, data, multiple
+
+    def get_train_dataloader(self) -> DataLoader:
+        """See `Trainer`."""
+        trainer: Any = self
+        if trainer.train_dataset is None:
+            raise ValueError("Trainer: training requires a train_dataset.")
+        return self._loader(
+            trainer.train_dataset, trainer.args.train_batch_size, trainer.args.dataloader_drop_last, True
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """See `Trainer`."""
+        trainer: Any = self
+        chosen = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = trainer.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        if chosen is None:
+            raise ValueError("Trainer: evaluation requires an eval_dataset.")
+        return self._loader(chosen, trainer.args.eval_batch_size, False, False)
+
+    def _loader(self, dataset: Any, batch_size: int, drop_last: bool, shuffle: bool) -> DataLoader:
+        args: Any = self.args  # type: ignore[attr-defined]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return ReplicaLoader(
+            dataset,
+            batch_size,
+            sampler=replica_sampler(dataset, self._data, shuffle=shuffle, seed=seed, drop_last=drop_last),
+            collate_fn=ShardingCollator(self._ring.cp, self.data_collator, multiple=self._multiple),  # type: ignore[attr-defined]
+            drop_last=drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `Trainer`. The loss alone: logits are those of a shard."""
+        return super().prediction_step(model, inputs, True, ignore_keys)  # type: ignore[misc]
