@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.distributed.checkpoint", "torch._dynamo", "numpy", "pytest", "ringattn"]
+    "torch torch.distributed torch.distributed.checkpoint torch._dynamo numpy pytest ringattn "
+    "transformers.models.llama.modeling_llama transformers.models.gemma3.modeling_gemma3 transformers.trainer".split()
 )
 
 

@@ -1,0 +1,136 @@
+"""Transformers over real processes: data x context, a plain loop and Trainer, against one process."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hf_models import VOCABULARY, build, configs
+from processes import run_processes
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import ringattn
+from ringattn.integrations.transformers import (
+    ShardedTrainerMixin,
+    ShardingCollator,
+    masks_of,
+    register,
+    replica_sampler,
+)
+from ringattn.loss import IGNORED, count_targets, sum_over
+
+SEQLEN = 45
+ROUNDING = 2e-6  # of Transformers' fp32 loss and softmax
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of tokens, whose labels are ever more ignored: the first rows have all targets, the last hardly any."""
+
+    def __init__(self, count: int = 8) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(3, VOCABULARY, (count, SEQLEN), generator=generator)
+        self.labels = self.ids.clone()
+        for row in range(count):
+            self.labels[row, : row * 6] = IGNORED
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[row], "labels": self.labels[row]}
+
+
+def loop(rank: int, world_size: int, family: str, data: int) -> tuple[float, dict[str, Tensor], int]:
+    """One step of a plain loop: 4 rows over the data axis, each row over the context axis."""
+    mesh = init_device_mesh("cpu", (data, world_size // data), mesh_dim_names=("dp", "cp"))
+    config, rows = configs()[family], Rows(4)
+    cp = ringattn.ContextParallel(mesh["cp"], SEQLEN, mask=masks_of(config))
+    model = build(config)
+    register(cp, model)
+    sampler = replica_sampler(rows, mesh["dp"], shuffle=False)
+    batch = ShardingCollator(cp)([rows[index] for index in sampler])
+    count = count_targets(batch["shift_labels"], mesh)
+    share = model(**batch, use_cache=False, num_items_in_batch=count).loss
+    share.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        dist.all_reduce(gradient)
+        gradients[name] = gradient
+    return float(sum_over(share, mesh)), gradients, int(count)
+
+
+@pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2), (1, 3), (1, 4)])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_plain_loop_equals_one_process(family: str, data: int, context: int) -> None:
+    rows, model = Rows(4), build(configs()[family])
+    count = int((rows.labels[:, 1:] != IGNORED).sum())
+    loss = model(input_ids=rows.ids, labels=rows.labels, use_cache=False).loss
+    loss.backward()
+    for found, gradients, counted in run_processes(loop, data * context, family, data):
+        assert counted == count
+        assert found == pytest.approx(float(loss.detach()), rel=ROUNDING)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                expected = parameter.grad
+                bound = ROUNDING * float(expected.abs().max()) + 1e-12
+                torch.testing.assert_close(gradients[name], expected, rtol=0, atol=bound)
+
+
+# -- Trainer ------------------------------------------------------------------------------------------
+
+
+def train(rank: int, world_size: int, folder: Path, data: int, options: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The log of a short training with accumulation and clipping, and the loss of an evaluation."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used: the group is there
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), **where)
+    from transformers import Trainer, TrainingArguments
+
+    class ShardedTrainer(ShardedTrainerMixin, Trainer):
+        pass
+
+    mesh = init_device_mesh("cpu", (data, world_size // data), mesh_dim_names=("dp", "cp"))
+    config = configs()["gemma3"]
+    model = build(config)
+    ring = register(ringattn.ContextParallel(mesh["cp"], SEQLEN, mask=masks_of(config)), model)
+    arguments = TrainingArguments(
+        output_dir=str(folder / str(rank)),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=4 // data // 2,
+        per_device_eval_batch_size=4 // data // 2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=3,
+        **options,
+    )
+    trainer = ShardedTrainer(
+        model, arguments, train_dataset=Rows(), eval_dataset=Rows(4), ring=ring, data=mesh["dp"] if data > 1 else None
+    )
+    trainer.train()
+    log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
+    return log, trainer.evaluate()["eval_loss"]
+
+
+def test_trainer_equals_one_process(tmp_path: Path) -> None:
+    layouts: list[tuple[int, int, dict[str, Any]]] = [(1, 1, {}), (1, 2, {}), (2, 2, {"gradient_checkpointing": True})]
+    found = []
+    for data, context, options in layouts:
+        ranks = run_processes(train, data * context, tmp_path, data, options, timeout=100)
+        assert all(rank == ranks[0] for rank in ranks)
+        found.append(ranks[0])
+    log, evaluated = found[0]
+    assert len(log) == 3 and log[0][0] != log[1][0]
+    for other, other_evaluated in found[1:]:
+        for one, two in itertools.chain(zip(log, other, strict=True)):
+            assert two == pytest.approx(one, rel=1e-5)
+        assert other_evaluated == pytest.approx(evaluated, rel=1e-5)
