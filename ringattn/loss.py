@@ -149,7 +149,7 @@ def linear_token_mean(
         labels: int64 ``[...]``, as in :func:`token_mean`.
         group: as in :func:`token_mean`.
         count: as in :func:`token_mean`.
-        chunks: how many; a chunk takes about ``4 * 4 * tokens / chunks * vocabulary`` bytes. It is a number of chunks
+        chunks: how many; a chunk takes about ``12 * tokens / chunks * vocabulary`` bytes. It is a number of chunks
             and not of tokens because the head may gather its weight from other ranks: all ranks then must call it
             equally often, and their shards may be uneven.
 

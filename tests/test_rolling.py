@@ -1,5 +1,7 @@
 """The roll against the same on the whole sequence: values, gradients, bytes, and arguments that do not fit."""
 
+import random
+
 import cases
 import pytest
 import torch
@@ -100,6 +102,34 @@ def test_processes(world):
 
 def test_without_a_group():
     check(on_one_rank(None, ["contiguous"]))
+
+
+def random_layout(seed, world):
+    """Runs of the sequence, each dealt to random ranks in residues of a random step, and shuffled."""
+    rng = random.Random(seed)
+    shards = [[] for _ in range(world)]
+    at = 0
+    while at < S:
+        length, step = min(rng.randint(1, 12), S - at), rng.randint(1, 4)
+        for residue in range(min(step, length)):
+            shards[rng.randrange(world)].append((at + residue, len(range(residue, length, step)), step))
+        at += length
+    for spans in shards:
+        rng.shuffle(spans)
+    return ra.Layout.from_spans(shards)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_layout(seed):
+    labels = whole_tensors()[2]
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, layout=random_layout(seed, 3))
+        return {by: cp.unshard(roll(cp, cp.shard(labels), by, cu_seqlens=cases.CU)) for by in (1, 2, -3, 8)}
+
+    for found in ra.Loopback(3, timeout=20).run(one_rank):
+        for by, values in found.items():
+            assert torch.equal(values, rolled(labels, by, bounds=cases.CU)), by
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])
