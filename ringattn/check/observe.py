@@ -109,9 +109,7 @@ def _shake(model: nn.Module, settings: Settings) -> None:
             p *= 1 + JITTER * torch.randn(p.shape, generator=draw, dtype=p.dtype)
 
 
-def observe_sharded(
-    rank: int, world_size: int, settings: Settings, stack: Stack, vocab: int, weights: bytes
-) -> View:
+def observe_sharded(rank: int, world_size: int, settings: Settings, stack: Stack, vocab: int, weights: bytes) -> View:
     """One rank's view of the sharded run, with the weights of the single one."""
     cp = _context(settings, stack, layout=settings.layout)
     subject = make(load_factory(settings.model), cp, settings.seed)

@@ -136,9 +136,7 @@ def default_step(model: nn.Module, tokens: Tensor, labels: Tensor, cp: ContextPa
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     logits = call(model, cp.shard(tokens), cp.position_ids[None])
-    total = F.cross_entropy(
-        logits.flatten(0, 1), cp.shard(targets).flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    total = F.cross_entropy(logits.flatten(0, 1), cp.shard(targets).flatten(), ignore_index=IGNORED, reduction="sum")
     share = total / (targets != IGNORED).sum()
     share.backward()
     loss = share.detach()

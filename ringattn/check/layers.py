@@ -1,0 +1,95 @@
+"""The first layer at which the sharded training step parts from the single one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ringattn.check.measure import allowed, assemble, size, tolerance
+from ringattn.check.observe import Truth, View
+from ringattn.check.report import Finding
+from ringattn.check.settings import Settings
+
+LAYERS, OUTPUTS = "layers of the step", "outputs"
+_PASS_POSITIONS = "pass position_ids=cp.position_ids[None], the global positions of this rank's tokens"
+
+
+def layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> list[Finding]:
+    """Findings on the model's output and on every layer in the step. ``cause``: a finding on influence has failed,
+    which explains a difference."""
+    return [_outputs(settings, truth, views, cause), _layers(settings, truth, views, cause)]
+
+
+def _outputs(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
+    right = truth.view.logits
+    found = assemble([v.logits for v in views], [v.positions for v in views], right)
+    if found is None:
+        raise ValueError(f"logits of ranks {[tuple(v.logits.shape) for v in views]} for {tuple(right.shape)} on one")
+    error = size(found - right)
+    relative = error / (size(right) or 1.0)
+    if error <= allowed(right, truth.shaken.logits, tolerance(settings, truth)):
+        return Finding(OUTPUTS, True, f"relative difference {relative:.1e}")
+    remedy = _above(cause) or _guess(found, right, views)
+    return Finding(OUTPUTS, False, f"differ from one process by {relative:.1e}, relative", remedy)
+
+
+def _layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
+    right, shaken, positions = truth.view.step.layers, truth.shaken.step.layers, [v.positions for v in views]
+    told = [v.step.positions for v in views]
+    agreed: list[str] = []
+    for name, single in right.items():
+        parts = [v.step.layers[name] for v in views if name in v.step.layers]
+        whole = assemble(parts, positions, single) if len(parts) == len(views) else None
+        if whole is None or name not in shaken:
+            continue
+        error = size(whole - single)
+        if not error <= allowed(single, shaken[name], tolerance(settings, truth)):
+            relative = error / (size(single) or 1.0)
+            after = f", the first after {agreed[-1]}, which agrees" if agreed else ", the first of all"
+            remedy = _told(told) or _above(cause) or _guess(whole, single, views)
+            return Finding(LAYERS, False, f"{name} differs by {relative:.1e}, relative{after}", remedy)
+        agreed.append(name)
+    if not agreed:
+        return Finding(
+            LAYERS, False, "no output of the model in the step could be compared",
+            "the step must call the model that it is given, on this rank's shard of all the tokens: cp.shard(tokens)",
+        )  # fmt: skip
+    return Finding(LAYERS, True, f"all {len(agreed)} module outputs agree")
+
+
+def _told(told: Sequence[str]) -> str:
+    wrong = {kind: [r for r, t in enumerate(told) if t == kind] for kind in ("restart", "missing", "other")}
+    if wrong["restart"]:
+        return f"the step's position ids restart at 0 on rank {wrong['restart'][0]}: {_PASS_POSITIONS}"
+    if wrong["missing"]:
+        return f"the step gives the model no position ids, so they restart at 0 on each rank: {_PASS_POSITIONS}"
+    if wrong["other"]:
+        return f"the step's position ids are not those of the rank's tokens: {_PASS_POSITIONS}"
+    return ""
+
+
+def _above(cause: bool) -> str:
+    return "follows from the finding on influence above: mend that first" if cause else ""
+
+
+def _guess(found: Tensor, right: Tensor, views: Sequence[View]) -> str:
+    """Positions that restart on each rank leave right what a rank's first tokens are: those whose local index is
+    their position."""
+    seqlen = sum(len(v.positions) for v in views)
+    dim = next(d for d in sorted(range(right.ndim), key=lambda d: d != 1) if right.shape[d] == seqlen)
+    other = [d for d in range(right.ndim) if d != dim]
+    error = (found - right).abs().nan_to_num(nan=torch.inf).amax(dim=other)
+    index = torch.cat([torch.arange(len(v.positions)) for v in views])
+    home = torch.cat([v.positions for v in views])
+    first = home[(index == home) & (index < min(len(v.positions) for v in views))]
+    if size(error[first]) < 0.01 * size(error):
+        return (
+            "right only where a rank's local index is the token's position: probably the model ignores position_ids "
+            f"and its positions restart at 0 on each rank; {_PASS_POSITIONS}, and use them"
+        )
+    return (
+        "right on no rank: this layer, or what leads to it, takes something from its neighbours in the sequence or "
+        "from the sequence as a whole (a shift, a convolution, a mean over tokens, a mask) and knows the shard only"
+    )
