@@ -8,8 +8,8 @@ process with a context of one rank::
 
 **The model** takes ``model(tokens, position_ids)``, or ``model(input_ids=, position_ids=)`` if its ``forward`` has an
 argument ``input_ids``: int64 ``[batch, local_seqlen]`` and ``[1, local_seqlen]``. It returns logits ``[batch,
-local_seqlen, vocab]``, or an object with ``.logits``. It is put into ``eval()`` and fp64, and its weights are moved by a
-little seeded noise, equal on all ranks.
+local_seqlen, vocab]``, or an object with ``.logits``. It is put into ``eval()`` and fp64, and its weights are moved by
+a little seeded noise, equal on all ranks.
 
 **The masks** are those of ``cp.masks``: what the factory states as its attribute ``masks``, cut at this run's packed
 documents. That is one mask for all layers, or a list with one for each attention layer, in order (repeats appear in
@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import time
 
-from ringattn.check.gradients import gradients
-from ringattn.check.influence import influence
-from ringattn.check.layers import layers
-from ringattn.check.loss import loss
+from ringattn.check.gradients import compare_gradients
+from ringattn.check.influence import compare_influence
+from ringattn.check.layers import compare_layers
+from ringattn.check.loss import compare_loss
 from ringattn.check.observe import Truth, View, observe_sharded, observe_single
 from ringattn.check.processes import CheckError, run_processes
 from ringattn.check.report import Finding, Report
@@ -48,10 +48,10 @@ def check(settings: Settings) -> Report:
     views: list[View] = run_processes(
         observe_sharded, settings.ranks, settings, truth.stack, truth.vocab, truth.weights, timeout=settings.timeout
     )
-    findings = influence(settings, truth, views)
+    findings = compare_influence(settings, truth, views)
     moves = not all(f.ok for f in findings)
-    outputs, steps = layers(settings, truth, views, moves)
-    lost = loss(settings, truth, views, steps.ok)
-    findings += [outputs, steps, lost, gradients(settings, truth, views, cause=not (steps.ok and lost.ok))]
+    outputs, steps = compare_layers(settings, truth, views, moves)
+    lost = compare_loss(settings, truth, views, steps.ok)
+    findings += [outputs, steps, lost, compare_gradients(settings, truth, views, cause=not (steps.ok and lost.ok))]
     reference = "Transformers' own attention" if truth.independent else "the same module on one rank"
     return Report(settings, reference, tuple(findings), time.monotonic() - start)

@@ -16,7 +16,7 @@ GRADIENTS = "gradients"
 Gradients = dict[str, Tensor]
 
 
-def gradients(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
+def compare_gradients(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
     """The finding on gradients. ``cause``: the layers or the loss differ, which explains a difference."""
     relative = tolerance(settings, truth)
     right = _zeros_for_none(truth.view.step.gradients, truth.view.step.gradients)

@@ -31,7 +31,7 @@ def reach(masks: Sequence[Tensor], each_layer: bool) -> Tensor:
     return closure > 0
 
 
-def influence(settings: Settings, truth: Truth, views: Sequence[View]) -> list[Finding]:
+def compare_influence(settings: Settings, truth: Truth, views: Sequence[View]) -> list[Finding]:
     """The four findings on influence."""
     dense = {m: m.dense(settings.seqlen, settings.seqlen) for m in layer_masks(truth.stack, settings)}
     may = reach([dense[m] for m in layer_masks(truth.stack, settings)], truth.stack.each_layer)

@@ -16,7 +16,7 @@ LAYERS, OUTPUTS = "layers of the step", "outputs"
 _PASS_POSITIONS = "pass position_ids=cp.position_ids[None], the global positions of this rank's tokens"
 
 
-def layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> list[Finding]:
+def compare_layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> list[Finding]:
     """Findings on the model's output and on every layer in the step. ``cause``: a finding on influence has failed,
     which explains a difference."""
     return [_outputs(settings, truth, views, cause), _layers(settings, truth, views, cause)]

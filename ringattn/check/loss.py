@@ -22,7 +22,7 @@ _COUNT = (
 )
 
 
-def loss(settings: Settings, truth: Truth, views: Sequence[View], layers_agree: bool) -> Finding:
+def compare_loss(settings: Settings, truth: Truth, views: Sequence[View], layers_agree: bool) -> Finding:
     """The finding on the loss. ``layers_agree``: the step computes the right outputs, so the loss itself is wrong."""
     right = truth.view.step.loss
     values = [v.step.loss for v in views]
