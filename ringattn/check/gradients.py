@@ -72,8 +72,8 @@ def _unreduced(
             wrong, ranks, room
         ):
             return (
-                f"are not reduced: every rank holds its own part{note}",
-                "sum them over the ranks after backward (all_reduce of every parameter's gradient)",
+                f"are not summed over the ranks: every rank holds its own part{note}",
+                "sum them after backward (all_reduce of every parameter's gradient)",
             )
     return None
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ringattn.check.settings import SubjectError
 from ringattn.masks import Mask, causal, chunked, sliding_window
 
 
@@ -35,7 +36,7 @@ def masks_of(model: nn.Module) -> tuple[Mask, ...] | None:
     """The mask of each layer of a Hugging Face decoder; None for another module.
 
     Their window of W tokens counts the query's own: ``sliding_window(W - 1)``.
-    Raises ``ValueError`` for a kind of layer that is not known here.
+    Raises :class:`SubjectError` for a kind of layer that is not known here.
     """
     if not is_one(model):
         return None
@@ -49,10 +50,16 @@ def _mask(kind: str, config: Any) -> Mask:
         return sliding_window(config.sliding_window - 1)
     if kind == "chunked_attention" and config.attention_chunk_size:
         return causal() & chunked(config.attention_chunk_size)
-    raise ValueError(
+    raise SubjectError(
         f"{type(config).__name__} has a layer of type {kind!r}, whose mask is not known: state the masks of the stack "
         "as an attribute of the factory, factory.masks = [one ringattn mask for each attention layer]"
     )
+
+
+def allow_double(model: nn.Module) -> None:
+    """Experts as a loop: torch's grouped matmul, which Transformers takes by default, knows no fp64."""
+    if is_one(model) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # type: ignore[operator]
 
 
 def make_independent(model: nn.Module, masks: tuple[Mask, ...], seqlen: int, packed: bool) -> None:

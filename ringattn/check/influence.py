@@ -86,6 +86,11 @@ def _lost(settings: Settings, truth: Truth, moved: Tensor, owner: Tensor) -> Fin
     lost = (expected > clear) & (moved < 0.01 * expected)
     foreign = owner[None] != owner[settings.probes][:, None]
     crossing = int((foreign & (expected > clear)).sum())
+    if not crossing:
+        return Finding(
+            CONTEXT, False, "not asked: no token of one rank matters to another",
+            "this layout keeps documents whole: check with fewer --documents, or --layout zigzag",
+        )  # fmt: skip
     if not lost.any():
         return Finding(CONTEXT, True, f"all {crossing} influences across ranks arrive")
     probe, output = (int(x) for x in lost.nonzero()[0])

@@ -8,36 +8,38 @@ import torch
 from torch import Tensor
 
 from ringattn.check.measure import allowed, assemble, size, tolerance
-from ringattn.check.observe import Truth, View
+from ringattn.check.observe import Truth, View, layer_masks
 from ringattn.check.report import Finding
-from ringattn.check.settings import Settings
+from ringattn.check.settings import Settings, SubjectError
 
 LAYERS, OUTPUTS = "layers of the step", "outputs"
 _PASS_POSITIONS = "pass position_ids=cp.position_ids[None], the global positions of this rank's tokens"
+_ABOVE = "follows from the finding on influence above: mend that first"
 
 
 def compare_layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> list[Finding]:
     """Findings on the model's output and on every layer in the step. ``cause``: a finding on influence has failed,
     which explains a difference."""
-    return [_outputs(settings, truth, views, cause), _layers(settings, truth, views, cause)]
+    steps = _layers(settings, truth, views, cause)
+    return [_outputs(settings, truth, views, "" if steps.ok else f"see the {LAYERS}"), steps]
 
 
-def _outputs(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
+def _outputs(settings: Settings, truth: Truth, views: Sequence[View], see: str) -> Finding:
     right = truth.view.logits
     found = assemble([v.logits for v in views], [v.positions for v in views], right)
     if found is None:
-        raise ValueError(f"logits of ranks {[tuple(v.logits.shape) for v in views]} for {tuple(right.shape)} on one")
+        shapes = [tuple(v.logits.shape) for v in views]
+        raise SubjectError(f"logits {shapes} of the ranks are no shards of {tuple(right.shape)} on one process")
     error = size(found - right)
     relative = error / (size(right) or 1.0)
     if error <= allowed(right, truth.shaken.logits, tolerance(settings, truth)):
         return Finding(OUTPUTS, True, f"relative difference {relative:.1e}")
-    remedy = _above(cause) or _guess(found, right, views)
+    remedy = see or _guess(settings, truth, views, found, right)
     return Finding(OUTPUTS, False, f"differ from one process by {relative:.1e}, relative", remedy)
 
 
 def _layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool) -> Finding:
     right, shaken, positions = truth.view.step.layers, truth.shaken.step.layers, [v.positions for v in views]
-    told = [v.step.positions for v in views]
     agreed: list[str] = []
     for name, single in right.items():
         parts = [v.step.layers[name] for v in views if name in v.step.layers]
@@ -48,7 +50,8 @@ def _layers(settings: Settings, truth: Truth, views: Sequence[View], cause: bool
         if not error <= allowed(single, shaken[name], tolerance(settings, truth)):
             relative = error / (size(single) or 1.0)
             after = f", the first after {agreed[-1]}, which agrees" if agreed else ", the first of all"
-            remedy = _told(told) or _above(cause) or _guess(whole, single, views)
+            told = _told([v.step.positions for v in views])
+            remedy = told or (_ABOVE if cause else _guess(settings, truth, views, whole, single))
             return Finding(LAYERS, False, f"{name} differs by {relative:.1e}, relative{after}", remedy)
         agreed.append(name)
     if not agreed:
@@ -70,26 +73,29 @@ def _told(told: Sequence[str]) -> str:
     return ""
 
 
-def _above(cause: bool) -> str:
-    return "follows from the finding on influence above: mend that first" if cause else ""
-
-
-def _guess(found: Tensor, right: Tensor, views: Sequence[View]) -> str:
-    """Positions that restart on each rank leave right what a rank's first tokens are: those whose local index is
-    their position."""
-    seqlen = sum(len(v.positions) for v in views)
-    dim = next(d for d in sorted(range(right.ndim), key=lambda d: d != 1) if right.shape[d] == seqlen)
-    other = [d for d in range(right.ndim) if d != dim]
-    error = (found - right).abs().nan_to_num(nan=torch.inf).amax(dim=other)
-    index = torch.cat([torch.arange(len(v.positions)) for v in views])
-    home = torch.cat([v.positions for v in views])
-    first = home[(index == home) & (index < min(len(v.positions) for v in views))]
-    if size(error[first]) < 0.01 * size(error):
+def _guess(settings: Settings, truth: Truth, views: Sequence[View], found: Tensor, right: Tensor) -> str:
+    """What is wrong, from where the tokens lie that are right all the same."""
+    dim = next(d for d in sorted(range(right.ndim), key=lambda d: d != 1) if right.shape[d] == settings.seqlen)
+    error = (found - right).abs().nan_to_num(nan=torch.inf).amax(dim=[d for d in range(right.ndim) if d != dim])
+    masks = layer_masks(truth.stack, settings)
+    dense = [m.dense(settings.seqlen, settings.seqlen) for m in masks]
+    widest = torch.stack(dense).any(0)
+    for mask, pairs in zip(masks, dense, strict=True):
+        free = (pairs == widest).all(1)  # tokens that see no more without this mask
+        if not free.all() and size(error[free]) < 0.01 * size(error[~free]):
+            return (
+                f"right only where {mask} hides nothing that a wider mask shows: probably this layer ignores its own "
+                f"mask; pass attention(mask=) of each layer. Transformers' window of W tokens is sliding_window(W - 1)"
+            )
+    home = torch.zeros(settings.seqlen, dtype=torch.bool)
+    for view in views:
+        home[view.positions[view.positions == torch.arange(len(view.positions))]] = True
+    if home.any() and size(error[home]) < 0.01 * size(error[~home]):
         return (
-            "right only where a rank's local index is the token's position: probably the model ignores position_ids "
-            f"and its positions restart at 0 on each rank; {_PASS_POSITIONS}, and use them"
+            "right only where a token's local index is its position: probably the model ignores position_ids and "
+            f"its positions restart at 0 on each rank; {_PASS_POSITIONS}, and use them"
         )
     return (
-        "right on no rank: this layer, or what leads to it, takes something from its neighbours in the sequence or "
-        "from the sequence as a whole (a shift, a convolution, a mean over tokens, a mask) and knows the shard only"
+        "this layer, or what leads to it, takes something from its neighbours in the sequence or from the sequence as "
+        "a whole (a shift, a convolution, a mean over tokens, a mask) and knows the shard only"
     )

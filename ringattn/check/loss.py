@@ -15,7 +15,7 @@ from ringattn.check.settings import IGNORED, Settings
 
 LOSS = "loss"
 _ALIKE = 1e-5  # relative, of a loss and what a known mistake makes of it
-_SHIFT = "labels are shifted after they were sharded, so each shard's last token loses its target: shift first"
+_SHIFT = "labels are shifted after they were sharded, so each shard's last token loses its target: shift them first, then shard"
 _COUNT = (
     "a mean over each rank's own targets, of which ranks hold unequal numbers: divide the sum by the number of "
     "targets on all ranks"
@@ -50,7 +50,7 @@ def _mistake(settings: Settings, truth: Truth, views: Sequence[View]) -> str:
     late = [F.pad(labels[:, v.positions][:, 1:], (0, 1), value=IGNORED) for v in views]
     early = [shifted[:, v.positions] for v in views]
     whole = int((shifted != IGNORED).sum())
-    for targets, remedy in ((late, f"{_SHIFT} labels, then cp.shard(labels)"), (early, _COUNT)):
+    for targets, remedy in ((late, _SHIFT), (early, _COUNT)):
         sums = [_sum(logits[:, v.positions], t) for v, t in zip(views, targets, strict=True)]
         counts = [int((t != IGNORED).sum()) for t in targets]
         means = [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ringattn.binding import Options
 from ringattn.check import huggingface
-from ringattn.check.settings import DTYPES, Settings
+from ringattn.check.settings import DTYPES, Settings, SubjectError
 from ringattn.check.subject import Stack, Subject, call, load_factory, make, settle_weights, stack_of, vocabulary
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal, documents
@@ -140,7 +140,7 @@ def _step(subject: Subject, cp: ContextParallel, tokens: Tensor, labels: Tensor)
     with _recorded(model, cp, layers, told):
         loss = subject.step(model, tokens.clone(), labels.clone(), cp)
     if not isinstance(loss, (float, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
-        raise ValueError(f"the step returned {loss!r:.200}: must be the loss, a number")
+        raise SubjectError(f"the step returned {loss!r:.200}: must be the loss, a number")
     gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     return StepView(float(loss), gradients, layers, next((t for t in told if t != "global"), "global"))
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ringattn.check.settings import SubjectError
+
 
 class CheckError(RuntimeError):
     """The check could not be made: a process raised (the text is its traceback), died, or gave no answer in time."""
@@ -73,7 +75,8 @@ def _collect(readers: Sequence[Connection], timeout: float) -> list[Any]:
             except EOFError:
                 failure = "the process died without a word: killed, or out of memory"
             if failure is not None:
-                raise CheckError(f"rank {rank} of {len(readers)}: {failure}")
+                who = f"rank {rank} of {len(readers)}" if len(readers) > 1 else "on one process"
+                raise CheckError(f"{who}: {failure}")
     return results
 
 
@@ -88,6 +91,8 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, timeout: flo
         answer = pickle.dumps((fn(rank, world_size, *args), None))
         dist.destroy_process_group()
         pipe.send_bytes(answer)
+    except SubjectError as error:
+        pipe.send_bytes(pickle.dumps((None, str(error))))
     except BaseException:
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
     os._exit(0)  # a group with a failed peer, or what the model started, may not come down cleanly

@@ -12,6 +12,10 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 PROBES = 12  # tokens perturbed one at a time, spread over the sequence
 
 
+class SubjectError(ValueError):
+    """The model cannot be checked as it is; the text says what the factory or the command must change."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """One check of ``model``, a ``module:function`` (see :mod:`ringattn.check`).

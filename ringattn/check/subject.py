@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ringattn.check import huggingface
-from ringattn.check.settings import IGNORED, Settings
+from ringattn.check.settings import IGNORED, Settings, SubjectError
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal
 
@@ -52,9 +52,9 @@ def load_factory(name: str) -> Callable[[ContextParallel], Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise
-        raise ValueError(f"--model {name}: no module {module!r} here or among the installed ones") from None
+        raise SubjectError(f"--model {name}: no module {module!r} here or among the installed ones") from None
     if not callable(found):
-        raise ValueError(f"--model {name}: {module} has no function {function!r}")
+        raise SubjectError(f"--model {name}: {module} has no function {function!r}")
     return found
 
 
@@ -66,7 +66,7 @@ def declared(factory: Callable[..., Any]) -> Stack | None:
     each_layer = not isinstance(masks, Mask)
     masks = tuple(masks) if each_layer else (masks,)
     if not masks or not all(isinstance(m, Mask) for m in masks):
-        raise ValueError(f"masks={masks!r} of the factory: must be a ringattn mask, or one for each attention layer")
+        raise SubjectError(f"masks={masks!r} of the factory: must be a ringattn mask, or one for each attention layer")
     return Stack(masks, each_layer)
 
 
@@ -85,7 +85,8 @@ def make(factory: Callable[[ContextParallel], Any], cp: ContextParallel, seed: i
     made = factory(cp)
     model, step = made if isinstance(made, tuple) and len(made) == 2 else (made, default_step)
     if not isinstance(model, nn.Module) or not callable(step):
-        raise ValueError(f"the factory returned {made!r:.200}: must be an nn.Module, or (nn.Module, step)")
+        raise SubjectError(f"the factory returned {made!r:.200}: must be an nn.Module, or (nn.Module, step)")
+    huggingface.allow_double(model)
     return Subject(model.eval(), step)
 
 
@@ -105,7 +106,7 @@ def vocabulary(model: nn.Module, settings: Settings) -> int:
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     size = huggingface.vocab_size(model) or min(sizes, default=0)
     if size < 2:
-        raise ValueError("the model has neither config.vocab_size nor an nn.Embedding: say how many ids, --vocab N")
+        raise SubjectError("the model has neither config.vocab_size nor an nn.Embedding: say how many ids, --vocab N")
     return size
 
 
@@ -121,7 +122,7 @@ def call(model: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
+        raise SubjectError(
             f"the model gave {got} for tokens {tuple(tokens.shape)}: must be [batch, local_seqlen, vocab], or an "
             "object with such .logits"
         )
