@@ -31,7 +31,7 @@ class Fault:
 class Planted(nn.Module):
     """The example's decoder as a user would wrap it, `model(tokens, position_ids)`."""
 
-    def __init__(self, cp, fault=Fault()):  # noqa: B008
+    def __init__(self, cp, fault=Fault()):
         super().__init__()
         self.decoder = Decoder(ModelConfig(**SIZES))
         self.cp, self.fault = cp, fault

@@ -16,7 +16,7 @@ def is_one(model: nn.Module) -> bool:
 
 
 def _config(model: nn.Module) -> Any:
-    config = model.config
+    config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -12,6 +12,7 @@ from ringattn.check.observe import Truth, View, layer_masks
 from ringattn.check.report import Finding
 from ringattn.check.settings import Settings, SubjectError
 
+NEAR = 3  # tokens that a short convolution reaches
 LAYERS, OUTPUTS = "layers of the step", "outputs"
 _PASS_POSITIONS = "pass position_ids=cp.position_ids[None], the global positions of this rank's tokens"
 _ABOVE = "follows from the finding on influence above: mend that first"
@@ -73,6 +74,19 @@ def _told(told: Sequence[str]) -> str:
     return ""
 
 
+def _near_borders(views: Sequence[View], seqlen: int) -> Tensor:
+    """Bool ``[seqlen]``: tokens with one of another rank at most NEAR away."""
+    owner = torch.empty(seqlen, dtype=torch.int64)
+    for rank, view in enumerate(views):
+        owner[view.positions] = rank
+    near = torch.zeros(seqlen, dtype=torch.bool)
+    for away in range(1, NEAR + 1):
+        foreign = owner[away:] != owner[:-away]
+        near[away:] |= foreign
+        near[:-away] |= foreign
+    return near
+
+
 def _guess(settings: Settings, truth: Truth, views: Sequence[View], found: Tensor, right: Tensor) -> str:
     """What is wrong, from where the tokens lie that are right all the same."""
     dim = next(d for d in sorted(range(right.ndim), key=lambda d: d != 1) if right.shape[d] == settings.seqlen)
@@ -87,6 +101,12 @@ def _guess(settings: Settings, truth: Truth, views: Sequence[View], found: Tenso
                 f"right only where {mask} hides nothing that a wider mask shows: probably this layer ignores its own "
                 f"mask; pass attention(mask=) of each layer. Transformers' window of W tokens is sliding_window(W - 1)"
             )
+    near = _near_borders(views, settings.seqlen)
+    if not near.all() and size(error[~near]) < 0.01 * size(error):
+        return (
+            "wrong only where shards meet: this layer takes something from neighbours in the sequence (a shift, a short "
+            "convolution) that lie on other ranks; fetch those, or shard after it"
+        )
     home = torch.zeros(settings.seqlen, dtype=torch.bool)
     for view in views:
         home[view.positions[view.positions == torch.arange(len(view.positions))]] = True
@@ -96,6 +116,6 @@ def _guess(settings: Settings, truth: Truth, views: Sequence[View], found: Tenso
             f"its positions restart at 0 on each rank; {_PASS_POSITIONS}, and use them"
         )
     return (
-        "this layer, or what leads to it, takes something from its neighbours in the sequence or from the sequence as "
-        "a whole (a shift, a convolution, a mean over tokens, a mask) and knows the shard only"
+        "this layer, or what leads to it, takes something from other tokens (a shift, a convolution, a mean over "
+        "tokens, a mask) and knows those of its shard only"
     )

@@ -15,7 +15,10 @@ from ringattn.check.settings import IGNORED, Settings
 
 LOSS = "loss"
 _ALIKE = 1e-5  # relative, of a loss and what a known mistake makes of it
-_SHIFT = "labels are shifted after they were sharded, so each shard's last token loses its target: shift them first, then shard"
+_SHIFT = (
+    "labels are shifted after they were sharded, so each shard's last token loses its target: shift them first, then "
+    "shard"
+)
 _COUNT = (
     "a mean over each rank's own targets, of which ranks hold unequal numbers: divide the sum by the number of "
     "targets on all ranks"

@@ -67,11 +67,10 @@ def layer_masks(stack: Stack, settings: Settings) -> tuple[Mask, ...]:
     return tuple(mask & packed for mask in stack.masks)
 
 
-def _context(settings: Settings, stack: Stack, **choices: str) -> ContextParallel:
+def _context(settings: Settings, stack: Stack, layout: str = "auto", kernel: str = "auto") -> ContextParallel:
     masks = tuple(dict.fromkeys(layer_masks(stack, settings)))
-    return ContextParallel(
-        dist.group.WORLD, settings.seqlen, mask=masks, options=Options(timeout=settings.timeout), **choices
-    )
+    options = Options(timeout=settings.timeout)
+    return ContextParallel(dist.group.WORLD, settings.seqlen, mask=masks, layout=layout, kernel=kernel, options=options)
 
 
 def observe_single(rank: int, world_size: int, settings: Settings) -> Truth:
@@ -106,7 +105,7 @@ def _shake(model: nn.Module, settings: Settings) -> None:
     draw = torch.Generator().manual_seed(settings.seed + 1)
     with torch.no_grad():
         for p in model.parameters():
-            p *= 1 + JITTER * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+            p.mul_(1 + JITTER * torch.randn(p.shape, generator=draw, dtype=p.dtype))
 
 
 def observe_sharded(rank: int, world_size: int, settings: Settings, stack: Stack, vocab: int, weights: bytes) -> View:

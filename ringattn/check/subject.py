@@ -96,7 +96,7 @@ def settle_weights(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p[~(p.abs() < WILD)] = 0.0  # NaN too
-            p += NOISE * torch.randn(p.shape, generator=draw, dtype=p.dtype)
+            p.add_(torch.randn(p.shape, generator=draw, dtype=p.dtype), alpha=NOISE)
 
 
 def vocabulary(model: nn.Module, settings: Settings) -> int:
