@@ -104,8 +104,8 @@ def _guess(settings: Settings, truth: Truth, views: Sequence[View], found: Tenso
     near = _near_borders(views, settings.seqlen)
     if not near.all() and size(error[~near]) < 0.01 * size(error):
         return (
-            "wrong only where shards meet: this layer takes something from neighbours in the sequence (a shift, a short "
-            "convolution) that lie on other ranks; fetch those, or shard after it"
+            "wrong only where shards meet: this layer takes something from neighbours in the sequence (a shift, "
+            "a short convolution) that lie on other ranks; fetch those, or shard after it"
         )
     home = torch.zeros(settings.seqlen, dtype=torch.bool)
     for view in views:
