@@ -1,0 +1,1 @@
+"""The command line, ``ringattn``. It needs typer and rich, which the library itself does not."""
