@@ -157,6 +157,7 @@ def test_a_failing_rank_is_told_and_nothing_is_left(name, words):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_waiting_rank_ends_at_the_deadline():
     with pytest.raises(CheckError, match="no answer from rank"):
         check(Settings("planted:waits_on_one", timeout=6.0))

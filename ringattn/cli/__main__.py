@@ -1,6 +1,5 @@
-"""``python -m ringattn.cli``."""
+"""`python -m ringattn.cli`."""
 
-from ringattn.cli.main import app
+from ringattn.cli import main
 
-if __name__ == "__main__":
-    app(prog_name="ringattn")
+main()
