@@ -62,7 +62,7 @@ def _reason(error: BaseException) -> str:
 def read_progress(path: Path) -> dict[str, Any]:
     """Step, position and text of a checkpoint, read by this rank alone. Raises ValueError if it is no
     checkpoint of this job."""
-    state = {"progress": {"step": 0, "position": 0, "text": ""}}
+    state = {"progress": {"step": 0, "position": 0, "text": "", "length": 0, "accuracy": 0.0}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = ("float32", "float64", "bfloat16")
 DEVICES = ("cpu", "cuda")
+ENGINES = ("ddp", "fsdp")
 
 T = TypeVar("T")
 
@@ -75,17 +76,65 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LengthsConfig:
+    """Lengths of documents that the text is cut into before it is packed: log-normal, as those of crawled text are,
+    half of them above `median` tokens; one in six is longer than `median * exp(sigma)`. Files stay apart too."""
+
+    median: int
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.median < 2 or self.sigma < 0:
+            raise ValueError(f"lengths.median {self.median} must be at least 2, lengths.sigma {self.sigma} at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class RecallConfig:
+    """The recall task instead of text: `pairs` of a key and a value begin the sequence, filling follows, and its end
+    asks for the value of every key. Sequences grow from the shortest possible to `seqlen`, twice as long once
+    `enough` of the answers are right; about `tokens` tokens a sample, in rows. After the run `questions` new ones are
+    asked at full length, with the ring and with attention cut at the borders of the shards."""
+
+    pairs: int = 4
+    keys: int = 16
+    values: int = 16
+    tokens: int = 2048
+    enough: float = 0.98
+    questions: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("pairs", 1), ("keys", self.pairs), ("values", 2), ("tokens", 1), ("questions", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"recall.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 < self.enough < 1:
+            raise ValueError(f"recall.enough is {self.enough}; it is a share of the answers, between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
-    """One run. `masks` are texts in the library's mask algebra, one per layer, repeated over the depth;
-    `dtype` float32 or float64 is the dtype of everything, bfloat16 means autocast over fp32 parameters."""
+    """One run.
+
+    masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
+    decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
+    document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
+    data_parallel: replicas of the context; the other ranks share each sequence. accumulate: samples of a replica in a
+    step. loss_chunks: the logits of a shard are computed in so many pieces. dtype: float32 or float64 is the dtype of
+    everything, bfloat16 means autocast over fp32 parameters."""
 
     name: str
     seqlen: int
     steps: int
-    masks: tuple[str, ...]
-    model: ModelConfig
     optimizer: OptimizerConfig
+    masks: tuple[str, ...] = ()
+    model: ModelConfig | None = None
+    hf: str = ""
     documents: bool = False
+    lengths: LengthsConfig | None = None
+    recall: RecallConfig | None = None
+    engine: str = "ddp"
+    data_parallel: int = 1
+    accumulate: int = 1
+    loss_chunks: int = 8
     data: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"
@@ -97,13 +146,33 @@ class Config:
     seed: int = field(default=0)
 
     def __post_init__(self) -> None:
-        for name, least in (("seqlen", 2), ("steps", 1), ("save_every", 0)):
+        leasts = {"seqlen": 2, "steps": 1, "save_every": 0, "data_parallel": 1, "accumulate": 1, "loss_chunks": 1}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if not self.masks:
+        if (self.model is None) == (not self.hf):
+            raise ValueError("give either a table [model] or hf, the path of a Transformers config.json")
+        if self.model is not None and not self.masks:
             raise ValueError('masks is empty; name at least one, for instance masks = ["causal()"]')
+        if self.hf and self.masks:
+            raise ValueError(f"masks are given, but those of {self.hf} are its own; leave masks out")
+        if self.recall and (self.documents or self.lengths or self.data):
+            raise ValueError("[recall] makes its own sequences; leave out data, documents and [lengths]")
+        if self.recall and self.layout != "contiguous":
+            raise ValueError(
+                f"layout is {self.layout!r}; [recall] wants its pairs on the first rank and its questions on the last: "
+                'set layout = "contiguous"'
+            )
+        if self.recall and self.recall.pairs * 4 > self.seqlen:
+            raise ValueError(f"recall.pairs {self.recall.pairs} take {4 * self.recall.pairs} tokens of {self.seqlen}")
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
+        check_choice("engine", self.engine, ENGINES)
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Cutting text into documents is for keeping them apart."""
+        return self.documents or self.lengths is not None
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
@@ -140,7 +209,7 @@ def load(path: Path) -> Config:
 
 def dump(config: Config) -> str:
     """TOML text from which `load` makes an equal config."""
-    values = asdict(config)
+    values = {key: value for key, value in asdict(config).items() if value is not None}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables]
     for table, entries in tables.items():
@@ -162,6 +231,8 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
+    if isinstance(hint, types.UnionType):  # X | None: TOML has no None, so a value is an X
+        hint = typing.get_args(hint)[0]
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {value!r}; it is a table, [{where}]")

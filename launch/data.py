@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-IGNORED = -100
+from launch.config import LengthsConfig
+from ringattn.loss import IGNORED
+
 VOCABULARY = 256
 # Not the library's own sources, missing on some systems, or (pydoc_data) one generated file as long as six steps.
 LIBRARY_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
@@ -20,9 +22,9 @@ LIBRARY_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test",
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One packed sequence. `tokens` and `labels` are int64 [seqlen]; `labels[i]` is the byte after position
-    i, or -100 where that lies in another document or behind the end; `cu_seqlens` are the borders of the
-    documents, from 0 to seqlen."""
+    """Packed sequences. `tokens` and `labels` are int64 [rows, seqlen]; `labels[row, i]` is the token after position
+    i, or -100 where none is asked for; `cu_seqlens` are the borders, from 0 to seqlen, that attention does not
+    cross in any row."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -32,8 +34,9 @@ class Sample:
 class Text:
     """Files as one stream of bytes that starts again when it is over."""
 
-    def __init__(self, files: Sequence[Path], seed: int) -> None:
+    def __init__(self, files: Sequence[Path], seed: int, lengths: LengthsConfig | None = None) -> None:
         self.files = list(files)
+        self.seed, self.lengths = seed, lengths
         random.Random(seed).shuffle(self.files)
         sizes = np.array([path.stat().st_size for path in self.files], dtype=np.int64)
         self.ends = np.cumsum(sizes)
@@ -69,10 +72,22 @@ class Text:
         """The packed sequence of `seqlen` bytes at absolute byte `position`."""
         data, ends = self.read(position, seqlen)
         tokens = data.astype(np.int64)
-        borders = sorted({0, seqlen, *ends})
+        borders = sorted({0, seqlen, *ends, *self._cuts(position, seqlen)})
         labels = np.append(tokens[1:], IGNORED)
         labels[np.array(borders[1:]) - 1] = IGNORED
-        return Sample(tokens, labels, tuple(borders))
+        return Sample(tokens[None], labels[None], tuple(borders))
+
+    def _cuts(self, position: int, seqlen: int) -> list[int]:
+        """Where documents of random lengths end in the sequence at `position`; the same each time it is read."""
+        if self.lengths is None:
+            return []
+        draw = np.random.default_rng((self.seed, position))
+        count = 2 * seqlen // self.lengths.median + 16
+        cuts: list[int] = [0]
+        while cuts[-1] < seqlen:
+            lengths = np.exp(draw.normal(np.log(self.lengths.median), self.lengths.sigma, count))
+            cuts += (cuts[-1] + np.maximum(lengths.astype(np.int64), 1).cumsum()).tolist()
+        return [cut for cut in cuts if 0 < cut < seqlen]
 
     def unigram_entropy(self, position: int, length: int) -> float:
         """Entropy in nats of the byte frequencies of that stretch: what a model reaches that ignores
@@ -85,7 +100,7 @@ class Text:
         return float(-(shares * np.log(shares)).sum())
 
 
-def open_text(paths: Sequence[str], seqlen: int, seed: int) -> Text:
+def open_text(paths: Sequence[str], seqlen: int, seed: int, lengths: LengthsConfig | None = None) -> Text:
     """The text of `paths` (files, or directories searched for files), or of the standard library's sources
     where there are none. Raises ValueError naming what is missing, empty, unreadable or too little for one
     sequence."""
@@ -93,7 +108,7 @@ def open_text(paths: Sequence[str], seqlen: int, seed: int) -> Text:
     unreadable = [file for file in files if not os.access(file, os.R_OK)]
     if unreadable:
         raise ValueError(f"data {unreadable[0]} cannot be read; check its permissions")
-    text = Text(files, seed)
+    text = Text(files, seed, lengths)
     if text.size < seqlen:
         raise ValueError(
             f"the text has {text.size:,} bytes in {len(files)} files, one sequence takes {seqlen:,}; "

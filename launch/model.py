@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ringattn
 from launch.config import ModelConfig
 from launch.data import VOCABULARY
+from launch.language import Inputs, Language, Masks
+from ringattn.integrations.checkpointing import keep_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> out, all [batch, tokens, heads, dim]
 
 
 class Decoder(nn.Module):
-    """`model(tokens, position_ids, attend)` gives logits [batch, local_seqlen, 256]. `recompute` drops each
-    layer's activations and computes them again in backward."""
+    """`model(tokens, position_ids, attend)` gives what the head takes, [batch, local_seqlen, d_model]. `recompute`
+    drops each layer's activations but attention's and computes them again in backward."""
 
     def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
         super().__init__()
@@ -47,10 +50,10 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             if self.recompute:
-                x = checkpoint(layer, x, rotation, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rotation, attend, use_reentrant=False, context_fn=keep_attention())
             else:
                 x = layer(x, rotation, attend)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def rotation(self, position_ids: Tensor) -> Tensor:
         """Complex unit numbers [local_seqlen, 1, head_dim / 2], one turn per position and pair. The angles
@@ -92,3 +95,19 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of x [batch, tokens, heads, dim] (Su et al., 2021, equation 34)."""
     pairs = torch.view_as_complex(x.to(rotation.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
+    """A fresh decoder as the job sees it; `masks` are repeated over the depth."""
+    model = Decoder(config, recompute)
+
+    def hidden(inputs: Inputs) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return ringattn.attention(q, k, v, cp=inputs.cp, mask=inputs.masks[layer])
+
+        return model(inputs.tokens, inputs.cp.position_ids.to(inputs.tokens.device), attend)
+
+    of_layers = tuple(masks[layer % len(masks)] for layer in range(config.num_layers))
+    numbers = 2 * config.num_kv_heads * config.head_dim
+    distinct = tuple(dict.fromkeys(of_layers))
+    return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, numbers, VOCABULARY)

@@ -1,29 +1,42 @@
 """The picture of a run: loss and throughput over steps, as PNG."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+if TYPE_CHECKING:
+    from launch.report import Record
 
-def draw(records: Sequence[dict[str, Any]], entropy: float, title: str, path: Path) -> None:
-    """Writes the plot of metric records (`step`, `loss`, `tokens_per_s`), with the text's unigram entropy
-    in nats as the line a model must get below to have learned anything from context."""
-    steps = [record["step"] for record in records]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    above.plot(steps, [record["loss"] for record in records], marker=".", color="tab:blue", label="loss")
-    above.axhline(entropy, color="tab:gray", linestyle="--", label=f"unigram entropy {entropy:.3f}")
-    above.set_ylabel("nats per byte")
-    above.set_title(title)
-    above.legend()
-    below.plot(steps, [record["tokens_per_s"] for record in records], marker=".", color="tab:green")
-    below.set_ylim(0, 1.1 * max((record["tokens_per_s"] for record in records), default=1.0))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    below.set_ylabel("tokens / s")
-    below.set_xlabel("step")
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
+
+def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, path: Path) -> None:
+    """Writes the plot: the loss above, with the line a model must get below to have learned anything from context
+    (its name, and nats a target); in recall the share of right answers; the throughput."""
+    steps = [record.step for record in records]
+    answers = [100 * record.accuracy for record in records if record.accuracy is not None]
+    figure = Figure(figsize=(8, 7.5 if answers else 6), layout="constrained")
+    axes = figure.subplots(3 if answers else 2, 1, sharex=True, height_ratios=(2, 1.5, 1) if answers else (2, 1))
+    axes[0].plot(steps, [record.loss for record in records], marker=".", color="tab:blue", label="loss")
+    axes[0].axhline(baseline[1], color="tab:gray", linestyle="--", label=f"{baseline[0]} {baseline[1]:.3f}")
+    axes[0].set_ylabel("nats per target")
+    axes[0].set_title(title)
+    axes[0].legend()
+    if answers:
+        axes[1].plot(steps, answers, marker=".", color="tab:orange")
+        axes[1].set_ylabel("right answers, %")
+        for one, two in pairwise(records):
+            if one.seqlen != two.seqlen:
+                axes[1].axvline(two.step, color="tab:gray", linewidth=0.8)
+                axes[1].annotate(f" {two.seqlen:,}", (two.step, 5), fontsize=7, rotation=90)
+    speed = [record.tokens_per_s for record in records]
+    axes[-1].plot(steps, speed, marker=".", color="tab:green")
+    axes[-1].set_ylim(0, 1.1 * max(speed, default=1.0))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_ylabel("tokens / s")
+    axes[-1].set_xlabel("step")
+    for one_of in axes:
+        one_of.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

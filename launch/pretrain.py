@@ -1,4 +1,4 @@
-"""The main job: trains a small decoder on bytes of text at long context, the sequence sharded over all
+"""The main job: trains a small decoder on bytes of text at long context, or on recall, each sequence sharded over
 processes.
 
     torchrun --standalone --nproc-per-node 2 -m launch.pretrain --config cpu-128k
@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -35,13 +35,18 @@ def main(
     resume: Annotated[Path | None, typer.Option(help="go on with the run in this directory")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="drop the run's checkpoint")] = False,
     steps: Annotated[int | None, typer.Option(help="how many steps in all")] = None,
+    model: Annotated[str | None, typer.Option(help="hf:CONFIG.json: a Transformers model, its weights random")] = None,
+    engine: Annotated[str | None, typer.Option(help="ddp or fsdp: how parameters lie on the ranks")] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="replicas; the other ranks share a sequence")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="sequences of a replica in a step")] = None,
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""
     try:
         if resume is not None and (out is not None or overwrite):
             raise ValueError("--resume goes on in its own directory; leave out --out and --overwrite")
-        settings = choose(config, data, resume, steps)
+        changes = {"steps": steps, "engine": engine, "data_parallel": data_parallel, "accumulate": accumulate}
+        settings = choose(config, data, resume, model, changes)
         run = resume or out or Path("runs") / settings.name
         job = prepare(settings, run, resume is not None, overwrite)
     except (ValueError, NotImplementedError, OSError) as error:
@@ -54,15 +59,22 @@ def main(
     sys.exit(code)
 
 
-def choose(config: str | None, data: list[str] | None, resume: Path | None, steps: int | None) -> Config:
+def choose(
+    config: str | None, data: list[str] | None, resume: Path | None, model: str | None, changes: dict[str, Any]
+) -> Config:
     """The settings asked for: a resumed run's own unless others are named, with the options put over them."""
     path = find_config(config or "cpu-128k") if resume is None or config else resume / "config.toml"
     if not path.is_file():
         raise ValueError(f"{resume} is no run's directory: it has no config.toml; give the directory of a run")
-    settings = load(path)
+    given = {name: value for name, value in changes.items() if value is not None}
     if data:
-        settings = replace(settings, data=tuple(str(Path(path).resolve()) for path in data))
-    return settings if steps is None else replace(settings, steps=steps)
+        given["data"] = tuple(str(Path(path).resolve()) for path in data)
+    if model is not None:
+        prefix, _, file = model.partition(":")
+        if prefix != "hf" or not Path(file).exists():
+            raise ValueError(f"--model {model}: give hf: and the path of a Transformers config.json that exists")
+        given.update(hf=str(Path(file).resolve()), model=None, masks=())
+    return replace(load(path), **given)
 
 
 def run_job(job: Job, world: World, check: bool) -> int:
@@ -72,7 +84,7 @@ def run_job(job: Job, world: World, check: bool) -> int:
     except (ValueError, NotImplementedError) as error:
         refuse(BAD_INPUT, error)
     if check:
-        comparison = verify(trainer, job.text.sample(job.progress["position"], job.config.seqlen))
+        comparison = verify(job, trainer)
         if world.rank == 0:
             print(comparison, flush=True)
         if not comparison.passed:

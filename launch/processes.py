@@ -6,7 +6,6 @@ import gc
 import os
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,31 +14,56 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.integrations.fsdp import data_context_mesh
 
 DEADLINE = timedelta(minutes=10)
 
 
 @dataclass(slots=True)
 class World:
-    """The processes of a run as seen by one of them. `group` is None for a single one; `waited` are the
-    seconds this process has spent in `sum_`."""
+    """The processes of a run as seen by one of them. `group` is None for a single one; `mesh` is data x context once
+    they are `split`."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
-    waited: float = 0.0
+    mesh: DeviceMesh | None = None
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor by its sum over the processes, in one transfer."""
-        if self.group is None:
-            return
-        start = time.perf_counter()
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat, group=self.group)
-        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(total.view_as(tensor))
-        self.waited += time.perf_counter() - start
+    def split(self, replicas: int) -> None:
+        """Makes the processes `replicas` groups that share a sequence each. Raises ValueError where that leaves some
+        over."""
+        if self.size % replicas:
+            raise ValueError(
+                f"data_parallel is {replicas} over {self.size} ranks, which leaves {self.size % replicas} over; start "
+                "a multiple of it, or set another data_parallel"
+            )
+        if self.group is not None:
+            self.mesh = data_context_mesh(self.device.type, data=replicas)
+
+    @property
+    def replicas(self) -> int:
+        """How many groups read samples of their own."""
+        return 1 if self.mesh is None else self.mesh["dp"].size()
+
+    @property
+    def replica(self) -> int:
+        """Which of them this process is in."""
+        return 0 if self.mesh is None else self.mesh["dp"].get_local_rank()
+
+    @property
+    def context(self) -> DeviceMesh | None:
+        """The processes that share a sequence with this one."""
+        return None if self.mesh is None else self.mesh["cp"]
+
+    def sum_(self, values: Sequence[Tensor | float]) -> list[float]:
+        """The sum of each scalar over the processes, in one transfer."""
+        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
+        if self.group is not None:
+            dist.all_reduce(numbers, group=self.group)
+        return numbers.tolist()
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by rank 0's."""
@@ -77,7 +101,7 @@ class World:
         """Leaves the group and lets go of it. gloo's threads end with the last reference; one still at work
         while the interpreter shuts down would abort the process."""
         if self.group is not None:
-            self.group = None
+            self.group = self.mesh = None
             dist.destroy_process_group()
             gc.collect()
 

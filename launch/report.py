@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from launch.config import Config, dump
+from launch.recall import Answers
 from launch.training import Counters
 
 FINAL_STEPS = 4  # single steps scatter with the text
@@ -26,18 +27,27 @@ FINAL_STEPS = 4  # single steps scatter with the text
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats a byte, `grad_norm` its
-    gradient's before clipping, `position` the byte of the text at which the sample began; `seconds` is the
-    whole step's wall time and `waiting_s` rank 0's share of it spent waiting for others."""
+    """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats, `grad_norm` its gradient's
+    before clipping, `position` the token of the stream at which the step began and `tokens` how many it took, each
+    counted once; `seconds` is the whole step's wall time and `waiting_s` what rank 0's attention waited for others.
+    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall."""
 
     step: int
     loss: float
     grad_norm: float
     lr: float
     seconds: float
-    tokens_per_s: float
+    tokens: int
     waiting_s: float
     position: int
+    seqlen: int
+    documents: int
+    accuracy: float | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput of the step."""
+        return self.tokens / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +62,10 @@ class Report:
     """Writes into `run`: config.toml, metrics.jsonl and plot.png. `first` is the step a resumed run begins
     with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
 
-    def __init__(self, run: Path, config: Config, entropy: float, first: int) -> None:
+    def __init__(self, run: Path, config: Config, baseline: tuple[str, float], first: int) -> None:
         self.run = run
         self.config = config
-        self.entropy = entropy
+        self.baseline = baseline
         self.first = first
         self.console = Console(soft_wrap=True)
         self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first]
@@ -95,21 +105,25 @@ class Report:
         self.records.append(record)
         self.metrics.write(json.dumps(asdict(record)) + "\n")
         figures = f"loss {record.loss:.3f}  {record.tokens_per_s:,.0f} tokens/s"
+        if record.accuracy is not None:
+            figures = f"{record.seqlen:,} tokens  {100 * record.accuracy:.0f} % right  {figures}"
         self.progress.update(self.task, completed=record.step + 1, figures=figures)
         if not self.console.is_terminal:
             left = record.seconds * (self.config.steps - record.step - 1)
             self.say(f"step {record.step + 1}/{self.config.steps}  {figures}  about {left:.0f} s left")
 
-    def summarize(self, ranks: Sequence[RankSummary]) -> None:
+    def summarize(self, ranks: Sequence[RankSummary], answers: Sequence[Answers]) -> None:
         """Draws the plot and prints the summary of the steps done since the start or the resume."""
         from launch.plot import draw  # slow to import, and only rank 0 draws
 
         self.progress.stop()
-        title = f"{self.config.name}: {self.config.seqlen:,} tokens a step on {len(ranks)} ranks"
-        draw([asdict(record) for record in self.records], self.entropy, title, self.run / "plot.png")
+        title = f"{self.config.name}: sequences of {self.config.seqlen:,} tokens on {len(ranks)} ranks"
+        draw(self.records, self.baseline, title, self.run / "plot.png")
         table = Table(title=title, show_header=False)
         for name, value in self._rows(ranks):
             table.add_row(name, value)
+        for answer in answers:
+            table.add_row(answer.name, f"{100 * answer.right:.1f} % of {answer.count} questions answered right")
         self.console.print(table)
 
     def _rows(self, ranks: Sequence[RankSummary]) -> Iterator[tuple[str, str]]:
@@ -120,13 +134,13 @@ class Report:
         required = sum(rank.counters.required for rank in ranks)
         waiting = sum(rank.counters.waited for rank in ranks) / (len(ranks) * seconds)
         on_host = " by the hosts; what the devices wait is not measured" if self.config.device == "cuda" else ""
-        yield f"loss, mean of the last {len(last)} steps", f"{sum(last) / len(last):.3f} nats a byte"
-        yield "unigram entropy of the text", f"{self.entropy:.3f} nats a byte"
+        yield f"loss, mean of the last {len(last)} steps", f"{sum(last) / len(last):.3f} nats a target"
+        yield self.baseline[0], f"{self.baseline[1]:.3f} nats a target"
         yield "time", f"{seconds:.0f} s for {len(done)} steps, {seconds / len(done):.2f} s a step"
-        yield "throughput", f"{self.config.seqlen * len(done) / seconds:,.0f} tokens/s"
+        yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
         yield "K/V and gradients received", f"{mebibytes(received)}; the masks require {mebibytes(required)}"
-        yield "waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"
+        yield "attention waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"
         yield "written to", str(self.run)
 
 

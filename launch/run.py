@@ -13,28 +13,66 @@ from typing import Any
 
 import torch
 
-from launch import checkpoint
+from launch import checkpoint, huggingface, model
 from launch.config import Config, load
-from launch.data import Text, open_text
+from launch.data import Sample
+from launch.engine import distribute
+from launch.language import Language, Objective
 from launch.mask_text import parse_mask
-from launch.model import Decoder
 from launch.processes import World, check_device
+from launch.recall import recall
 from launch.report import RankSummary, Record, Report
-from launch.training import Masks, Trainer, make_context
+from launch.tasks import Progress, RecallTask, Task, make_task
+from launch.training import Trainer, make_context
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a process knows, and has checked, before it talks to any other. `resume` is the checkpoint to go
-    on from; `progress` is the step and the byte of the text that come next."""
+    on from; `progress` says which step and which position of the task's stream come next."""
 
     config: Config
     run: Path
     resume: Path | None
-    progress: dict[str, Any]
-    text: Text
-    masks: Masks
-    model: Decoder
+    progress: Progress
+    task: Task
+    language: Language
+
+    def samples(self, world: World) -> list[Sample]:
+        """The samples of the next step that the process's replica takes."""
+        return [self._sample(index) for index in range(world.replica, self._count(world), world.replicas)]
+
+    def samples_of_all(self, world: World) -> list[Sample]:
+        """Those that all replicas take."""
+        return [self._sample(index) for index in range(self._count(world))]
+
+    def move(self, world: World, samples: list[Sample], accuracy: float) -> bool:
+        """Goes on to the next step, once it is done; whether the task has nothing left to learn."""
+        tokens = samples[0].tokens.size * self._count(world)
+        self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
+        return self.task.learn(self.progress, accuracy)
+
+    def _count(self, world: World) -> int:
+        return world.replicas * self.config.accumulate
+
+    def _sample(self, index: int) -> Sample:
+        """The sample `index` of a step: samples lie one behind another in the stream."""
+        length = self.progress["length"]
+        first = self.task.sample(self.progress["position"], length)
+        return first if not index else self.task.sample(self.progress["position"] + index * first.tokens.size, length)
+
+
+def build(config: Config) -> Language:
+    """The model of a config with its first weights, the same for the same seed. Raises ValueError for what does not
+    fit together."""
+    torch.manual_seed(config.seed)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    if config.model is not None:
+        language = model.decoder(config.model, tuple(map(parse_mask, config.masks)), config.recompute)
+    else:
+        language = huggingface.decoder(Path(config.hf), config.recompute)
+    language.model.to(dtype)
+    return language
 
 
 def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
@@ -46,19 +84,20 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
         raise ValueError(f"no complete checkpoint under {run / 'checkpoint'}; start without --resume")
     if newest is not None and not (resume or overwrite):
         raise ValueError(f"{run} holds a checkpoint; go on with --resume {run}, drop it with --overwrite, or set --out")
-    masks = tuple(parse_mask(mask) for mask in config.masks)
-    text = open_text(config.data, config.seqlen, config.seed)
-    torch.manual_seed(config.seed)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    model = Decoder(config.model, config.recompute).to(dtype)
-    progress = {"step": 0, "position": 0, "text": text.digest}
+    task, language = make_task(config), build(config)
+    if language.vocabulary < task.least_vocabulary:
+        raise ValueError(
+            f"the model knows {language.vocabulary} tokens and the data has {task.least_vocabulary}; set a larger "
+            "vocab_size"
+        )
+    progress = {"step": 0, "position": 0, "text": task.digest, "length": task.first_length(), "accuracy": 0.0}
     if not resume or newest is None:
-        return Job(config, run, None, progress, text, masks, model)
-    checkpoint.check_fit(newest, model)
+        return Job(config, run, None, progress, task, language)
+    checkpoint.check_fit(newest, language.model)
     saved = checkpoint.read_progress(newest)
     _check_resumable(newest, saved, progress, config)
     _check_settings(run, config)
-    return Job(config, run, newest, saved, text, masks, model)
+    return Job(config, run, newest, saved, task, language)
 
 
 def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], config: Config) -> None:
@@ -74,7 +113,7 @@ def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], c
 def _check_settings(run: Path, config: Config) -> None:
     """What must not change in the middle of a run: the loss curve would break without a word."""
     before = load(run / "config.toml") if (run / "config.toml").exists() else config
-    for name in ("seqlen", "masks", "documents", "seed"):
+    for name in ("seqlen", "masks", "hf", "documents", "lengths", "recall", "seed"):
         was, now = getattr(before, name), getattr(config, name)
         if was != now:
             raise ValueError(f"{run} was trained with {name} = {was!r}, not {now!r}; resume without --config")
@@ -83,20 +122,23 @@ def _check_settings(run: Path, config: Config) -> None:
 def start(job: Job, world: World) -> Trainer:
     """Puts the same model on every rank, at the checkpoint if there is one. Raises ValueError where ranks
     differ."""
-    config, settings = job.config, job.config.optimizer
-    world.agree({"config": config, "text": job.text.digest, "progress": job.progress})
-    model = job.model.to(world.device)
-    world.copy_from_first([parameter.detach() for parameter in model.parameters()])
+    config, settings, language = job.config, job.config.optimizer, job.language
+    world.agree({"config": config, "text": job.task.digest, "progress": job.progress})
+    world.split(config.data_parallel)
+    language.model.to(world.device)
+    world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
+    cp = make_context(config, world, language.distinct)
+    module = distribute(Objective(language, config.loss_chunks, job.task.guesses), config.engine, world.mesh)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        language.model.parameters(),
         lr=settings.lr,
         betas=(settings.betas[0], settings.betas[1]),
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    trainer = Trainer(config, world, model, optimizer, job.masks, make_context(config, world, job.masks))
+    trainer = Trainer(config, world, language, module, optimizer, cp)
     if job.resume is not None:
-        checkpoint.load(job.resume, model, optimizer, job.progress)
+        checkpoint.load(job.resume, language.model, optimizer, job.progress)
     elif world.rank == 0:
         shutil.rmtree(job.run / "checkpoint", ignore_errors=True)
     return trainer
@@ -120,43 +162,64 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     and saves nothing, once the loss is not a number."""
     config, world, progress = job.config, trainer.world, job.progress
     with _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
-        before, asked = trainer.counters(), False
-        while progress["step"] < config.steps and not asked:
-            record, asked = _step(job, trainer, stop)
+        before, asked, learnt = trainer.counters(), False, False
+        while progress["step"] < config.steps and not asked and not learnt:
+            record, asked, learnt = _step(job, trainer, stop)
             if report:
                 report.add(record)
             if config.save_every and progress["step"] % config.save_every == 0:
-                checkpoint.save(job.run, trainer.model, trainer.optimizer, progress)
-        saved = checkpoint.save(job.run, trainer.model, trainer.optimizer, progress)
+                _save(job, trainer)
+        saved = _save(job, trainer)
         ranks = world.gather(RankSummary(world.peak_memory(), trainer.counters().since(before)))
+        done = learnt or progress["step"] >= config.steps
+        answers = recall(trainer, job.task) if done and isinstance(job.task, RecallTask) else []
         if report:
-            report.summarize(ranks)
-            rest = "" if progress["step"] >= config.steps else f"; go on with --resume {job.run}"
-            report.say(f"saved {saved}{rest}")
-    return progress["step"] >= config.steps
+            report.summarize(ranks, answers)
+            report.say(f"saved {saved}" if done else f"saved {saved}; go on with --resume {job.run}")
+    return done
+
+
+def _save(job: Job, trainer: Trainer) -> Path:
+    assert trainer.optimizer is not None
+    return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress)
 
 
 def _open_report(job: Job, trainer: Trainer) -> Report:
-    config = job.config
-    entropy = job.text.unigram_entropy(0, min(job.text.size, config.steps * config.seqlen))
-    report = Report(job.run, config, entropy, job.progress["step"])
+    config, world = job.config, trainer.world
+    tokens = config.steps * config.seqlen * world.replicas * config.accumulate
+    report = Report(job.run, config, job.task.baseline(tokens), job.progress["step"])
+    if world.size > 1:
+        report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context)")
     report.say(trainer.cp.describe())
     return report
 
 
-def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
-    """One step, with `progress` moved on; and whether any rank was asked to stop."""
-    config, progress = job.config, job.progress
+def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, bool]:
+    """One step, with `progress` moved on; whether any rank was asked to stop, and whether all is learnt."""
+    config, world, progress = job.config, trainer.world, job.progress
     step, position = progress["step"], progress["position"]
     begin, before = time.perf_counter(), trainer.counters()
-    sample = job.text.sample(position, config.seqlen)
+    samples = job.samples(world)
     lr = config.optimizer.lr_at(step, config.steps)
-    loss, norm, asked = trainer.step(sample, lr, stop.number != 0)
-    if not math.isfinite(loss):
+    found = trainer.step(samples, lr, stop.number != 0)
+    if not math.isfinite(found.loss):
         raise FloatingPointError(
-            f"the loss of step {step} is {loss}; the last checkpoint is untouched, resume with a lower optimizer.lr"
+            f"the loss of step {step} is {found.loss}; the last checkpoint is untouched, resume with a lower "
+            "optimizer.lr"
         )
     seconds = time.perf_counter() - begin
-    progress.update(step=step + 1, position=position + config.seqlen)
-    waited = trainer.counters().since(before).waited
-    return Record(step, loss, norm, lr, seconds, config.seqlen / seconds, waited, position), asked
+    learnt = job.move(world, samples, found.accuracy)
+    record = Record(
+        step=step,
+        loss=found.loss,
+        grad_norm=found.norm,
+        lr=lr,
+        seconds=seconds,
+        tokens=progress["position"] - position,
+        waiting_s=trainer.counters().since(before).waited,
+        position=position,
+        seqlen=samples[0].tokens.shape[1],
+        documents=len(samples[0].cu_seqlens) - 1,
+        accuracy=found.accuracy if job.task.guesses else None,
+    )
+    return record, found.asked, learnt

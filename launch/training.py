@@ -1,28 +1,27 @@
-"""One training step over a sharded sequence: shard the sample, run the model with each layer's mask through
+"""One training step over sharded sequences: shard the samples, run the model with each layer's mask through
 `ringattn.attention`, and sum loss and gradients over the ranks. A single process runs the same lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 
 import ringattn
 from launch.config import Config
 from launch.data import Sample
-from launch.loss import share_of_token_mean
-from launch.model import Decoder
+from launch.engine import clip, loss_scale, summing
+from launch.language import Inputs, Language, Masks
 from launch.processes import World
-
-Masks = tuple[ringattn.Mask, ...]
+from ringattn.loss import count_targets
 
 
 def make_context(config: Config, world: World, masks: Masks) -> ringattn.ContextParallel:
-    """The context of a run, over all of the world's processes."""
+    """The context of a run, over the processes that share a sequence."""
     return ringattn.ContextParallel(
-        world.group,
+        world.context,
         config.seqlen,
-        mask=tuple(dict.fromkeys(masks)),
+        mask=masks,
         layout=config.layout,
         schedule=config.schedule,
         kernel=config.kernel,
@@ -32,7 +31,7 @@ def make_context(config: Config, world: World, masks: Masks) -> ringattn.Context
 @dataclass(frozen=True, slots=True)
 class Counters:
     """What a rank has done so far: bytes received for attention, the fewest the masks allow it to receive,
-    seconds spent waiting for other ranks."""
+    seconds attention spent waiting for other ranks."""
 
     received: int
     required: int
@@ -45,75 +44,103 @@ class Counters:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step found, the same on every rank: the mean loss (nats a target), the norm of its gradient before
+    clipping, the share of targets guessed right (0 where none are counted), and whether any rank was asked to stop."""
+
+    loss: float
+    norm: float
+    accuracy: float
+    asked: bool
+
+
 @dataclass(slots=True)
 class Trainer:
-    """The model and what it is trained with. `masks` are the layers' masks, repeated over the depth; `cp`
-    is the context of the latest sample."""
+    """The model and what it is trained with. `module` is the objective as the engine wraps it; `cp` is the context of
+    the latest sample, of which `base` is the one without documents."""
 
     config: Config
     world: World
-    model: Decoder
-    optimizer: torch.optim.Optimizer
-    masks: Masks
+    language: Language
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None
     cp: ringattn.ContextParallel
     required: int = 0
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.language.model
 
     def counters(self) -> Counters:
         """Totals since the start of the process."""
         traffic = self.cp.traffic()
-        received = sum(traffic["received"].values())
-        return Counters(received, self.required, self.world.waited + traffic["wait_seconds"])
+        return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"])
 
-    def masks_of(self, sample: Sample) -> Masks:
-        """The layers' masks for one sample: with document masks the context is replaced by the sample's
-        own."""
-        if not self.config.documents:
-            return self.masks
-        documents = ringattn.documents(sample.cu_seqlens)
-        masks = tuple(mask & documents for mask in self.masks)
-        self.cp = self.cp.replace(mask=tuple(dict.fromkeys(masks)))
-        return masks
+    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> tuple[float, float, bool]:
+        """The mean loss over the targets of all ranks' samples; its gradient is added to the parameters' `.grad`, and
+        is that of one process on every rank. `samples` are this replica's, one micro-batch each. Also the share of
+        right guesses, and whether any rank `asked`."""
+        inputs = self._inputs(samples)
+        shares, right = 0.0, 0
+        for index, one in enumerate(inputs):
+            with summing(self.module, last=index == len(inputs) - 1):
+                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+                    share, guessed = self.module(one)
+                (share * loss_scale(self.module)).backward()
+            shares, right = shares + float(share.detach()), right + int(guessed)
+        loss, total, stop = self.world.sum_([shares, right, asked])
+        return loss, total / max(1, int(inputs[0].count)), stop > 0
 
-    def loss_and_gradients(self, sample: Sample, extra: Sequence[Tensor] = ()) -> Tensor:
-        """The mean loss over all targets; its gradients are added to the parameters' `.grad`. Both are
-        summed over the ranks, together with the scalars in `extra`, so that every rank holds the same."""
-        masks = self.masks_of(sample)
-        self.required += self._least_bytes(masks)
-        cp, device = self.cp, self.world.device
-        tokens = torch.from_numpy(sample.tokens)[None].to(device)
-        labels = torch.from_numpy(sample.labels)[None].to(device)  # shifted before they are sharded
+    @torch.no_grad()
+    def answer(self, sample: Sample) -> tuple[int, int]:
+        """How many targets of the replicas' samples are guessed right, and how many there are."""
+        (inputs,) = self._inputs([sample])
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            _, right = self.module(inputs)
+        return int(self.world.sum_([right])[0]), int(inputs.count)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = ringattn.attention(q, k, v, cp=cp, mask=masks[layer % len(masks)])
-            return out
+    def _inputs(self, samples: Sequence[Sample]) -> list[Inputs]:
+        """This rank's part of the samples, with one count of targets for all of them on all ranks."""
+        device = self.world.device
+        placed = [(sample, *self._context_of(sample)) for sample in samples]
+        shards = [
+            [cp.shard(torch.from_numpy(rows).to(device), dim=1) for rows in (sample.tokens, sample.labels)]
+            for sample, cp, _ in placed
+        ]
+        count = count_targets([labels for _, labels in shards], self.world.group)
+        return [
+            Inputs(tokens, labels, cp, masks, count)
+            for (tokens, labels), (_, cp, masks) in zip(shards, placed, strict=True)
+        ]
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            logits = self.model(cp.shard(tokens, dim=1), cp.position_ids.to(device), attend)
-        share = share_of_token_mean(logits, cp.shard(labels, dim=1), self.world)
-        share.backward()
-        loss = share.detach()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        self.world.sum_([loss, *extra, *gradients])
-        return loss
+    def _context_of(self, sample: Sample) -> tuple[ringattn.ContextParallel, Masks]:
+        """The context and the layers' masks for one sample: of its length, and with its documents kept apart."""
+        masks, distinct, seqlen = self.language.masks, self.language.distinct, sample.tokens.shape[1]
+        if len(sample.cu_seqlens) > 2:
+            documents = ringattn.documents(sample.cu_seqlens)
+            masks = tuple(mask & documents for mask in masks)
+            distinct = tuple(mask & documents for mask in distinct)
+        if distinct != self.cp.masks or seqlen != self.cp.seqlen:
+            self.cp = self.cp.replace(seqlen=seqlen, mask=distinct)
+        self.required += self._least_bytes(masks) * len(sample.tokens)
+        return self.cp, masks
 
     def _least_bytes(self, masks: Masks) -> int:
-        """Bytes this rank's part of a step must move: the K/V its queries need from other ranks once in
-        forward and once in backward, and the gradients of that K/V sent home."""
-        config, rank = self.config, self.world.rank
-        element = {"bfloat16": 2, "float32": 4, "float64": 8}[config.dtype]
-        numbers = 2 * config.model.num_kv_heads * config.model.head_dim  # of one token's K and V
-        layers = (masks[layer % len(masks)] for layer in range(config.model.num_layers))
-        tokens = sum(int(self.cp.plans[mask].received[rank]) for mask in layers)
-        return tokens * numbers * (2 * element + max(4, element))
+        """Bytes this rank must move for one row: the K/V its queries need from other ranks once in forward and once
+        in backward, and the gradients of that K/V sent home."""
+        element = {"bfloat16": 2, "float32": 4, "float64": 8}[self.config.dtype]
+        tokens = sum(int(self.cp.plans[mask].received[self.cp.rank]) for mask in masks)
+        return tokens * self.language.kv_numbers * (2 * element + max(4, element))
 
-    def step(self, sample: Sample, lr: float, stop: bool) -> tuple[float, float, bool]:
-        """Trains on one sample. Returns the loss (nats a byte), the norm of its gradient before clipping, and
-        whether any rank was asked to stop, in which case all of them stop together."""
+    def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
+        """Trains on the samples. Where any rank was asked to stop, all of them stop together."""
+        assert self.optimizer is not None
         self.optimizer.zero_grad()
-        asked = torch.tensor(float(stop), device=self.world.device)
-        loss = self.loss_and_gradients(sample, extra=(asked,))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+        loss, accuracy, asked = self.loss_and_gradients(samples, stop)
+        norm = clip(self.module, self.config.optimizer.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return float(loss), float(norm), bool(asked)
+        return Outcome(loss, norm, accuracy, asked)

@@ -1,14 +1,15 @@
 """Is the sharded step right? The first step's loss and gradients are computed a second time by rank 0
 alone, over the whole sequence without sharding, and compared."""
 
-import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor
 
-from launch.data import Sample
+from launch.engine import whole
+from launch.language import Objective
 from launch.processes import World
+from launch.run import Job, build
 from launch.training import Trainer, make_context
 
 # Largest difference allowed: of the loss relative to it, of each parameter's gradient relative to its largest
@@ -39,29 +40,37 @@ class Comparison:
         )
 
 
-def verify(trainer: Trainer, sample: Sample) -> Comparison:
-    """Compares one step; the parameters stay as they are and the gradients are cleared. Called by every
+def verify(job: Job, trainer: Trainer) -> Comparison:
+    """Compares the next step; the parameters stay as they are and the gradients are cleared. Called by every
     rank, all of which get rank 0's comparison."""
-    loss = float(trainer.loss_and_gradients(sample))
+    loss, *_ = trainer.loss_and_gradients(job.samples(trainer.world))
+    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
     comparison = None
     if trainer.world.rank == 0:
-        alone = World(device=trainer.world.device)
-        model = copy.deepcopy(trainer.model)
-        model.zero_grad()
-        whole = replace(trainer, world=alone, model=model, cp=make_context(trainer.config, alone, trainer.masks))
-        comparison = _compare(trainer, loss, model, float(whole.loss_and_gradients(sample)))
-    trainer.model.zero_grad()
+        alone = _alone(job, trainer, weights)
+        expected, *_ = alone.loss_and_gradients(job.samples_of_all(trainer.world))
+        comparison = _compare(trainer.config.dtype, loss, gradients, alone, expected)
+    trainer.module.zero_grad()
     return trainer.world.gather(comparison)[0]
 
 
-def _compare(trainer: Trainer, loss: float, single: nn.Module, expected: float) -> Comparison:
-    references = dict(single.named_parameters())
+def _alone(job: Job, trainer: Trainer, weights: dict[str, Tensor]) -> Trainer:
+    """A trainer of the same model on one process."""
+    world, language = World(device=trainer.world.device), build(job.config)
+    language.model.to(world.device).load_state_dict(weights)
+    objective = Objective(language, job.config.loss_chunks, job.task.guesses)
+    return Trainer(job.config, world, language, objective, None, make_context(job.config, world, language.distinct))
+
+
+def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Trainer, expected: float) -> Comparison:
     worst = (-1.0, "")
-    for name, parameter in trainer.model.named_parameters():
-        reference = references[name].grad
-        assert parameter.grad is not None and reference is not None
-        difference = float((parameter.grad - reference).abs().max() / reference.abs().max())
+    for name, parameter in alone.model.named_parameters():
+        reference = parameter.grad
+        if reference is None or not reference.any():  # of an expert that no token has chosen
+            continue
+        found = gradients.get(name)
+        difference = math.nan if found is None else float((found - reference).abs().max() / reference.abs().max())
         # a NaN is worse than any number
         worst = max(worst, (difference, name), key=lambda pair: (math.isnan(pair[0]), pair[0]))
-    bound = BOUNDS[trainer.config.dtype]
-    return Comparison(abs(loss - expected) / abs(expected), worst[0], worst[1], bound)
+    return Comparison(abs(loss - expected) / abs(expected), worst[0], worst[1], BOUNDS[dtype])

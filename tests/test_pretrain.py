@@ -20,13 +20,16 @@ from processes import run_processes
 import ringattn
 from launch import checkpoint
 from launch.config import CONFIGS, Config, ModelConfig, OptimizerConfig, dump, load
-from launch.data import IGNORED, Sample, open_text
-from launch.loss import share_of_token_mean
+from launch.data import Sample, open_text
+from launch.engine import whole
+from launch.language import Inputs, Objective
 from launch.mask_text import parse_mask
 from launch.model import Decoder, rotate
 from launch.processes import World
 from launch.run import Job, prepare, start, train
+from launch.tasks import make_task
 from launch.verify import verify
+from ringattn.loss import IGNORED
 
 TINY = Config(
     name="tiny",
@@ -116,12 +119,13 @@ def test_labels_are_shifted_within_documents(text: Path) -> None:
     borders = {0, *np.cumsum([path.stat().st_size for path in data.files]).tolist()}
     for position in (0, 257, 3400):  # the last one goes over the end and starts again
         sample = data.sample(position, 257)
-        assert bytes(sample.tokens.astype(np.uint8)) == (stream + stream)[position : position + 257]
+        assert sample.tokens.shape == sample.labels.shape == (1, 257)
+        assert bytes(sample.tokens[0].astype(np.uint8)) == (stream + stream)[position : position + 257]
         ends = {b + turn - position for b in borders for turn in (0, len(stream))} | {0, 257}
         assert sample.cu_seqlens == tuple(sorted(end for end in ends if 0 <= end <= 257))
         for i in range(257):
             last = i + 1 in sample.cu_seqlens
-            assert sample.labels[i] == (IGNORED if last else sample.tokens[i + 1])
+            assert sample.labels[0, i] == (IGNORED if last else sample.tokens[0, i + 1])
 
 
 def test_the_text_is_the_same_each_time_and_the_seed_orders_it(text: Path) -> None:
@@ -153,12 +157,21 @@ def test_rotation_depends_on_distance_alone() -> None:
     assert abs(score(5, 3) - score(5, 4)) > 1e-3
 
 
-def test_loss_is_the_mean_over_targets() -> None:
-    logits = torch.randn(1, 9, 256, dtype=torch.float64)
-    labels = torch.randint(256, (1, 9)).index_fill(1, torch.tensor([0, 4]), IGNORED)
-    expected = F.cross_entropy(logits[0], labels[0], ignore_index=IGNORED)
-    torch.testing.assert_close(share_of_token_mean(logits, labels, World()), expected, rtol=1e-14, atol=0)
-    assert share_of_token_mean(logits, torch.full((1, 9), IGNORED), World()) == 0
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_loss_is_the_mean_over_targets_and_guesses_are_counted(chunks: int, text: Path) -> None:
+    config = tiny(text, documents=False)
+    job = prepare(config, Path("nowhere"), resume=False, overwrite=False)
+    trainer = start(job, World())
+    (sample,) = samples_of(config)[1:]
+    tokens, labels = torch.from_numpy(sample.tokens), torch.from_numpy(sample.labels)
+    count = (labels != IGNORED).sum()
+    inputs = Inputs(tokens, labels, trainer.cp, job.language.masks, count)
+    logits = job.language.head(job.language.hidden(inputs))[0]
+    labels[0, 210:220] = logits[210:220].argmax(-1)
+    share, right = Objective(job.language, chunks, guesses=True)(inputs)
+    torch.testing.assert_close(share, F.cross_entropy(logits, labels[0], ignore_index=IGNORED), rtol=1e-13, atol=0)
+    assert int(right) == int((logits.argmax(-1) == labels[0])[labels[0] != IGNORED].sum()) >= 10
+    assert Objective(job.language, chunks, guesses=False)(inputs)[1] == 0
 
 
 # -- sharded training equals a single process -----------------------------------------------------
@@ -166,9 +179,9 @@ def test_loss_is_the_mean_over_targets() -> None:
 
 def samples_of(config: Config) -> list[Sample]:
     """A sample of the text; and one whose first 200 tokens have no target, so that a shard has none."""
-    sample = open_text(config.data, config.seqlen, config.seed).sample(0, config.seqlen)
+    sample = make_task(config).sample(0, config.seqlen)
     labels = sample.labels.copy()
-    labels[:200] = IGNORED
+    labels[:, :200] = IGNORED
     return [sample, dataclasses.replace(sample, labels=labels)]
 
 
@@ -180,15 +193,16 @@ def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple
         trainer = start(job, world_of(rank, world_size))
         for sample in samples_of(config):
             trainer.model.zero_grad()
-            loss = float(trainer.loss_and_gradients(sample))
-            gradients = {name: p.grad.numpy().copy() for name, p in trainer.model.named_parameters()}
+            loss, *_ = trainer.loss_and_gradients([sample])
+            gradients = {name: whole(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
             found.append((loss, gradients))
     return found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_loss_and_gradients_equal_a_single_process(world_size: int, text: Path) -> None:
-    configs = [tiny(text), tiny(text, documents=False, layout="zigzag"), tiny(text, recompute=True)]
+    changes = [{}, {"documents": False, "layout": "zigzag"}, {"recompute": True}, {"engine": "fsdp", "recompute": True}]
+    configs = [tiny(text, **change) for change in changes]
     expected = first_steps(0, 1, configs)
     for rank, found in enumerate(run_processes(first_steps, world_size, configs)):
         for (loss, gradients), (single_loss, single_gradients) in zip(found, expected, strict=True):
@@ -202,11 +216,10 @@ def check_the_checks(rank: int, world_size: int, config: Config) -> tuple[str, s
     job = prepare(config, Path("nowhere"), resume=False, overwrite=False)
     world = world_of(rank, world_size)
     trainer = start(job, world)
-    sample = job.text.sample(0, config.seqlen)
-    right = verify(trainer, sample)
+    right = verify(job, trainer)
     local = property(lambda cp: torch.arange(cp.local_seqlen), lambda cp, ids: None)
     ringattn.ContextParallel.position_ids = local
-    wrong = verify(trainer, sample)
+    wrong = verify(job, trainer)
     assert right.passed and not wrong.passed
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     different = dataclasses.replace(config, seed=rank)
@@ -253,7 +266,7 @@ def test_a_run_goes_on_over_another_number_of_ranks(
     config, whole, parts = tiny(text), tmp_path / "whole", tmp_path / "parts"
     assert run_until(0, 1, config, whole, False, -1)
     summary = capsys.readouterr().out
-    for line in ("nats a byte", "tokens/s", "GiB", "the masks require", "waiting for other ranks", "6/6"):
+    for line in ("nats a target", "tokens/s", "GiB", "the masks require", "waiting for other ranks", "6/6"):
         assert line in summary
 
     assert run_processes(run_until, 2, config, parts, False, 1) == [False, False]

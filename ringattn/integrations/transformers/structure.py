@@ -119,8 +119,8 @@ def _captured(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     return function.__qualname__.split(".")[0], dict(zip(code.co_freevars, values, strict=True))
 
 
-def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B008 - a mask is immutable
-    """The masks of a model's whole stack of layers, for `ContextParallel(mask=...)`, so that the layout suits them all.
+def layer_masks(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B008 - a mask is immutable
+    """The mask of each layer of a model's stack, in order.
 
     Args:
         config: a Transformers config; of a composite one the text part.
@@ -128,18 +128,32 @@ def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B
 
     Raises `NotImplementedError` for layers that are no softmax attention.
     """
+    return tuple(limited(base, _limits(config.get_text_config(), kind)) for kind in _types(config))
+
+
+def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B008 - a mask is immutable
+    """The masks of a model's whole stack of layers, for `ContextParallel(mask=...)`, so that the layout suits them all:
+    :func:`layer_masks` without repeats, the widest first."""
+    ordered = sorted(set(_types(config)), key=LAYERS.index)
+    return tuple(dict.fromkeys(limited(base, _limits(config.get_text_config(), kind)) for kind in ordered))
+
+
+def _types(config: Any) -> list[str]:
     config = config.get_text_config()
     types = getattr(config, "layer_types", None)
     if types is None:
-        types = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        types = [kind] * config.num_hidden_layers
     check_layers(config, types)
-    limits: dict[str, tuple[Mask, ...]] = {kind: () for kind in LAYERS}
-    if getattr(config, "sliding_window", None):
-        limits["sliding_attention"] = (window(config.sliding_window),)
-    if getattr(config, "attention_chunk_size", None):
-        limits["chunked_attention"] = (chunked(config.attention_chunk_size),)
-    ordered = sorted(set(types), key=LAYERS.index)  # the widest first
-    return tuple(dict.fromkeys(limited(base, limits[kind]) for kind in ordered))
+    return list(types)
+
+
+def _limits(config: Any, kind: str) -> tuple[Mask, ...]:
+    if kind == "sliding_attention" and getattr(config, "sliding_window", None):
+        return (window(config.sliding_window),)
+    if kind == "chunked_attention" and getattr(config, "attention_chunk_size", None):
+        return (chunked(config.attention_chunk_size),)
+    return ()
 
 
 def check_layers(config: Any, types: Iterable[str]) -> None:

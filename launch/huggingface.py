@@ -1,0 +1,77 @@
+"""A Hugging Face decoder as the job sees it: built from a config.json, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launch.language import Inputs, Language
+
+PREFIX = "hf:"
+
+
+def decoder(path: Path, recompute: bool) -> Language:
+    """The causal model of a Transformers config file. Its layers' masks are the config's own.
+
+    Raises ValueError for a file that is no config, a model that is no decoder or has layers or a head that this job
+    does not know; ImportError without the package.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ringattn.integrations.checkpointing import keep_attention
+    from ringattn.integrations.transformers import layer_masks, masks_of
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {PREFIX}{path}: {str(error).splitlines()[0]}") from None
+    text = config.get_text_config()
+    base, head = model.base_model, model.get_output_embeddings()
+    if base is model or head is None or not hasattr(base, "layers"):
+        raise ValueError(f"--model {PREFIX}{path}: {type(model).__name__} is no decoder with layers and a head")
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention()})
+    masks, distinct = layer_masks(config), masks_of(config)
+    hidden, logits = _Hidden(model), _logits(head, text)
+    return Language(model, list(base.layers), hidden, logits, masks, distinct, _kv_numbers(text), text.vocab_size)
+
+
+class _Hidden:
+    """The model without its head, in the context of the inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.ring: Any = None
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        from ringattn.integrations.transformers import register
+
+        if self.ring is None:
+            self.ring = register(inputs.cp, self.model)
+        elif self.ring.cp is not inputs.cp:
+            self.ring.use(inputs.cp)
+        positions = inputs.cp.position_ids.to(inputs.tokens.device)[None]
+        base = self.model.base_model
+        return base(input_ids=inputs.tokens, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[operator]
+
+
+def _logits(head: nn.Module, config: Any) -> Any:
+    """The head with what the config does to logits after it."""
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, 1.0) not in (None, 1.0):
+            raise ValueError(
+                f"{type(config).__name__} has {name} = {getattr(config, name)}, which the loss in chunks does not "
+                "know; set it to 1.0"
+            )
+    cap = getattr(config, "final_logit_softcapping", None)
+    return head if cap is None else lambda rows: cap * torch.tanh(head(rows) / cap)
+
+
+def _kv_numbers(config: Any) -> int:
+    """Numbers of one token's K and V in one layer; with latent attention K and V of all heads travel."""
+    if getattr(config, "kv_lora_rank", None):
+        return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_key_value_heads * dim

@@ -1,0 +1,64 @@
+"""What the job needs of a language model, whoever wrote it, and the loss of a shard as one module."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import ringattn
+from ringattn.loss import IGNORED, linear_token_mean
+
+Masks = tuple[ringattn.Mask, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One micro-batch on one rank: int64 tokens and labels [rows, local_seqlen], labels shifted before they were
+    sharded; the context and each layer's mask; `count` targets on all ranks in all micro-batches of the step."""
+
+    tokens: Tensor
+    labels: Tensor
+    cp: ringattn.ContextParallel
+    masks: Masks
+    count: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """A model as the job sees it.
+
+    layers: what is gathered one at a time where parameters are sharded. hidden: from a shard to what the head takes,
+    [rows, local_seqlen, width]. head: logits of rows of it, [tokens, vocabulary]. masks: of each layer in order;
+    `distinct` are the same without repeats, the widest first. kv_numbers: of one token's K and V in one layer.
+    """
+
+    model: nn.Module
+    layers: Sequence[nn.Module]
+    hidden: Callable[[Inputs], Tensor]
+    head: Callable[[Tensor], Tensor]
+    masks: Masks
+    distinct: Masks
+    kv_numbers: int
+    vocabulary: int
+
+
+class Objective(nn.Module):
+    """`objective(inputs)` is this rank's share of the mean loss, in nats, and how many targets the model would have
+    guessed right (0 unless `guesses`: that takes the targets' logits once more). All of the model runs inside, so
+    that wrappers which gather parameters around `forward` have them there."""
+
+    def __init__(self, language: Language, chunks: int, guesses: bool) -> None:
+        super().__init__()
+        self.model = language.model
+        self.language, self.chunks, self.guesses = language, chunks, guesses
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        hidden, head = self.language.hidden(inputs), self.language.head
+        share = linear_token_mean(hidden, head, inputs.labels, count=inputs.count, chunks=self.chunks)
+        right = torch.zeros_like(inputs.count)
+        if self.guesses:
+            with torch.no_grad():
+                wanted = inputs.labels != IGNORED
+                right = (head(hidden[wanted]).argmax(-1) == inputs.labels[wanted]).sum()
+        return share, right

@@ -1,0 +1,118 @@
+"""What a run trains on: text, or recall over the length of the sequence. A task gives the sample at any position of an
+endless stream, so that a run goes on exactly where it stopped, on any number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from launch.config import Config, RecallConfig
+from launch.data import Sample, Text, open_text
+from ringattn.loss import IGNORED
+
+Progress = dict[str, Any]  # step, position (of the stream, in tokens), text (digest), length, accuracy
+PAST = 0.9  # weight of the past in the running accuracy
+
+
+class Task(Protocol):
+    """`digest` tells tasks apart; `least_vocabulary` token ids are used; `guesses`: whether answers are counted."""
+
+    digest: str
+    least_vocabulary: int
+    guesses: bool
+
+    def sample(self, position: int, length: int) -> Sample:
+        """Rows of `length` tokens at a position of the stream."""
+
+    def baseline(self, tokens: int) -> tuple[str, float]:
+        """What a model reaches that ignores context, in nats a target, over the first `tokens`; and its name."""
+
+    def first_length(self) -> int:
+        """Of the sequences of step 0."""
+
+    def learn(self, progress: Progress, accuracy: float) -> bool:
+        """Notes a step's share of right answers in `progress`; whether there is nothing left to learn."""
+
+
+class TextTask:
+    """Bytes of files, every one predicted from those before it."""
+
+    least_vocabulary, guesses = 256, False
+
+    def __init__(self, text: Text, seqlen: int, apart: bool) -> None:
+        self.text, self.seqlen, self.apart, self.digest = text, seqlen, apart, text.digest
+
+    def sample(self, position: int, length: int) -> Sample:
+        """See `Text.sample`; attention crosses the borders of documents unless they are kept apart."""
+        sample = self.text.sample(position, length)
+        return sample if self.apart else replace(sample, cu_seqlens=(0, length))
+
+    def baseline(self, tokens: int) -> tuple[str, float]:
+        """The entropy of the bytes that are read."""
+        return "unigram entropy", self.text.unigram_entropy(0, min(self.text.size, tokens))
+
+    def first_length(self) -> int:
+        """All sequences are of one length."""
+        return self.seqlen
+
+    def learn(self, progress: Progress, accuracy: float) -> bool:
+        """Text is never learnt."""
+        return False
+
+
+class RecallTask:
+    """Pairs of a key and a value, filling, and then every key again in another order, each followed by its value,
+    which is to be predicted (multi-query associative recall; Arora et al., 2023, arXiv:2312.04927). Sharded
+    contiguously over two or more ranks, the pairs lie on the first and the questions on the last."""
+
+    guesses = True
+
+    def __init__(self, config: RecallConfig, seqlen: int, seed: int) -> None:
+        self.config, self.seqlen, self.seed = config, seqlen, seed
+        self.digest = f"recall {config.pairs} {config.keys} {config.values} {seed}"
+        self.least_vocabulary = 1 + config.keys + config.values  # 0 fills
+
+    def sample(self, position: int, length: int) -> Sample:
+        """As many rows as make up `tokens` tokens, at least one."""
+        config, rows = self.config, max(1, self.config.tokens // length)
+        draw = np.random.default_rng((self.seed, position))
+        keys = draw.permuted(np.tile(np.arange(config.keys), (rows, 1)), axis=1)[:, : config.pairs] + 1
+        values = draw.integers(config.values, size=(rows, config.pairs)) + 1 + config.keys
+        order = draw.permuted(np.tile(np.arange(config.pairs), (rows, 1)), axis=1)
+        asked, answers = np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
+        tokens = np.zeros((rows, length), dtype=np.int64)
+        labels = np.full((rows, length), IGNORED, dtype=np.int64)
+        end = 2 * config.pairs
+        tokens[:, 0:end:2], tokens[:, 1:end:2] = keys, values
+        tokens[:, -end::2], tokens[:, -end + 1 :: 2] = asked, answers
+        labels[:, -end::2] = answers
+        return Sample(tokens, labels, (0, length))
+
+    def baseline(self, tokens: int) -> tuple[str, float]:
+        """Of a guess among all values."""
+        return f"a guess among {self.config.values} values", math.log(self.config.values)
+
+    def first_length(self) -> int:
+        """Pairs and questions, nothing between them."""
+        return 4 * self.config.pairs
+
+    def learn(self, progress: Progress, accuracy: float) -> bool:
+        """Twice the length once enough of the latest answers are right."""
+        progress["accuracy"] = PAST * progress["accuracy"] + (1 - PAST) * accuracy
+        if progress["accuracy"] < self.config.enough:
+            return False
+        if progress["length"] == self.seqlen:
+            return True
+        progress.update(length=min(2 * progress["length"], self.seqlen), accuracy=0.0)
+        return False
+
+
+def make_task(config: Config) -> Task:
+    """The task of a run. Raises ValueError for text that is missing or too short."""
+    if config.recall is not None:
+        return RecallTask(config.recall, config.seqlen, config.seed)
+    text = open_text(config.data, config.seqlen, config.seed, config.lengths)
+    return TextTask(text, config.seqlen, config.keeps_documents_apart)
