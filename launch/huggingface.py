@@ -32,10 +32,18 @@ def decoder(path: Path, recompute: bool) -> Language:
     if base is model or head is None or not hasattr(base, "layers"):
         raise ValueError(f"--model {PREFIX}{path}: {type(model).__name__} is no decoder with layers and a head")
     if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention()})
+        # the first name is Transformers 5.24's, the second that of earlier versions
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "context_fn": keep_attention()})
     masks, distinct = layer_masks(config), masks_of(config)
     hidden, logits = _Hidden(model), _logits(head, text)
     return Language(model, list(base.layers), hidden, logits, masks, distinct, _kv_numbers(text), text.vocab_size)
+
+
+def allow_double(model: nn.Module) -> None:
+    """Experts as a loop: torch's grouped matmul, which Transformers takes by default, knows no fp64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # type: ignore[operator]
 
 
 class _Hidden:

@@ -23,7 +23,7 @@ from launch.processes import World, check_device
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
 from launch.tasks import Progress, RecallTask, Task, make_task
-from launch.training import Trainer, make_context
+from launch.training import Outcome, Trainer, make_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Job:
         """Those that all replicas take."""
         return [self._sample(index) for index in range(self._count(world))]
 
-    def move(self, world: World, samples: list[Sample], accuracy: float) -> bool:
+    def move(self, world: World, samples: list[Sample], found: Outcome) -> bool:
         """Goes on to the next step, once it is done; whether the task has nothing left to learn."""
         tokens = samples[0].tokens.size * self._count(world)
         self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
-        return self.task.learn(self.progress, accuracy)
+        return self.task.learn(self.progress, found.accuracy, found.targets)
 
     def _count(self, world: World) -> int:
         return world.replicas * self.config.accumulate
@@ -71,6 +71,8 @@ def build(config: Config) -> Language:
         language = model.decoder(config.model, tuple(map(parse_mask, config.masks)), config.recompute)
     else:
         language = huggingface.decoder(Path(config.hf), config.recompute)
+        if dtype == torch.float64:
+            huggingface.allow_double(language.model)
     language.model.to(dtype)
     return language
 
@@ -208,7 +210,7 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, b
             "optimizer.lr"
         )
     seconds = time.perf_counter() - begin
-    learnt = job.move(world, samples, found.accuracy)
+    learnt = job.move(world, samples, found)
     record = Record(
         step=step,
         loss=found.loss,

@@ -14,7 +14,7 @@ from launch.data import Sample, Text, open_text
 from ringattn.loss import IGNORED
 
 Progress = dict[str, Any]  # step, position (of the stream, in tokens), text (digest), length, accuracy
-PAST = 0.9  # weight of the past in the running accuracy
+LATEST = 128  # answers that the running accuracy looks back on
 
 
 class Task(Protocol):
@@ -33,7 +33,7 @@ class Task(Protocol):
     def first_length(self) -> int:
         """Of the sequences of step 0."""
 
-    def learn(self, progress: Progress, accuracy: float) -> bool:
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Notes a step's share of right answers in `progress`; whether there is nothing left to learn."""
 
 
@@ -58,7 +58,7 @@ class TextTask:
         """All sequences are of one length."""
         return self.seqlen
 
-    def learn(self, progress: Progress, accuracy: float) -> bool:
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Text is never learnt."""
         return False
 
@@ -99,9 +99,9 @@ class RecallTask:
         """Pairs and questions, nothing between them."""
         return 4 * self.config.pairs
 
-    def learn(self, progress: Progress, accuracy: float) -> bool:
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Twice the length once enough of the latest answers are right."""
-        progress["accuracy"] = PAST * progress["accuracy"] + (1 - PAST) * accuracy
+        progress["accuracy"] += min(1.0, answers / LATEST) * (accuracy - progress["accuracy"])
         if progress["accuracy"] < self.config.enough:
             return False
         if progress["length"] == self.seqlen:

@@ -2,7 +2,7 @@
 `ringattn.attention`, and sum loss and gradients over the ranks. A single process runs the same lines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -47,11 +47,13 @@ class Counters:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step found, the same on every rank: the mean loss (nats a target), the norm of its gradient before
-    clipping, the share of targets guessed right (0 where none are counted), and whether any rank was asked to stop."""
+    clipping, the share of the targets guessed right (0 where none are counted), their number, and whether any rank was
+    asked to stop."""
 
     loss: float
     norm: float
     accuracy: float
+    targets: int
     asked: bool
 
 
@@ -78,10 +80,10 @@ class Trainer:
         traffic = self.cp.traffic()
         return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"])
 
-    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> tuple[float, float, bool]:
-        """The mean loss over the targets of all ranks' samples; its gradient is added to the parameters' `.grad`, and
-        is that of one process on every rank. `samples` are this replica's, one micro-batch each. Also the share of
-        right guesses, and whether any rank `asked`."""
+    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
+        """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
+        parameters' `.grad`, and is that of one process on every rank. `samples` are this replica's, one micro-batch
+        each; `asked` is whether this rank was asked to stop."""
         inputs = self._inputs(samples)
         shares, right = 0.0, 0
         for index, one in enumerate(inputs):
@@ -91,7 +93,8 @@ class Trainer:
                 (share * loss_scale(self.module)).backward()
             shares, right = shares + float(share.detach()), right + int(guessed)
         loss, total, stop = self.world.sum_([shares, right, asked])
-        return loss, total / max(1, int(inputs[0].count)), stop > 0
+        targets = int(inputs[0].count)
+        return Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
 
     @torch.no_grad()
     def answer(self, sample: Sample) -> tuple[int, int]:
@@ -138,9 +141,9 @@ class Trainer:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""
         assert self.optimizer is not None
         self.optimizer.zero_grad()
-        loss, accuracy, asked = self.loss_and_gradients(samples, stop)
+        found = self.loss_and_gradients(samples, stop)
         norm = clip(self.module, self.config.optimizer.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return Outcome(loss, norm, accuracy, asked)
+        return replace(found, norm=norm)

@@ -43,13 +43,13 @@ class Comparison:
 def verify(job: Job, trainer: Trainer) -> Comparison:
     """Compares the next step; the parameters stay as they are and the gradients are cleared. Called by every
     rank, all of which get rank 0's comparison."""
-    loss, *_ = trainer.loss_and_gradients(job.samples(trainer.world))
+    loss = trainer.loss_and_gradients(job.samples(trainer.world)).loss
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
     comparison = None
     if trainer.world.rank == 0:
         alone = _alone(job, trainer, weights)
-        expected, *_ = alone.loss_and_gradients(job.samples_of_all(trainer.world))
+        expected = alone.loss_and_gradients(job.samples_of_all(trainer.world)).loss
         comparison = _compare(trainer.config.dtype, loss, gradients, alone, expected)
     trainer.module.zero_grad()
     return trainer.world.gather(comparison)[0]

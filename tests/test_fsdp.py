@@ -82,7 +82,7 @@ def ring_passes(rank: int, world_size: int, how: str) -> float:
     model, cp = sharded_model("llama", mesh)
     if how != "none":
         contexts = {"context_fn": keep_attention()} if how == "attention" else {}
-        model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False, **contexts})  # type: ignore[operator]
     with torch.no_grad():
         model(**{k: v for k, v in shard_batch(cp, {"input_ids": rows()[0]}).items()}, use_cache=False)
     one = cp.traffic()["received"]["forward kv"]

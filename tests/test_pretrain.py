@@ -4,6 +4,7 @@ ranks, and bad input is refused with a reason."""
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,7 +194,7 @@ def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple
         trainer = start(job, world_of(rank, world_size))
         for sample in samples_of(config):
             trainer.model.zero_grad()
-            loss, *_ = trainer.loss_and_gradients([sample])
+            loss = trainer.loss_and_gradients([sample]).loss
             gradients = {name: whole(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
             found.append((loss, gradients))
     return found
@@ -479,3 +480,19 @@ def test_shipped_configs_train(config: str, tmp_path: Path) -> None:
     losses = [record["loss"] for record in records_of(run)]
     assert losses[0] == pytest.approx(np.log(256), abs=0.1)
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_recall_at_8k_within_five_minutes(tmp_path: Path) -> None:
+    """From scratch, over two processes: the questions on rank 1 are answered from the pairs on rank 0."""
+    command = torchrun("-m", "launch.pretrain", "--config", "recall-8k", "--out", tmp_path / "run")
+    begin = time.monotonic()
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 300
+    shares = dict(re.findall(r"(recall at 8,192 tokens|the same with the ring cut) *│ ([\d.]+) % of 200", done.stdout))
+    whole, cut = (float(shares[name]) for name in ("recall at 8,192 tokens", "the same with the ring cut"))
+    assert whole > 95
+    assert cut < 15  # a guess among 16 values: 6.25
+    assert {record["seqlen"] for record in records_of(tmp_path / "run")} == {16 << n for n in range(10)}

@@ -17,8 +17,8 @@ def keep_attention() -> Callable[[], Any]:
     attention by the operator's name and computes everything else again. K/V then travel once in forward and once in
     backward, as without checkpointing.
 
-    For a Transformers model:
-    `model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep_attention()})`.
+    For a Transformers model: `model.activation_checkpointing_enable({"use_reentrant": False, "context_fn":
+    keep_attention()})`, which before version 5.24 is called `gradient_checkpointing_enable`.
     """
     return partial(create_selective_checkpoint_contexts, _policy)
 
