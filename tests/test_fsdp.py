@@ -14,6 +14,7 @@ from processes import run_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ringattn
 from ringattn.integrations.checkpointing import keep_attention
@@ -94,6 +95,44 @@ def ring_passes(rank: int, world_size: int, how: str) -> float:
 def test_selective_checkpointing_keeps_attention() -> None:
     last = {how: run_processes(ring_passes, 2, how)[-1] for how in ("none", "attention", "all")}
     assert last == {"none": 2, "attention": 2, "all": 3}
+
+
+# -- tensor x context -----------------------------------------------------------------------------------
+
+COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
+
+def split_heads_and_sequence(rank: int, world_size: int, family: str) -> tuple[float, dict[str, Tensor], int]:
+    """One step with each matrix over two ranks and each sequence over two others."""
+    mesh = data_context_mesh("cpu", context=2, tensor=2)
+    config = configs()[family]
+    model = build(config)
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        styles = {name: ColwiseParallel() for name in COLUMNS} | {name: RowwiseParallel() for name in ROWS}
+        for name, module in layer.named_modules():
+            style = styles.get(name.rpartition(".")[2])
+            if style is not None:
+                parallelize_module(module, mesh["tp"], style)
+    cp = ringattn.ContextParallel(mesh["cp"], SEQLEN, mask=masks_of(config))
+    register(cp, model)
+    shard_model(model, mesh, model.model.layers)  # type: ignore[union-attr, arg-type]
+    loss = backward(model, cp, mesh)
+    heads = model.model.layers[0].self_attn.q_proj.weight.to_local().numel()  # type: ignore[union-attr]
+    return loss, {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}, heads
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tensor_parallel_layers_attend_in_a_context(family: str) -> None:
+    model, (ids, labels) = build(configs()[family]), rows()
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    for found, grads, numbers in run_processes(split_heads_and_sequence, 4, family):
+        assert found == pytest.approx(float(loss.detach()), rel=ROUNDING)
+        assert numbers * 4 == model.model.layers[0].self_attn.q_proj.weight.numel()  # type: ignore[union-attr]
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                bound = ROUNDING * float(parameter.grad.abs().max()) + 1e-12
+                torch.testing.assert_close(grads[name], parameter.grad, rtol=0, atol=bound)
 
 
 # -- mixed precision, distributed checkpoints, wrong sizes ----------------------------------------------
