@@ -49,7 +49,7 @@ class Planted(nn.Module):
         at = torch.arange(tokens.shape[1]) if self.fault.local_positions else position_ids[0]
         if self.fault.shifted:
             tokens = F.pad(tokens[:, :-1], (1, 0))
-        return self.decoder(tokens, at, self.attend)
+        return self.decoder.head(self.decoder(tokens, at, self.attend))
 
 
 def correct(cp):
