@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -72,6 +73,7 @@ def _child(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args
     if rank == 0:
         torch.save(result, f"{folder}/result")
     dist.destroy_process_group()
+    gc.collect()  # the last reference to the group ends its threads, which must not see the interpreter go
 
 
 Seconds = dict[str, list[float]]

@@ -43,14 +43,17 @@ def model_in(cp: ringattn.ContextParallel, direct: bool) -> nn.Module:
         register(cp, model)
         return model
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **others: Any) -> Any:
-        rows = (x.transpose(1, 2) for x in (q, k, v))
-        return ringattn.attention(*rows, cp=cp, mask=cp.masks[0], scale=scaling), None
-
+    for layer in model.model.layers:
+        layer.self_attn.cp = cp
     AttentionInterface.register("direct", attend)
     AttentionMaskInterface.register("direct", lambda *args, **kwargs: None)
     model.set_attn_implementation("direct")
     return model
+
+
+def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **others: Any) -> Any:
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    return ringattn.attention(*rows, cp=module.cp, mask=module.cp.masks[0], scale=scaling), None
 
 
 def step_of(cp: ringattn.ContextParallel, direct: bool, backward: bool) -> Callable[[], object]:

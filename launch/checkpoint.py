@@ -73,7 +73,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def check_fit(path: Path, model: nn.Module) -> None:
-    """Raises ValueError naming every parameter that the checkpoint lacks, that the model lacks, or whose
+    """Raises ValueError naming every tensor that the checkpoint lacks, that the model lacks, or whose
     shape differs; reads only the index, nothing is changed."""
     index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = "model."
@@ -82,7 +82,7 @@ def check_fit(path: Path, model: nn.Module) -> None:
         for key, entry in index.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # tied ones under both names
     wrong = [
         f"{name} is {list(saved[name])} there and {list(shape)} in the model"
         for name, shape in wanted.items()

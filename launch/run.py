@@ -202,7 +202,7 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, b
     step, position = progress["step"], progress["position"]
     begin, before = time.perf_counter(), trainer.counters()
     samples = job.samples(world)
-    lr = config.optimizer.lr_at(step, config.steps)
+    lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     found = trainer.step(samples, lr, stop.number != 0)
     if not math.isfinite(found.loss):
         raise FloatingPointError(

@@ -33,6 +33,9 @@ class Task(Protocol):
     def first_length(self) -> int:
         """Of the sequences of step 0."""
 
+    def rate(self, length: int) -> float:
+        """What the learning rate is multiplied by at a length."""
+
     def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Notes a step's share of right answers in `progress`; whether there is nothing left to learn."""
 
@@ -58,6 +61,10 @@ class TextTask:
         """All sequences are of one length."""
         return self.seqlen
 
+    def rate(self, length: int) -> float:
+        """All steps are of one size."""
+        return 1.0
+
     def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Text is never learnt."""
         return False
@@ -77,7 +84,7 @@ class RecallTask:
 
     def sample(self, position: int, length: int) -> Sample:
         """As many rows as make up `tokens` tokens, at least one."""
-        config, rows = self.config, max(1, self.config.tokens // length)
+        config, rows = self.config, self._rows(length)
         draw = np.random.default_rng((self.seed, position))
         keys = draw.permuted(np.tile(np.arange(config.keys), (rows, 1)), axis=1)[:, : config.pairs] + 1
         values = draw.integers(config.values, size=(rows, config.pairs)) + 1 + config.keys
@@ -98,6 +105,14 @@ class RecallTask:
     def first_length(self) -> int:
         """Pairs and questions, nothing between them."""
         return 4 * self.config.pairs
+
+    def rate(self, length: int) -> float:
+        """The root of the number of questions: the fewer there are in a step, the noisier its gradient (the rule for
+        Adam in Malladi et al., 2022, arXiv:2205.10287)."""
+        return math.sqrt(self._rows(length) / self._rows(self.first_length()))
+
+    def _rows(self, length: int) -> int:
+        return max(1, self.config.tokens // length)
 
     def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
         """Twice the length once enough of the latest answers are right."""

@@ -174,7 +174,7 @@ class ContextParallel:
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
 
-        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``, and of queries that travel
+        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``, ``roll``, and of queries that travel
         ``forward q``, ``forward partial``, ``backward q``, ``backward dq``. Replacements count together.
         """
         traffic = self._shared.link.traffic

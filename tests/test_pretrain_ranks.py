@@ -106,6 +106,17 @@ def test_a_run_goes_on_over_another_mesh_and_engine(text: Path, tmp_path: Path) 
     assert {record["tokens"] for record in found} == {2 * TINY.seqlen}  # once, and not once a rank
 
 
+def test_a_model_with_tied_embeddings_goes_on(text: Path, tmp_path: Path) -> None:
+    file = hf_file("llama", tmp_path, tie_word_embeddings=True)
+    config = tiny(text, model=None, masks=(), hf=file, steps=4)
+    assert run_until(0, 1, config, tmp_path / "whole", False, -1)
+    sharded = dataclasses.replace(config, engine="fsdp")
+    assert run_processes(run_until, 2, sharded, tmp_path / "parts", False, 2) == [False] * 2
+    assert run_until(0, 1, config, tmp_path / "parts", True, -1)
+    expected, found = records_of(tmp_path / "whole"), records_of(tmp_path / "parts")
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=2e-6)
+
+
 # -- document lengths -------------------------------------------------------------------------------
 
 
