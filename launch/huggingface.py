@@ -17,10 +17,11 @@ def decoder(path: Path, recompute: bool) -> Language:
     Raises ValueError for a file that is no config, a model that is no decoder or has layers or a head that this job
     does not know; ImportError without the package.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from ringattn.integrations.checkpointing import keep_attention
     from ringattn.integrations.transformers import layer_masks, masks_of
+
+    # after ours, whose error names the extra to install
+    from transformers import AutoConfig, AutoModelForCausalLM  # isort: skip
 
     try:
         config = AutoConfig.from_pretrained(path)

@@ -1,7 +1,6 @@
 """The picture of a run: loss and throughput over steps, as PNG."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,8 @@ if TYPE_CHECKING:
 
 def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, path: Path) -> None:
     """Writes the plot: the loss above, with the line a model must get below to have learned anything from context
-    (its name, and nats a target); in recall the share of right answers; the throughput."""
+    (its name, and nats a target); in recall the share of right answers and the
+    length of the sequences; the throughput."""
     steps = [record.step for record in records]
     answers = [100 * record.accuracy for record in records if record.accuracy is not None]
     figure = Figure(figsize=(8, 7.5 if answers else 6), layout="constrained")
@@ -27,10 +27,10 @@ def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, p
     if answers:
         axes[1].plot(steps, answers, marker=".", color="tab:orange")
         axes[1].set_ylabel("right answers, %")
-        for one, two in pairwise(records):
-            if one.seqlen != two.seqlen:
-                axes[1].axvline(two.step, color="tab:gray", linewidth=0.8)
-                axes[1].annotate(f" {two.seqlen:,}", (two.step, 5), fontsize=7, rotation=90)
+        lengths = axes[1].twinx()
+        lengths.step(steps, [record.seqlen for record in records], where="post", color="tab:gray", linewidth=1)
+        lengths.set_yscale("log", base=2)
+        lengths.set_ylabel("tokens in a sequence (gray)")
     speed = [record.tokens_per_s for record in records]
     axes[-1].plot(steps, speed, marker=".", color="tab:green")
     axes[-1].set_ylim(0, 1.1 * max(speed, default=1.0))

@@ -49,7 +49,7 @@ def main(
         settings = choose(config, data, resume, model, changes)
         run = resume or out or Path("runs") / settings.name
         job = prepare(settings, run, resume is not None, overwrite)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
         refuse(BAD_INPUT, error)
     world = join(settings.device)
     try:

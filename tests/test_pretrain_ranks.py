@@ -2,6 +2,8 @@
 recall, which nothing but the ring can answer."""
 
 import dataclasses
+import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +224,11 @@ def test_recall_is_learnt_and_lost_when_the_ring_is_cut(engine: str, tmp_path: P
 # -- bad input --------------------------------------------------------------------------------------
 
 
-def test_bad_settings_are_refused(tmp_path: Path, text: Path) -> None:
+def missing(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+def test_bad_settings_are_refused(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(before: str, after: str, *arguments: object) -> str:
         file = config_file(tmp_path, before, after, tiny(text))
         return refusal("--config", file, "--out", tmp_path / "run", *arguments)
@@ -238,6 +244,11 @@ def test_bad_settings_are_refused(tmp_path: Path, text: Path) -> None:
     )
     (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
     assert "--model hf:" in said(*steps, "--model", f"hf:{tmp_path}/config.json")
+    with monkeypatch.context() as without:
+        for name in [name for name in sys.modules if name.startswith("ringattn.integrations.transformers")]:
+            without.delitem(sys.modules, name)
+        without.setattr("importlib.metadata.version", missing)
+        assert "pip install 'ringattn[hf]'" in said(*steps, "--model", "hf:" + hf_file("llama", tmp_path / "small"))
     assert "median 1 must be at least 2" in said("[model]", "[lengths]\nmedian = 1\n[model]")
     assert "leave out data, documents" in said("[model]", "[recall]\n[model]")
     alone = config_file(tmp_path, 'layout = "contiguous"', 'layout = "zigzag"', RECALL)
