@@ -1,8 +1,10 @@
 """How the parameters lie on the ranks: a copy on each (ddp), or a part on each (fsdp). Both leave on every rank the
 gradient of the sum of all ranks' shares of the loss."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.language import Objective
 from ringattn.integrations.fsdp import shard_model
 
+# buffers are equal and stay so; torch 2.13 has renamed the option
+NAMED = inspect.signature(DistributedDataParallel.__init__).parameters
+BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in NAMED else "broadcast_buffers"
+
 
 def distribute(objective: Objective, engine: str, mesh: DeviceMesh | None) -> nn.Module:
     """What a step calls in the objective's place. Parameters must be equal on all ranks already; on one process there
@@ -24,7 +30,8 @@ def distribute(objective: Objective, engine: str, mesh: DeviceMesh | None) -> nn
     if engine == "fsdp":
         return shard_model(objective, mesh, objective.language.layers)
     group = dist.new_group()  # not the context's: the sums of gradients run while the ring of earlier layers does
-    return DistributedDataParallel(objective, process_group=group, broadcast_buffers=False, init_sync=False)
+    settings: dict[str, Any] = {BUFFERS: False}
+    return DistributedDataParallel(objective, process_group=group, init_sync=False, **settings)
 
 
 def loss_scale(module: nn.Module) -> int:

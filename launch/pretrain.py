@@ -74,6 +74,7 @@ def choose(
         if prefix != "hf" or not Path(file).exists():
             raise ValueError(f"--model {model}: give hf: and the path of a Transformers config.json that exists")
         given.update(hf=str(Path(file).resolve()), model=None, masks=())
+        given.setdefault("layout", "auto")  # the config's suits its own masks
     return replace(load(path), **given)
 
 

@@ -136,6 +136,8 @@ class Report:
         on_host = " by the hosts; what the devices wait is not measured" if self.config.device == "cuda" else ""
         yield f"loss, mean of the last {len(last)} steps", f"{sum(last) / len(last):.3f} nats a target"
         yield self.baseline[0], f"{self.baseline[1]:.3f} nats a target"
+        if self.records[-1].accuracy is not None:
+            yield "length reached", f"{self.records[-1].seqlen:,} of {self.config.seqlen:,} tokens"
         yield "time", f"{seconds:.0f} s for {len(done)} steps, {seconds / len(done):.2f} s a step"
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)

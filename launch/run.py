@@ -192,6 +192,8 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
     report = Report(job.run, config, job.task.baseline(tokens), job.progress["step"])
     if world.size > 1:
         report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context)")
+    if config.hf:
+        report.say(f"{type(trainer.model).__name__} of {config.hf}: masks are the model's own")
     report.say(trainer.cp.describe())
     return report
 

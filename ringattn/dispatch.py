@@ -211,6 +211,12 @@ def _check_finite(binding: Binding, **tensors: Tensor) -> None:
         raise FloatingPointError(f"{found} (Options.check_nan)")
 
 
+def attended_mask(args: tuple[Any, ...]) -> Mask:
+    """The mask of a call of `ringattn::attention`, from its arguments."""
+    context, mask = args[7], args[8]
+    return _mask_of(find(context), mask)
+
+
 def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, grad: bool) -> None:
     """Ranks compare what they are about to do, at the first call of each signature."""
     if binding.world_size == 1:

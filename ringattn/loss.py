@@ -69,16 +69,22 @@ def count_targets(
         labels: int64 ``[batch, local_seqlen]``, this rank's shard; or several, the micro-batches of one step, which
             then have one count and take one message.
         group: data x context (see the module).
-        cp: lets ``labels`` also be whole, ``[batch, seqlen]``. Every rank of the context axis holds these, so
-            counting them as they are would count each target once for each of its ranks; with ``cp`` a rank counts its
-            own positions only, and a length that is neither the shard's nor the sequence's is refused.
+        cp: with a group, lets ``labels`` also be whole, ``[batch, seqlen]``. Every rank of the context axis holds
+            these, so counting them as they are would count each target once for each of its ranks; with ``cp`` a rank
+            counts its own positions only, and a length that is neither the shard's nor the sequence's is refused.
 
     Returns:
         int64 scalar on the device of the labels, the same on all ranks.
 
     Raises:
-        ValueError: labels that are not int64, or with ``cp`` of another length; a group this rank is not in.
+        ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
+            group, which would count this rank's part alone; a group this rank is not in.
     """
+    if cp is not None and group is None and cp.world_size > 1:
+        raise ValueError(
+            f"cp of {cp.world_size} ranks and no group: that would count the targets of this rank's part alone; pass "
+            "the group of data x context too"
+        )
     parts = [labels] if isinstance(labels, Tensor) else list(labels)
     if not parts or any(part.dtype != torch.int64 for part in parts):
         raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")

@@ -11,7 +11,7 @@ from torch import nn
 
 import ringattn
 from launch.config import ModelConfig
-from launch.model import Decoder
+from launch.model import Decoder, Layer
 from ringattn.check.settings import IGNORED
 
 SIZES = {"num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 48}
@@ -75,6 +75,24 @@ def dropped_window(cp):
 
 
 dropped_window.masks = short_sighted.masks
+
+
+def dropped_window_of_one(cp):
+    """The other layer sees everything before it, so no output shows that this one does too."""
+    return Planted(cp, Fault(mask=ringattn.causal() & _documents(cp)))
+
+
+dropped_window_of_one.masks = windowed.masks
+
+
+def three_layers(cp):
+    """Layers take their masks by index from the context, which holds each mask once: the second layer's is wrong."""
+    model = Planted(cp)
+    model.decoder.layers.append(Layer(model.decoder.config, 2))
+    return model
+
+
+three_layers.masks = [ringattn.sliding_window(WINDOW), ringattn.sliding_window(WINDOW), ringattn.causal()]
 
 
 def ignored_documents(cp):

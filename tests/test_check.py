@@ -23,7 +23,7 @@ from ringattn.check.processes import run_processes
 from ringattn.check.subject import settle_weights, stack_of
 
 INFLUENCE = {"documents stay apart", "no future tokens", "reach of the masks", "no lost context"}
-QUESTIONS = INFLUENCE | {"outputs", "layers of the step", "loss", "gradients"}
+QUESTIONS = INFLUENCE | {"masks of the layers", "outputs", "layers of the step", "loss", "gradients"}
 
 
 def report(name, **settings):
@@ -75,12 +75,21 @@ def test_right_hugging_face_models_pass(name, documents):
 
 # -- planted faults: what fails, no more, and the words -----------------------------------------
 
+MASKS, APART = "masks of the layers", "documents stay apart"
 REST = {"outputs", "layers of the step", "loss", "gradients"}
 FAULTS = [
-    ("dropped_window", {}, {"reach of the masks"}, "reach of the masks", "ignores its window"),
-    ("ignored_documents", {}, {"documents stay apart"}, "documents stay apart", "does not know of the documents"),
-    ("zero_output", {}, {"documents stay apart"}, "documents stay apart", "does not know of the documents"),
-    ("ignored_causality", {}, {"no future tokens"}, "no future tokens", "tokens to come"),
+    ("dropped_window", {}, {"reach of the masks", MASKS}, "reach of the masks", "ignores its window"),
+    ("dropped_window_of_one", {}, {MASKS}, MASKS, "pass attention(mask=) of that layer"),
+    ("three_layers", {}, {MASKS}, MASKS, "holds each mask once"),
+    (
+        "ignored_documents",
+        {},
+        {"documents stay apart", MASKS},
+        "documents stay apart",
+        "does not know of the documents",
+    ),
+    ("zero_output", {}, {APART, MASKS}, APART, "does not know of the documents"),
+    ("ignored_causality", {}, {"no future tokens", MASKS}, "no future tokens", "tokens to come"),
     ("cut_ring", {"documents": 1}, {"no lost context", *REST}, "no lost context", "the ring is cut"),
     ("local_positions", {}, REST, "layers of the step", "positions restart at 0"),
     ("local_positions", {"layout": "striped"}, REST, "layers of the step", "positions restart at 0"),
@@ -168,11 +177,11 @@ def test_a_waiting_rank_ends_at_the_deadline():
     "wrong",
     [
         {"model": "planted"}, {"ranks": 1}, {"documents": 0}, {"batch": 0}, {"vocab": 1}, {"seqlen": 11},
-        {"dtype": "bfloat16"}, {"timeout": 0.0},
+        {"dtype": "bfloat16"}, {"timeout": 0.0}, {"layout": "zigzg"},
     ],
 )  # fmt: skip
 def test_settings_are_checked(wrong):
-    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}.*must|choose"):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}.*must|choose|did you mean"):
         Settings(**{"model": "planted:correct", **wrong})
 
 

@@ -200,3 +200,16 @@ def sizes(rank: int, world_size: int) -> list[Any]:
 def test_wrong_sizes_are_refused() -> None:
     assert run_processes(sizes, 2) == [[2, 1, 2, 2]] * 2
     assert not dist.is_initialized()
+
+
+def different_weights(rank: int, world_size: int) -> None:
+    mesh = data_context_mesh("cpu")
+    model = build(configs()["llama"])
+    with torch.no_grad():
+        model.model.norm.weight[3] += rank  # type: ignore[union-attr, index, operator]
+    with pytest.raises(ValueError, match="seed every rank alike"):
+        shard_model(model, mesh, model.model.layers)  # type: ignore[union-attr, arg-type]
+
+
+def test_different_weights_are_refused() -> None:
+    run_processes(different_weights, 2)

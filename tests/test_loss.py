@@ -137,6 +137,12 @@ def test_labels_that_cannot_be_counted():
         count_targets(torch.zeros(1, S - 1, dtype=torch.int64), cp=cp)
     with pytest.raises(ValueError, match="must be int64"):
         count_targets(torch.zeros(1, S))
+
+    def alone(transport):
+        with pytest.raises(ValueError, match="pass the group of data x context too"):
+            count_targets(torch.zeros(1, S, dtype=torch.int64), cp=ra.ContextParallel(transport, S))
+
+    ra.Loopback(2).run(alone)
     with pytest.raises(ValueError, match="must be int64, one tensor or several"):
         count_targets([])
     with pytest.raises(ValueError, match="pass a ProcessGroup that this rank is in"):

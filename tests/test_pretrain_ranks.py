@@ -211,7 +211,8 @@ def recalled(rank: int, world_size: int, config: Any, run: Path) -> tuple[bool, 
     return done, [(answers.right, answers.count) for answers in recall(trainer, job.task)]
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_recall_is_learnt_and_lost_when_the_ring_is_cut(engine: str, tmp_path: Path) -> None:
     config = dataclasses.replace(RECALL, engine=engine)
     ranks = run_processes(recalled, 2, config, tmp_path / "run", timeout=100)

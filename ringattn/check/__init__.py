@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import time
 
+from ringattn.check.attended import compare_masks
 from ringattn.check.gradients import compare_gradients
 from ringattn.check.influence import compare_influence
 from ringattn.check.layers import compare_layers
 from ringattn.check.loss import compare_loss
-from ringattn.check.observe import Truth, View, observe_sharded, observe_single
+from ringattn.check.observe import Truth, View, layer_masks, observe_sharded, observe_single
 from ringattn.check.processes import CheckError, run_processes
 from ringattn.check.report import Finding, Report
 from ringattn.check.settings import Settings
@@ -48,7 +49,11 @@ def check(settings: Settings) -> Report:
     views: list[View] = run_processes(
         observe_sharded, settings.ranks, settings, truth.stack, truth.vocab, truth.weights, timeout=settings.timeout
     )
-    findings = compare_influence(settings, truth, views)
+    stated = layer_masks(truth.stack, settings)
+    findings = [
+        *compare_influence(settings, truth, views),
+        compare_masks(settings, stated, truth.stack.each_layer, views[0].attended),
+    ]
     moves = not all(f.ok for f in findings)
     outputs, steps = compare_layers(settings, truth, views, moves)
     lost = compare_loss(settings, truth, views, steps.ok)

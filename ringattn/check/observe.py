@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 from ringattn.binding import Options
 from ringattn.check import huggingface
+from ringattn.check.attended import Attended
 from ringattn.check.settings import DTYPES, Settings, SubjectError
-from ringattn.check.subject import Stack, Subject, call, load_factory, make, settle_weights, stack_of, vocabulary
+from ringattn.check.subject import (
+    Stack,
+    Subject,
+    call,
+    declared,
+    load_factory,
+    make,
+    settle_weights,
+    stack_of,
+    vocabulary,
+)
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal, documents
 
@@ -38,11 +49,13 @@ class StepView:
 @dataclass(frozen=True)
 class View:
     """All that one process saw. ``positions [local_seqlen]``: its tokens. ``logits [batch, local_seqlen, vocab]``.
-    ``moved [probes, local_seqlen]``: by how much each output changes, at most, when one token does."""
+    ``moved [probes, local_seqlen]``: by how much each output changes, at most, when one token does. ``attended``: the
+    masks of one forward's calls of attention, in order."""
 
     positions: Tensor
     logits: Tensor
     moved: Tensor
+    attended: tuple[Mask, ...]
     step: StepView
 
 
@@ -76,7 +89,7 @@ def _context(settings: Settings, stack: Stack, layout: str = "auto", kernel: str
 def observe_single(rank: int, world_size: int, settings: Settings) -> Truth:
     """The truth: one process, fp64; a Hugging Face model with its own attention, any other with plain softmax."""
     factory = load_factory(settings.model)
-    guess = Stack((causal(),), False)
+    guess = declared(factory) or Stack((causal(),), False)
     cp = _context(settings, guess, kernel="reference")
     subject = make(factory, cp, settings.seed)
     stack = stack_of(factory, subject.model)
@@ -120,7 +133,8 @@ def observe_sharded(rank: int, world_size: int, settings: Settings, stack: Stack
 def _look(subject: Subject, cp: ContextParallel, settings: Settings, vocab: int) -> View:
     tokens = settings.tokens(vocab)
     with torch.no_grad():
-        logits = call(subject.model, cp.shard(tokens), cp.position_ids[None]).clone()
+        with Attended() as attended:
+            logits = call(subject.model, cp.shard(tokens), cp.position_ids[None]).clone()
         moved = []
         for probe in settings.probes:
             changed = tokens.clone()
@@ -128,7 +142,7 @@ def _look(subject: Subject, cp: ContextParallel, settings: Settings, vocab: int)
             after = call(subject.model, cp.shard(changed), cp.position_ids[None])
             moved.append((after - logits).abs().amax(dim=(0, 2)))
     step = _step(subject, cp, tokens, settings.labels(tokens))
-    return View(cp.position_ids, logits, torch.stack(moved), step)
+    return View(cp.position_ids, logits, torch.stack(moved), tuple(attended.masks), step)
 
 
 def _step(subject: Subject, cp: ContextParallel, tokens: Tensor, labels: Tensor) -> StepView:
@@ -141,7 +155,9 @@ def _step(subject: Subject, cp: ContextParallel, tokens: Tensor, labels: Tensor)
     if not isinstance(loss, (float, Tensor)) or (isinstance(loss, Tensor) and loss.numel() != 1):
         raise SubjectError(f"the step returned {loss!r:.200}: must be the loss, a number")
     gradients = {name: _whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
-    return StepView(float(loss), gradients, layers, next((t for t in told if t != "global"), "global"))
+    return StepView(
+        float(torch.as_tensor(loss).detach()), gradients, layers, next((t for t in told if t != "global"), "global")
+    )
 
 
 def _whole(grad: Tensor | None) -> Tensor | None:

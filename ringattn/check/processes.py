@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from ringattn.check.settings import SubjectError
 
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
+
 
 class CheckError(RuntimeError):
     """The check could not be made: a process raised (the text is its traceback), died, or gave no answer in time."""
@@ -93,9 +95,18 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, timeout: flo
         pipe.send_bytes(answer)
     except SubjectError as error:
         pipe.send_bytes(pickle.dumps((None, str(error))))
-    except BaseException:
-        pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps((None, _in_short(error))))
     os._exit(0)  # a group with a failed peer, or what the model started, may not come down cleanly
+
+
+def _in_short(error: BaseException) -> str:
+    """What was raised, first and where the user's own code last was, then the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((PACKAGE, "<frozen")) and "site-packages" not in f.filename]
+    place = f" at {own[-1].filename}:{own[-1].lineno} in {own[-1].name}" if own else ""
+    said = "".join(traceback.format_exception_only(error)).strip()
+    return f"{said}{place}\n\n{''.join(traceback.format_exception(error))}"
 
 
 def _die_with_parent() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringattn.binding import check_names
+
 IGNORED = -100  # label of a token without a target, as in torch.nn.functional.cross_entropy
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 PROBES = 12  # tokens perturbed one at a time, spread over the sequence
@@ -55,6 +57,7 @@ class Settings:
             )
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r}: choose from {', '.join(DTYPES)}")
+        check_names(self.layout, "auto", "auto")
         if not self.timeout > 0:
             raise ValueError(f"--timeout {self.timeout}: must be a positive number of seconds")
 

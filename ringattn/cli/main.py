@@ -42,7 +42,7 @@ def check_command(
         settings = Settings(model, ranks, seqlen, documents, layout, batch, vocab, seed, dtype, timeout)
         report = check(settings)
     except (ValueError, CheckError) as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     show(report, console)
     raise typer.Exit(0 if report.ok else 1)

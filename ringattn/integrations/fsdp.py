@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 GRADIENTS = ("sum", "average")
 
@@ -67,10 +69,12 @@ def shard_model(
             loss by :func:`loss_scale`.
         options: of `torch.distributed.fsdp.fully_shard`: `mp_policy`, `reshard_after_forward`, ...
 
-    Returns the model. Raises `ValueError` for another recipe.
+    Returns the model. Raises `ValueError` for another recipe, and where ranks hold different weights, of which each
+    would keep a part.
     """
     loss_scale(mesh, gradients)
     both = mesh["dp", "cp"]._flatten()
+    _check_equal(model, both)
     for layer in layers:
         fully_shard(layer, mesh=both, **options)
     fully_shard(model, mesh=both, **options)
@@ -81,6 +85,23 @@ def shard_model(
                 if dist.get_backend(both.get_group()) != "nccl":  # others cannot scale while they sum
                     module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _check_equal(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Raises unless all ranks hold the same weights, by two sums of each; those on meta are left out."""
+    here = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    weights = [w.detach().double() for w in here if w.device.type != "meta"]
+    if not weights:
+        return
+    sums = torch.stack([torch.stack([w.sum(), w.abs().sum()]) for w in weights]).to(mesh.device_type)
+    least, most = sums.clone(), sums.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=mesh.get_group())
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=mesh.get_group())
+    if not torch.equal(least, most):
+        raise ValueError(
+            "the ranks hold different weights, and sharding would mix them: seed every rank alike, or load the same "
+            "weights, before shard_model"
+        )
 
 
 def loss_scale(mesh: DeviceMesh, gradients: str) -> int:

@@ -84,7 +84,8 @@ class RingAttention:
         if ring is None:
             raise ValueError(
                 f"{model} attends with {self.name!r}, which was registered for other models; call "
-                "register(cp, model) for this one too"
+                "register(cp, model) for this one too, or model.set_attn_implementation('sdpa') if it is not sharded "
+                "(registering a model changes its config, which others may share)"
             )
         self.of_layer.setdefault(module, ring)
         return ring
