@@ -127,6 +127,12 @@ def start(job: Job, world: World) -> Trainer:
     config, settings, language = job.config, job.config.optimizer, job.language
     world.agree({"config": config, "text": job.task.digest, "progress": job.progress})
     world.split(config.data_parallel)
+    context, shortest = world.size // world.replicas, job.task.first_length()
+    if context > shortest:
+        raise ValueError(
+            f"the first sequences have {shortest} tokens for {context} ranks; start fewer, or set data_parallel or "
+            "recall.pairs higher"
+        )
     language.model.to(world.device)
     world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
     cp = make_context(config, world, language.distinct)

@@ -222,6 +222,17 @@ def test_recall_is_learnt_and_lost_when_the_ring_is_cut(engine: str, tmp_path: P
     assert right > 0.9 and cut < 0.5  # a guess: 0.25
 
 
+def more_ranks_than_tokens(rank: int, world_size: int) -> None:
+    config = dataclasses.replace(RECALL, recall=RecallConfig(pairs=1))
+    job = prepare(config, NOWHERE, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="first sequences have 4 tokens for 5 ranks"):
+        start(job, world_of(rank, world_size))
+
+
+def test_sequences_begin_with_a_token_for_each_rank() -> None:
+    run_processes(more_ranks_than_tokens, 5)
+
+
 # -- bad input --------------------------------------------------------------------------------------
 
 
