@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from launch.config import nearest
 
 COMPLETE = ".metadata"  # written last
+NO_PROGRESS: dict[str, Any] = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}
 
 
 def latest(run: Path) -> Path | None:
@@ -62,7 +63,7 @@ def _reason(error: BaseException) -> str:
 def read_progress(path: Path) -> dict[str, Any]:
     """Step, position and text of a checkpoint, read by this rank alone. Raises ValueError if it is no
     checkpoint of this job."""
-    state = {"progress": {"step": 0, "position": 0, "text": "", "length": 0, "accuracy": 0.0}}
+    state = {"progress": dict(NO_PROGRESS)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

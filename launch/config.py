@@ -59,8 +59,8 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0:
-            raise ValueError(f"optimizer.lr {self.lr} and optimizer.clip {self.clip} must be above 0")
+        if not 0 < self.lr < math.inf or not self.clip > 0:
+            raise ValueError(f"optimizer.lr {self.lr} and optimizer.clip {self.clip} must be numbers above 0")
         if self.warmup < 0:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it is a number of steps, 0 or more")
         if len(self.betas) != 2:
@@ -146,10 +146,13 @@ class Config:
     seed: int = field(default=0)
 
     def __post_init__(self) -> None:
-        leasts = {"seqlen": 2, "steps": 1, "save_every": 0, "data_parallel": 1, "accumulate": 1, "loss_chunks": 1}
+        leasts = {"seqlen": 2, "save_every": 0, "seed": 0}
+        leasts |= dict.fromkeys(("steps", "data_parallel", "accumulate", "loss_chunks"), 1)
         for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.loss_chunks > self.seqlen:
+            raise ValueError(f"loss_chunks is {self.loss_chunks} for {self.seqlen} tokens; it is a number of chunks")
         if (self.model is None) == (not self.hf):
             raise ValueError("give either a table [model] or hf, the path of a Transformers config.json")
         if self.model is not None and not self.masks:
@@ -211,10 +214,19 @@ def dump(config: Config) -> str:
     """TOML text from which `load` makes an equal config."""
     values = {key: value for key, value in asdict(config).items() if value is not None}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if key not in tables]
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in tables]
     for table, entries in tables.items():
-        lines += ["", f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
+        lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in entries.items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML, which is JSON but for infinity, characters beyond 16 bits and DEL."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -1,5 +1,6 @@
 """A Hugging Face decoder as the job sees it: built from a config.json, with random weights."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,19 @@ def decoder(path: Path, recompute: bool) -> Language:
     try:
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model {PREFIX}{path}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # Transformers raises almost anything for a config that is wrong
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--model {PREFIX}{path}: {said}") from None
     text = config.get_text_config()
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or head is None or not hasattr(base, "layers"):
         raise ValueError(f"--model {PREFIX}{path}: {type(model).__name__} is no decoder with layers and a head")
+    dropping = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if dropping:
+        raise ValueError(
+            f"--model {PREFIX}{path}: {dropping[0]} drops at random, alike on all ranks and otherwise after a resume; "
+            "set its probability to 0 in the config (attention_dropout may stay)"
+        )
     if recompute:
         # the first name is Transformers 5.24's, the second that of earlier versions
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -39,6 +47,11 @@ def decoder(path: Path, recompute: bool) -> Language:
     masks, distinct = layer_masks(config), masks_of(config)
     hidden, logits = _Hidden(model), _logits(head, text)
     return Language(model, list(base.layers), hidden, logits, masks, distinct, _kv_numbers(text), text.vocab_size)
+
+
+def digest(path: Path) -> str:
+    """Of the text of a config file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def allow_double(model: nn.Module) -> None:
@@ -83,4 +96,5 @@ def _kv_numbers(config: Any) -> int:
     if getattr(config, "kv_lora_rank", None):
         return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * dim
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * dim

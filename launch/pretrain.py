@@ -68,14 +68,19 @@ def choose(
         raise ValueError(f"{resume} is no run's directory: it has no config.toml; give the directory of a run")
     given = {name: value for name, value in changes.items() if value is not None}
     if data:
-        given["data"] = tuple(str(Path(path).resolve()) for path in data)
+        given["data"] = tuple(data)
     if model is not None:
         prefix, _, file = model.partition(":")
-        if prefix != "hf" or not Path(file).exists():
+        if prefix != "hf" or not Path(file).is_file():
             raise ValueError(f"--model {model}: give hf: and the path of a Transformers config.json that exists")
-        given.update(hf=str(Path(file).resolve()), model=None, masks=())
+        given.update(hf=file, model=None, masks=())
         given.setdefault("layout", "auto")  # the config's suits its own masks
-    return replace(load(path), **given)
+    settings = replace(load(path), **given)
+    # a run may go on from elsewhere
+    where: dict[str, Any] = {"data": tuple(str(Path(path).resolve()) for path in settings.data)}
+    if settings.hf:
+        where["hf"] = str(Path(settings.hf).resolve())
+    return replace(settings, **where)
 
 
 def run_job(job: Job, world: World, check: bool) -> int:
@@ -84,17 +89,19 @@ def run_job(job: Job, world: World, check: bool) -> int:
         trainer = start(job, world)
     except (ValueError, NotImplementedError) as error:
         refuse(BAD_INPUT, error)
-    if check:
-        comparison = verify(job, trainer)
-        if world.rank == 0:
-            print(comparison, flush=True)
-        if not comparison.passed:
-            return DIFFERENT
     stop = StopSignal()
     try:
+        if check:
+            comparison = verify(job, trainer)
+            if world.rank == 0:
+                print(comparison, flush=True)
+            if not comparison.passed:
+                return DIFFERENT
         done = train(job, trainer, stop)
     except FloatingPointError as error:
         refuse(NOT_FINITE, error)
+    except (ValueError, NotImplementedError, OSError) as error:
+        refuse(BAD_INPUT, error)
     return 0 if done else 128 + (stop.number or signal.SIGINT)
 
 

@@ -68,7 +68,7 @@ class Report:
         self.baseline = baseline
         self.first = first
         self.console = Console(soft_wrap=True)
-        self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first]
+        self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first] if first else []
         run.mkdir(parents=True, exist_ok=True)
         (run / "config.toml").write_text(dump(config))
         kept = run / "metrics.jsonl.kept"
@@ -154,4 +154,7 @@ def mebibytes(count: int) -> str:
 def _read(path: Path) -> list[Record]:
     if not path.exists():
         return []
-    return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+    try:
+        return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+    except TypeError as error:
+        raise ValueError(f"{path} is of another version ({error}); move it away to go on") from None

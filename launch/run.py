@@ -2,6 +2,7 @@
 run ends or is stopped."""
 
 import math
+import os
 import shutil
 import signal
 import time
@@ -81,6 +82,9 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
     """Checks all that a process can check alone. Raises ValueError with the value, the rule and the
     remedy."""
     check_device(config.device)
+    place = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{run} cannot be written: {place} is a file, or not yours to write in; set --out")
     newest = checkpoint.latest(run)
     if resume and newest is None:
         raise ValueError(f"no complete checkpoint under {run / 'checkpoint'}; start without --resume")
@@ -92,7 +96,12 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
             f"the model knows {language.vocabulary} tokens and the data has {task.least_vocabulary}; set a larger "
             "vocab_size"
         )
-    progress = {"step": 0, "position": 0, "text": task.digest, "length": task.first_length(), "accuracy": 0.0}
+    progress = {
+        **checkpoint.NO_PROGRESS,
+        "text": task.digest,
+        "model": huggingface.digest(Path(config.hf)) if config.hf else "",
+        "length": task.first_length(),
+    }
     if not resume or newest is None:
         return Job(config, run, None, progress, task, language)
     checkpoint.check_fit(newest, language.model)
@@ -108,6 +117,8 @@ def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], c
             f"checkpoint {path} stands at byte {saved['position']:,} of a text other than this one (its files, "
             "their sizes or the seed differ); give the same --data, or start a new run with --out"
         )
+    if saved["model"] != fresh["model"]:
+        raise ValueError(f"checkpoint {path} is of a model whose config {config.hf} has changed since; restore it")
     if saved["step"] >= config.steps:
         raise ValueError(f"checkpoint {path} has all {config.steps} steps behind it; ask for more with --steps")
 
@@ -115,7 +126,7 @@ def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], c
 def _check_settings(run: Path, config: Config) -> None:
     """What must not change in the middle of a run: the loss curve would break without a word."""
     before = load(run / "config.toml") if (run / "config.toml").exists() else config
-    for name in ("seqlen", "masks", "hf", "documents", "lengths", "recall", "seed"):
+    for name in ("model", "seqlen", "masks", "hf", "documents", "lengths", "recall", "seed"):
         was, now = getattr(before, name), getattr(config, name)
         if was != now:
             raise ValueError(f"{run} was trained with {name} = {was!r}, not {now!r}; resume without --config")
@@ -212,10 +223,10 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, b
     samples = job.samples(world)
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     found = trainer.step(samples, lr, stop.number != 0)
-    if not math.isfinite(found.loss):
+    if not math.isfinite(found.loss) or not math.isfinite(found.norm):
         raise FloatingPointError(
-            f"the loss of step {step} is {found.loss}; the last checkpoint is untouched, resume with a lower "
-            "optimizer.lr"
+            f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; the last checkpoint is "
+            "untouched, resume with a lower optimizer.lr"
         )
     seconds = time.perf_counter() - begin
     learnt = job.move(world, samples, found)

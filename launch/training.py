@@ -1,6 +1,7 @@
 """One training step over sharded sequences: shard the samples, run the model with each layer's mask through
 `ringattn.attention`, and sum loss and gradients over the ranks. A single process runs the same lines."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -143,6 +144,8 @@ class Trainer:
         self.optimizer.zero_grad()
         found = self.loss_and_gradients(samples, stop)
         norm = clip(self.module, self.config.optimizer.clip)
+        if not math.isfinite(found.loss) or not math.isfinite(norm):
+            return replace(found, norm=norm)  # the caller stops; the parameters are those of the step before
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -4,6 +4,7 @@ alone, over the whole sequence without sharding, and compared."""
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from launch.engine import whole
@@ -15,6 +16,7 @@ from launch.training import Trainer, make_context
 # Largest difference allowed: of the loss relative to it, of each parameter's gradient relative to its largest
 # entry. The two runs add the same terms in another order, which costs some hundred roundings of the dtype.
 BOUNDS = {"float64": 1e-10, "float32": 5e-5, "bfloat16": 5e-2}
+TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,12 @@ def _alone(job: Job, trainer: Trainer, weights: dict[str, Tensor]) -> Trainer:
 
 def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Trainer, expected: float) -> Comparison:
     worst = (-1.0, "")
-    for name, parameter in alone.model.named_parameters():
-        reference = parameter.grad
-        if reference is None or not reference.any():  # of an expert that no token has chosen
-            continue
-        found = gradients.get(name)
-        difference = math.nan if found is None else float((found - reference).abs().max() / reference.abs().max())
+    references = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
+    # what is zero but for rounding (a router without a choice) is compared with the largest of all
+    least = 1e-6 * max(float(reference.abs().max()) for reference in references.values()) + TINY
+    for name, reference in references.items():
+        found = gradients.get(name, torch.zeros_like(reference))
+        difference = float((found - reference).abs().max()) / max(float(reference.abs().max()), least)
         # a NaN is worse than any number
         worst = max(worst, (difference, name), key=lambda pair: (math.isnan(pair[0]), pair[0]))
-    return Comparison(abs(loss - expected) / abs(expected), worst[0], worst[1], BOUNDS[dtype])
+    return Comparison(abs(loss - expected) / max(abs(expected), TINY), worst[0], worst[1], BOUNDS[dtype])

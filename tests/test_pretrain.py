@@ -81,6 +81,13 @@ def test_shipped_configs_load_and_survive_writing(path: Path, tmp_path: Path) ->
     assert load(tmp_path / "copy.toml") == config
 
 
+def test_any_text_and_infinity_survive_writing(tmp_path: Path) -> None:
+    optimizer = OptimizerConfig(lr=1e-5, warmup=1, clip=float("inf"))
+    config = dataclasses.replace(TINY, optimizer=optimizer, data=('caf\u00e9 \U0001f600 \x7f "quoted" \\',))
+    (tmp_path / "copy.toml").write_text(dump(config))
+    assert load(tmp_path / "copy.toml") == config
+
+
 def test_learning_rate_warms_up_and_falls_to_its_end() -> None:
     settings = OptimizerConfig(lr=1.0, warmup=4, final_lr=0.1)
     rates = [settings.lr_at(step, 20) for step in range(20)]
@@ -320,6 +327,22 @@ def test_metrics_after_the_checkpoint_are_dropped(text: Path, tmp_path: Path) ->
     assert all(record["loss"] < 6 for record in records_of(run))
 
 
+def test_a_gradient_that_is_no_number_leaves_the_parameters(text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = tiny(text, save_every=1)
+    job = prepare(config, run, resume=False, overwrite=False)
+    trainer = start(job, World())
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (float("inf") if job.progress["step"] == 3 else 1)
+
+    trainer.model.layers[1].up.weight.register_hook(overflow)
+    with pytest.raises(FloatingPointError, match=r"step 3 is [0-9.]+, its gradient's norm (inf|nan)"):
+        train(job, trainer, StopAt(job, World(), -1))
+    assert checkpoint.latest(run) == run / "checkpoint" / "step-00000003"
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+
+
 def test_a_loss_that_is_no_number_leaves_the_checkpoint(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_until(0, 1, tiny(text), run, False, 1)
@@ -370,6 +393,9 @@ def config_file(tmp_path: Path, before: str, after: str, config: Config = TINY) 
         ('"causal()"', '"casual()"', "did you mean 'causal'"),
         ("warmup = 2", "warmup = -1", "warmup is -1"),
         ("[model]", "[model", "changed.toml: "),
+        ("seed = 0", "seed = -1", "seed is -1"),
+        ("loss_chunks = 8", "loss_chunks = 300", "loss_chunks is 300 for 257 tokens"),
+        ("lr = 0.01", "lr = nan", "optimizer.lr nan"),
     ],
 )
 def test_bad_configs_are_refused(before: str, after: str, reason: str, tmp_path: Path) -> None:
@@ -393,6 +419,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, text: Path) -> None:
     assert "no config.toml" in refusal("--resume", tmp_path / "run")
     assert "leave out --out" in refusal("--resume", tmp_path / "run", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert f"{empty} is a file" in refusal("--config", config, "--data", text, "--out", empty)
 
 
 def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: Path) -> None:
@@ -409,6 +436,11 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: 
     assert "another text" not in said
     longer = config_file(tmp_path, f"seqlen = {config.seqlen}", "seqlen = 300", config)
     assert f"was trained with seqlen = {config.seqlen}, not 300" in refusal("--resume", run, "--config", longer)
+    other = config_file(tmp_path, "head_dim = 8", "head_dim = 4", tiny(text))
+    other.write_text(
+        other.read_text().replace("num_heads = 4", "num_heads = 8").replace("kv_heads = 2", "kv_heads = 4")
+    )
+    assert "was trained with model = " in refusal("--resume", run, "--config", other)
     assert "text other than this one" in refusal("--resume", run, "--data", text / "6.txt")
     assert "has all 2 steps behind it" in refusal("--resume", run, "--steps", 2)
     for part in (run / "checkpoint").glob("*/*.distcp"):

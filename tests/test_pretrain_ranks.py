@@ -2,6 +2,7 @@
 recall, which nothing but the ring can answer."""
 
 import dataclasses
+import json
 import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_models import SIZES
 from hf_models import configs as hf_configs
 from processes import run_processes
 from test_pretrain import TINY, config_file, largest_difference, records_of, refusal, run_until, tiny, world_of
 from test_pretrain import text as text  # the fixture
+from transformers import Phi3Config
 
 from launch.config import LengthsConfig, ModelConfig, OptimizerConfig, RecallConfig
 from launch.data import open_text
@@ -108,6 +111,14 @@ def test_a_run_goes_on_over_another_mesh_and_engine(text: Path, tmp_path: Path) 
     assert {record["tokens"] for record in found} == {2 * TINY.seqlen}  # once, and not once a rank
 
 
+def test_a_run_keeps_its_model(text: Path, tmp_path: Path) -> None:
+    file = hf_file("llama", tmp_path)
+    config = tiny(text, model=None, masks=(), hf=file)
+    run_until(0, 1, config, tmp_path / "run", False, 1)
+    hf_file("llama", tmp_path, rms_norm_eps=0.5)
+    assert "has changed since" in refusal("--resume", tmp_path / "run")
+
+
 def test_a_model_with_tied_embeddings_goes_on(text: Path, tmp_path: Path) -> None:
     file = hf_file("llama", tmp_path, tie_word_embeddings=True)
     config = tiny(text, model=None, masks=(), hf=file, steps=4)
@@ -117,6 +128,13 @@ def test_a_model_with_tied_embeddings_goes_on(text: Path, tmp_path: Path) -> Non
     assert run_until(0, 1, config, tmp_path / "parts", True, -1)
     expected, found = records_of(tmp_path / "whole"), records_of(tmp_path / "parts")
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=2e-6)
+
+
+def test_verify_takes_a_router_without_a_choice(text: Path, tmp_path: Path) -> None:
+    """Its gradient is zero but for rounding."""
+    config = tiny(text, model=None, masks=(), hf=hf_file("gpt-oss", tmp_path), dtype="float32")
+    for passed, said in run_processes(verified, 2, config):
+        assert passed, said
 
 
 # -- document lengths -------------------------------------------------------------------------------
@@ -254,6 +272,18 @@ def test_bad_settings_are_refused(tmp_path: Path, text: Path, monkeypatch: pytes
     assert "the data has 256; set a larger vocab_size" in said(
         *steps, "--model", "hf:" + hf_file("llama", tmp_path / "small", vocab_size=61)
     )
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    for changes, reason in (
+        ({"hidden_act": "nope"}, "nope"),
+        ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
+        (dynamic, "rope_type 'dynamic'"),
+    ):
+        file = Path(hf_file("llama", tmp_path / "wrong"))
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        assert reason in said(*steps, "--model", f"hf:{file}")
+    dropping = Phi3Config(**SIZES | {"vocab_size": 256}, resid_pdrop=0.1)
+    dropping.save_pretrained(tmp_path / "phi3")
+    assert "drops at random" in said(*steps, "--model", f"hf:{tmp_path}/phi3/config.json")
     (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
     assert "--model hf:" in said(*steps, "--model", f"hf:{tmp_path}/config.json")
     with monkeypatch.context() as without:

@@ -282,6 +282,34 @@ def test_layers_that_are_no_attention_are_refused() -> None:
         masks_of(config)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotations_that_depend_on_the_length_are_refused(kind: str) -> None:
+    """Transformers would take the length of the shard."""
+    config = configs()["llama"]
+    config.rope_parameters = {"full_attention": {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4}}
+    with pytest.raises(NotImplementedError, match=f"rope_type '{kind}'.*fixed angles"):
+        masks_of(config)
+    config = configs()["llama"]
+    config.max_position_embeddings = 16
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = build(config)
+    register(ringattn.ContextParallel(None, SEQLEN), model)
+    with pytest.raises(NotImplementedError, match="rope_type 'dynamic'"):
+        model(input_ids=tokens(1), position_ids=torch.arange(SEQLEN)[None], use_cache=False)
+
+
+def test_a_window_of_zero_is_none() -> None:
+    """As configs of Qwen 2 say it."""
+    config = configs()["mistral"]
+    config.sliding_window = 0
+    model, ids = build(config), tokens(1)
+    config.sliding_window = None
+    expected = build(config)(input_ids=ids, use_cache=False).logits
+    register(ringattn.ContextParallel(None, SEQLEN), model)
+    found = model(input_ids=ids, position_ids=torch.arange(SEQLEN)[None], use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_bidirectional_layer_wants_a_context_that_is_not_causal() -> None:
     config = configs()["llama"]
     config.is_causal = False

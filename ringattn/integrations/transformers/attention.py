@@ -113,6 +113,7 @@ def structure_of(
     module: nn.Module, model: str, given: Structure | Tensor | None, is_causal: bool | None, width: int | None
 ) -> Structure:
     """The layer's structure: as the mask function gave it, or from the layer's own arguments where it was not asked."""
+    width = width or None  # some configs say 0 for none
     if isinstance(given, Tensor):
         raise NotImplementedError(
             f"{model}: attention_mask is a tensor of shape {tuple(given.shape)}; a mask of the sequence squared is "

@@ -159,12 +159,26 @@ def _limits(config: Any, kind: str) -> tuple[Mask, ...]:
 def check_layers(config: Any, types: Iterable[str]) -> None:
     """Raises `NotImplementedError` for layers that carry state along the sequence without attention: each shard
     would start afresh, without a word."""
+    _check_rotation(config)
     unknown = sorted(set(types) - set(LAYERS))
     if unknown:
         raise NotImplementedError(
             f"{describe_model(config)} has layers of type {', '.join(unknown)}, which would not see beyond their "
             f"shard; only {', '.join(LAYERS)} can be sharded here"
         )
+
+
+def _check_rotation(config: Any) -> None:
+    """Raises for rotary embeddings that Transformers computes from the largest position it is given: each shard would
+    be rotated as a sequence of another length."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [found, *(value for value in found.values() if isinstance(value, dict))]
+    for kind in ("dynamic", "longrope"):
+        if any(kind == parameters.get("rope_type", parameters.get("type")) for parameters in each):
+            raise NotImplementedError(
+                f"{describe_model(config)} has rope_type {kind!r}, whose angles Transformers takes from the length of "
+                "the shard; give the config a type with fixed angles (default, linear, yarn, llama3)"
+            )
 
 
 def limited(base: Mask, limits: tuple[Mask, ...]) -> Mask:
