@@ -2,8 +2,7 @@
 gradient of the sum of all ranks' shares of the loss."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,14 +43,9 @@ def summing(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     elif isinstance(module, DistributedDataParallel) and not last:
-        return _alone(module)
+        alone: AbstractContextManager[None] = module.no_sync()
+        return alone
     return nullcontext()
-
-
-@contextmanager
-def _alone(module: DistributedDataParallel) -> Iterator[None]:
-    with module.no_sync():
-        yield
 
 
 def whole(tensor: Tensor) -> Tensor:

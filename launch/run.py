@@ -47,11 +47,16 @@ class Job:
         """Those that all replicas take."""
         return [self._sample(index) for index in range(self._count(world))]
 
-    def move(self, world: World, samples: list[Sample], found: Outcome) -> bool:
-        """Goes on to the next step, once it is done; whether the task has nothing left to learn."""
+    def move(self, world: World, samples: list[Sample], found: Outcome) -> None:
+        """Goes on to the next step, once it is done."""
         tokens = samples[0].tokens.size * self._count(world)
         self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
-        return self.task.learn(self.progress, found.accuracy, found.targets)
+        self.task.learn(self.progress, found.accuracy, found.targets)
+
+    @property
+    def done(self) -> bool:
+        """All steps are done, or nothing is left to learn."""
+        return self.progress["step"] >= self.config.steps or self.task.learnt(self.progress)
 
     def _count(self, world: World) -> int:
         return world.replicas * self.config.accumulate
@@ -108,6 +113,8 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
     saved = checkpoint.read_progress(newest)
     _check_resumable(newest, saved, progress, config)
     _check_settings(run, config)
+    if task.learnt(saved):
+        raise ValueError(f"{run} has nothing left to learn; start a new run with --out")
     return Job(config, run, newest, saved, task, language)
 
 
@@ -181,21 +188,20 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     and saves nothing, once the loss is not a number."""
     config, world, progress = job.config, trainer.world, job.progress
     with _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
-        before, asked, learnt = trainer.counters(), False, False
-        while progress["step"] < config.steps and not asked and not learnt:
-            record, asked, learnt = _step(job, trainer, stop)
+        before, asked = trainer.counters(), False
+        while not job.done and not asked:
+            record, asked = _step(job, trainer, stop)
             if report:
                 report.add(record)
             if config.save_every and progress["step"] % config.save_every == 0:
                 _save(job, trainer)
         saved = _save(job, trainer)
         ranks = world.gather(RankSummary(world.peak_memory(), trainer.counters().since(before)))
-        done = learnt or progress["step"] >= config.steps
-        answers = recall(trainer, job.task) if done and isinstance(job.task, RecallTask) else []
+        answers = recall(trainer, job.task) if job.done and isinstance(job.task, RecallTask) else []
         if report:
             report.summarize(ranks, answers)
-            report.say(f"saved {saved}" if done else f"saved {saved}; go on with --resume {job.run}")
-    return done
+            report.say(f"saved {saved}" if job.done else f"saved {saved}; go on with --resume {job.run}")
+    return job.done
 
 
 def _save(job: Job, trainer: Trainer) -> Path:
@@ -215,8 +221,8 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
     return report
 
 
-def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, bool]:
-    """One step, with `progress` moved on; whether any rank was asked to stop, and whether all is learnt."""
+def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
+    """One step, with `progress` moved on; and whether any rank was asked to stop."""
     config, world, progress = job.config, trainer.world, job.progress
     step, position = progress["step"], progress["position"]
     begin, before = time.perf_counter(), trainer.counters()
@@ -229,7 +235,7 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, b
             "untouched, resume with a lower optimizer.lr"
         )
     seconds = time.perf_counter() - begin
-    learnt = job.move(world, samples, found)
+    job.move(world, samples, found)
     record = Record(
         step=step,
         loss=found.loss,
@@ -243,4 +249,4 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool, b
         documents=len(samples[0].cu_seqlens) - 1,
         accuracy=found.accuracy if job.task.guesses else None,
     )
-    return record, found.asked, learnt
+    return record, found.asked

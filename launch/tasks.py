@@ -36,8 +36,11 @@ class Task(Protocol):
     def rate(self, length: int) -> float:
         """What the learning rate is multiplied by at a length."""
 
-    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
-        """Notes a step's share of right answers in `progress`; whether there is nothing left to learn."""
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> None:
+        """Notes a step's share of right answers in `progress`."""
+
+    def learnt(self, progress: Progress) -> bool:
+        """Whether there is nothing left to learn."""
 
 
 class TextTask:
@@ -65,8 +68,11 @@ class TextTask:
         """All steps are of one size."""
         return 1.0
 
-    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
-        """Text is never learnt."""
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> None:
+        """Nothing is counted."""
+
+    def learnt(self, progress: Progress) -> bool:
+        """Text never is."""
         return False
 
 
@@ -114,15 +120,15 @@ class RecallTask:
     def _rows(self, length: int) -> int:
         return max(1, self.config.tokens // length)
 
-    def learn(self, progress: Progress, accuracy: float, answers: int) -> bool:
+    def learn(self, progress: Progress, accuracy: float, answers: int) -> None:
         """Twice the length once enough of the latest answers are right."""
         progress["accuracy"] += min(1.0, answers / LATEST) * (accuracy - progress["accuracy"])
-        if progress["accuracy"] < self.config.enough:
-            return False
-        if progress["length"] == self.seqlen:
-            return True
-        progress.update(length=min(2 * progress["length"], self.seqlen), accuracy=0.0)
-        return False
+        if progress["accuracy"] >= self.config.enough and progress["length"] < self.seqlen:
+            progress.update(length=min(2 * progress["length"], self.seqlen), accuracy=0.0)
+
+    def learnt(self, progress: Progress) -> bool:
+        """Enough answers are right at the full length."""
+        return progress["length"] == self.seqlen and progress["accuracy"] >= self.config.enough
 
 
 def make_task(config: Config) -> Task:

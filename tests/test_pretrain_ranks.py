@@ -206,12 +206,14 @@ def test_sequences_grow_once_answers_are_right() -> None:
     progress = {"length": task.first_length(), "accuracy": 0.0}
     lengths = []
     for _ in range(3):
-        assert not task.learn(progress, 0.9, 1000)
+        task.learn(progress, 0.9, 1000)
+        assert not task.learnt(progress)
         lengths.append(progress["length"])
-        done = task.learn(progress, 1.0, 1000)
-    assert lengths == [8, 16, 20] and done
+        task.learn(progress, 1.0, 1000)
+    assert lengths == [8, 16, 20] and task.learnt(progress)
     progress["accuracy"] = 0.0
-    assert not task.learn(progress, 1.0, 4)  # few answers do not show much
+    task.learn(progress, 1.0, 4)  # few answers do not show much
+    assert not task.learnt(progress)
 
 
 def recalled(rank: int, world_size: int, config: Any, run: Path) -> tuple[bool, list[tuple[float, int]]]:
@@ -225,6 +227,9 @@ def recalled(rank: int, world_size: int, config: Any, run: Path) -> tuple[bool, 
     from launch.run import train
 
     done = train(job, trainer, Never())  # type: ignore[arg-type]
+    if rank == 0:
+        with pytest.raises(ValueError, match="nothing left to learn"):
+            prepare(dataclasses.replace(config, steps=config.steps + 1), run, resume=True, overwrite=False)
     assert isinstance(job.task, RecallTask)
     return done, [(answers.right, answers.count) for answers in recall(trainer, job.task)]
 
