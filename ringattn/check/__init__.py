@@ -50,11 +50,9 @@ def check(settings: Settings) -> Report:
         observe_sharded, settings.ranks, settings, truth.stack, truth.vocab, truth.weights, timeout=settings.timeout
     )
     stated = layer_masks(truth.stack, settings)
-    findings = [
-        *compare_influence(settings, truth, views),
-        compare_masks(settings, stated, truth.stack.each_layer, views[0].attended),
-    ]
-    moves = not all(f.ok for f in findings)
+    influence = compare_influence(settings, truth, views)
+    findings = [*influence, compare_masks(settings, stated, truth.stack.each_layer, views[0].attended)]
+    moves = not all(f.ok for f in influence)
     outputs, steps = compare_layers(settings, truth, views, moves)
     lost = compare_loss(settings, truth, views, steps.ok)
     findings += [outputs, steps, lost, compare_gradients(settings, truth, views, cause=not (steps.ok and lost.ok))]
