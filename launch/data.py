@@ -86,7 +86,7 @@ class Text:
         cuts: list[int] = [0]
         while cuts[-1] < seqlen:
             lengths = np.exp(draw.normal(np.log(self.lengths.median), self.lengths.sigma, count))
-            cuts += (cuts[-1] + np.maximum(lengths.astype(np.int64), 1).cumsum()).tolist()
+            cuts += (cuts[-1] + np.clip(lengths, 1, seqlen).astype(np.int64).cumsum()).tolist()
         return [cut for cut in cuts if 0 < cut < seqlen]
 
     def unigram_entropy(self, position: int, length: int) -> float:

@@ -54,12 +54,6 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def allow_double(model: nn.Module) -> None:
-    """Experts as a loop: torch's grouped matmul, which Transformers takes by default, knows no fp64."""
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # type: ignore[operator]
-
-
 class _Hidden:
     """The model without its head, in the context of the inputs."""
 

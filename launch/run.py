@@ -25,6 +25,7 @@ from launch.recall import recall
 from launch.report import RankSummary, Record, Report
 from launch.tasks import Progress, RecallTask, Task, make_task
 from launch.training import Outcome, Trainer, make_context
+from ringattn.check.huggingface import allow_double
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ class Job:
         """Those that all replicas take."""
         return [self._sample(index) for index in range(self._count(world))]
 
-    def move(self, world: World, samples: list[Sample], found: Outcome) -> None:
+    def move(self, world: World, found: Outcome) -> None:
         """Goes on to the next step, once it is done."""
-        tokens = samples[0].tokens.size * self._count(world)
+        tokens = self.task.size(self.progress["length"]) * self._count(world)
         self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
         self.task.learn(self.progress, found.accuracy, found.targets)
 
@@ -64,8 +65,7 @@ class Job:
     def _sample(self, index: int) -> Sample:
         """The sample `index` of a step: samples lie one behind another in the stream."""
         length = self.progress["length"]
-        first = self.task.sample(self.progress["position"], length)
-        return first if not index else self.task.sample(self.progress["position"] + index * first.tokens.size, length)
+        return self.task.sample(self.progress["position"] + index * self.task.size(length), length)
 
 
 def build(config: Config) -> Language:
@@ -78,7 +78,7 @@ def build(config: Config) -> Language:
     else:
         language = huggingface.decoder(Path(config.hf), config.recompute)
         if dtype == torch.float64:
-            huggingface.allow_double(language.model)
+            allow_double(language.model)
     language.model.to(dtype)
     return language
 
@@ -235,7 +235,7 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
             "untouched, resume with a lower optimizer.lr"
         )
     seconds = time.perf_counter() - begin
-    job.move(world, samples, found)
+    job.move(world, found)
     record = Record(
         step=step,
         loss=found.loss,

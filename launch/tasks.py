@@ -13,7 +13,7 @@ from launch.config import Config, RecallConfig
 from launch.data import Sample, Text, open_text
 from ringattn.loss import IGNORED
 
-Progress = dict[str, Any]  # step, position (of the stream, in tokens), text (digest), length, accuracy
+Progress = dict[str, Any]  # step, position (of the stream, in tokens), digests of text and model, length, accuracy
 LATEST = 128  # answers that the running accuracy looks back on
 
 
@@ -29,6 +29,9 @@ class Task(Protocol):
 
     def baseline(self, tokens: int) -> tuple[str, float]:
         """What a model reaches that ignores context, in nats a target, over the first `tokens`; and its name."""
+
+    def size(self, length: int) -> int:
+        """Tokens of a sample: how far the next one lies behind it in the stream."""
 
     def first_length(self) -> int:
         """Of the sequences of step 0."""
@@ -55,6 +58,10 @@ class TextTask:
         """See `Text.sample`; attention crosses the borders of documents unless they are kept apart."""
         sample = self.text.sample(position, length)
         return sample if self.apart else replace(sample, cu_seqlens=(0, length))
+
+    def size(self, length: int) -> int:
+        """One row."""
+        return length
 
     def baseline(self, tokens: int) -> tuple[str, float]:
         """The entropy of the bytes that are read."""
@@ -89,8 +96,8 @@ class RecallTask:
         self.least_vocabulary = 1 + config.keys + config.values  # 0 fills
 
     def sample(self, position: int, length: int) -> Sample:
-        """As many rows as make up `tokens` tokens, at least one."""
-        config, rows = self.config, self._rows(length)
+        """Rows of pairs, filling and questions."""
+        config, rows = self.config, self.size(length) // length
         draw = np.random.default_rng((self.seed, position))
         keys = draw.permuted(np.tile(np.arange(config.keys), (rows, 1)), axis=1)[:, : config.pairs] + 1
         values = draw.integers(config.values, size=(rows, config.pairs)) + 1 + config.keys
@@ -104,6 +111,10 @@ class RecallTask:
         labels[:, -end::2] = answers
         return Sample(tokens, labels, (0, length))
 
+    def size(self, length: int) -> int:
+        """As many rows as make up `tokens` tokens, at least one."""
+        return max(1, self.config.tokens // length) * length
+
     def baseline(self, tokens: int) -> tuple[str, float]:
         """Of a guess among all values."""
         return f"a guess among {self.config.values} values", math.log(self.config.values)
@@ -115,10 +126,8 @@ class RecallTask:
     def rate(self, length: int) -> float:
         """The root of the number of questions: the fewer there are in a step, the noisier its gradient (the rule for
         Adam in Malladi et al., 2022, arXiv:2205.10287)."""
-        return math.sqrt(self._rows(length) / self._rows(self.first_length()))
-
-    def _rows(self, length: int) -> int:
-        return max(1, self.config.tokens // length)
+        first = self.first_length()
+        return math.sqrt(self.size(length) // length / (self.size(first) // first))
 
     def learn(self, progress: Progress, accuracy: float, answers: int) -> None:
         """Twice the length once enough of the latest answers are right."""

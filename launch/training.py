@@ -61,7 +61,7 @@ class Outcome:
 @dataclass(slots=True)
 class Trainer:
     """The model and what it is trained with. `module` is the objective as the engine wraps it; `cp` is the context of
-    the latest sample, of which `base` is the one without documents."""
+    the latest sample."""
 
     config: Config
     world: World
@@ -86,13 +86,14 @@ class Trainer:
         parameters' `.grad`, and is that of one process on every rank. `samples` are this replica's, one micro-batch
         each; `asked` is whether this rank was asked to stop."""
         inputs = self._inputs(samples)
-        shares, right = 0.0, 0
+        # they stay on the device: a step waits for it once, at the sum
+        shares, right = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, one in enumerate(inputs):
             with summing(self.module, last=index == len(inputs) - 1):
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
                     share, guessed = self.module(one)
                 (share * loss_scale(self.module)).backward()
-            shares, right = shares + float(share.detach()), right + int(guessed)
+            shares, right = shares + share.detach(), right + guessed
         loss, total, stop = self.world.sum_([shares, right, asked])
         targets = int(inputs[0].count)
         return Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)

@@ -69,9 +69,11 @@ def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Train
     worst = (-1.0, "")
     references = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
     # what is zero but for rounding (a router without a choice) is compared with the largest of all
-    least = 1e-6 * max(float(reference.abs().max()) for reference in references.values()) + TINY
-    for name, reference in references.items():
-        found = gradients.get(name, torch.zeros_like(reference))
+    rounding = 8 * torch.finfo(torch.float64 if dtype == "float64" else torch.float32).eps
+    least = rounding * max(float(reference.abs().max()) for reference in references.values()) + TINY
+    for name in {**references, **gradients}:
+        # a gradient that one side lacks is zero there
+        found, reference = (of.get(name, torch.zeros(1, device=alone.world.device)) for of in (gradients, references))
         difference = float((found - reference).abs().max()) / max(float(reference.abs().max()), least)
         # a NaN is worse than any number
         worst = max(worst, (difference, name), key=lambda pair: (math.isnan(pair[0]), pair[0]))

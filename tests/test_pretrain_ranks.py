@@ -16,6 +16,7 @@ from hf_models import configs as hf_configs
 from processes import run_processes
 from test_pretrain import TINY, config_file, largest_difference, records_of, refusal, run_until, tiny, world_of
 from test_pretrain import text as text  # the fixture
+from torch.distributed.tensor import DTensor
 from transformers import Phi3Config
 
 from launch.config import LengthsConfig, ModelConfig, OptimizerConfig, RecallConfig
@@ -44,15 +45,17 @@ def two_steps(rank: int, world_size: int, config: Any, gradients_of: int) -> tup
     job = prepare(config, NOWHERE, resume=False, overwrite=False)
     world = world_of(rank, world_size)
     trainer = start(job, world)
+    apart = world_size > 1 and config.engine == "fsdp"
+    assert all(isinstance(parameter, DTensor) == apart for parameter in trainer.model.parameters())
+    assert getattr(trainer.model, "is_activation_checkpointing", config.recompute) == config.recompute
     losses, gradients = [], {}
     for step in range(2):
-        samples = job.samples(world)
-        found = trainer.step(samples, 1e-3, False)
+        found = trainer.step(job.samples(world), 1e-3, False)
         losses.append(found.loss)
         if step == gradients_of:
             named = trainer.model.named_parameters()
             gradients = {name: whole(p.grad).numpy().copy() for name, p in named if p.grad is not None}
-        job.move(world, samples, found)
+        job.move(world, found)
     return losses, gradients
 
 

@@ -1,4 +1,4 @@
-"""What is particular to Hugging Face models, read off the model itself: Transformers is never imported here."""
+"""What is particular to Hugging Face models, read off the model itself: Transformers is imported for these alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.check.settings import SubjectError
-from ringattn.masks import Mask, causal, chunked, sliding_window
+from ringattn.masks import Mask
 
 
 def is_one(model: nn.Module) -> bool:
@@ -35,25 +35,19 @@ def kinds_of(model: nn.Module) -> list[str]:
 def masks_of(model: nn.Module) -> tuple[Mask, ...] | None:
     """The mask of each layer of a Hugging Face decoder; None for another module.
 
-    Their window of W tokens counts the query's own: ``sliding_window(W - 1)``.
-    Raises :class:`SubjectError` for a kind of layer that is not known here.
+    Raises :class:`SubjectError` for a model that cannot be sharded as it is.
     """
     if not is_one(model):
         return None
-    return tuple(_mask(kind, _config(model)) for kind in kinds_of(model))
+    from ringattn.integrations.transformers import layer_masks
 
-
-def _mask(kind: str, config: Any) -> Mask:
-    if kind == "full_attention":
-        return causal()
-    if kind == "sliding_attention" and config.sliding_window:
-        return sliding_window(config.sliding_window - 1)
-    if kind == "chunked_attention" and config.attention_chunk_size:
-        return causal() & chunked(config.attention_chunk_size)
-    raise SubjectError(
-        f"{type(config).__name__} has a layer of type {kind!r}, whose mask is not known: state the masks of the stack "
-        "as an attribute of the factory, factory.masks = [one ringattn mask for each attention layer]"
-    )
+    try:
+        return layer_masks(_config(model))
+    except NotImplementedError as error:
+        raise SubjectError(
+            f"{error}; or state the masks of the stack as an attribute of the factory, factory.masks = [one ringattn "
+            "mask for each attention layer]"
+        ) from None
 
 
 def allow_double(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ringattn.binding import check_names
+from ringattn.loss import IGNORED
 
-IGNORED = -100  # label of a token without a target, as in torch.nn.functional.cross_entropy
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 PROBES = 12  # tokens perturbed one at a time, spread over the sequence
 
