@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.dispatch import NO_SEED
 from ringattn.masks import Mask
@@ -78,7 +79,22 @@ def attention(
         NotImplementedError: no kernel, or not the chosen one, can compute the call; says why.
         PeerError: a peer did not come, or fell silent, within ``Options.timeout``.
     """
-    _check_types(q, k, v, cp, sinks, scale, softcap, dropout_p, seed)
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp={cp!r}: must be a ringattn.ContextParallel")
+    arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed
+    if torch.compiler.is_compiling():
+        out, lse = _attend(*arguments)
+    else:
+        with together(cp.link.transport, "attention"):  # what one rank refuses, all of them refuse
+            out, lse = _attend(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
+    softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_types(q, k, v, sinks, scale, softcap, dropout_p, seed)
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cp)
     mask_handle = _mask_handle(mask, cp)
@@ -92,12 +108,10 @@ def attention(
         q, k, v, bias, rule.name if rule else "", rule.params.to(q.device) if rule else None, sinks, cp.handle,
         mask_handle, scale, softcap, dropout_p, NO_SEED if seed is None else seed, grad,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
-def _check_types(q: object, k: object, v: object, cp: object, sinks: object, *numbers: object) -> None:
-    if not isinstance(cp, ContextParallel):
-        raise ValueError(f"cp={cp!r}: must be a ringattn.ContextParallel")
+def _check_types(q: object, k: object, v: object, sinks: object, *numbers: object) -> None:
     for name, t in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
         if not isinstance(t, Tensor) and not (name == "sinks" and t is None):
             raise ValueError(f"{name} is a {type(t).__name__}: must be a tensor")

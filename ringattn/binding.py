@@ -7,7 +7,6 @@ and numbers only, find it by its handle: a digest as a tensor, so that a compile
 from __future__ import annotations
 
 import hashlib
-import itertools
 import uuid
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -20,15 +19,14 @@ from torch import Tensor
 from ringattn.cost import Rates
 from ringattn.kernels import KERNELS
 from ringattn.layouts import Layout, named
+from ringattn.link import Link
 from ringattn.masks import BoundMask, Mask
 from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES, Schedule, by_name, two_shards
-from ringattn.wire import Link
 
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
-REMEMBERED = 4096  # signatures of calls that the ranks have compared
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class Options:
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
     rates: how much a device computes while a token arrives and a call starts; every ``auto`` uses it.
+    compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
+        call they belong to (NCCL).
     """
 
     timeout: float | None = None
@@ -50,12 +50,16 @@ class Options:
     check_nan: bool = False
     seed: int = 0
     rates: Rates = field(default_factory=Rates)
+    compare_every: int = 64
 
     def __post_init__(self) -> None:
         for name, value in (("timeout", self.timeout), ("kv_bytes", self.kv_bytes)):
             if value is not None and (not isinstance(value, (int, float)) or not value > 0):
                 unit = "seconds" if name == "timeout" else "bytes; None is two shards of K/V"
                 raise ValueError(f"Options.{name}={value!r}: must be a positive number of {unit}")
+        every = self.compare_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"Options.compare_every={every!r}: must be a number of calls, at least 1")
         if not isinstance(self.seed, int):
             raise ValueError(f"Options.seed={self.seed!r}: must be an integer, the same on every rank")
         if not isinstance(self.rates, Rates):
@@ -102,24 +106,7 @@ class Shared:
 
     link: Link
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
-    draws: itertools.count[int] = field(default_factory=itertools.count)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
-    agreed: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
-
-    def agreement(self, signature: str) -> int | None:
-        """A fresh call number if this signature was not lately compared between the ranks, else None.
-
-        What is remembered follows from the order of calls alone, which is the same on all ranks.
-        """
-        if self.link.transport.world_size == 1:
-            return None
-        key = hashlib.sha256(signature.encode()).digest()
-        known = key in self.agreed
-        self.agreed[key] = None
-        self.agreed.move_to_end(key)
-        if len(self.agreed) > REMEMBERED:
-            self.agreed.popitem(last=False)
-        return None if known else next(self.link.transport.calls)
 
     def bind(self, settings: Settings) -> Binding:
         """The binding of these settings, a known one if there is one."""
@@ -157,8 +144,7 @@ class Binding:
     """Layouts, plans, the order of schedules, and this rank's programs. Planned when made, on integers alone."""
 
     def __init__(self, settings: Settings, shared: Shared, digest: bytes) -> None:
-        self.settings, self.link, self.draws = settings, shared.link, shared.draws
-        self.agreement, self.digest = shared.agreement, digest
+        self.settings, self.link, self.digest = settings, shared.link, digest
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)

@@ -20,11 +20,11 @@ from ringattn.binding import Load, Options, Settings, Shared, check_names
 from ringattn.comm import Solo, Transport, transport_over
 from ringattn.describe import describe
 from ringattn.layouts import Layout
+from ringattn.link import Link
 from ringattn.masks import Mask, causal
 from ringattn.plan import Plan
 from ringattn.program import Program
 from ringattn.sharding import position_ids, shard, unshard
-from ringattn.wire import Link, Traffic, Workspace
 
 DEADLINE = 300.0  # seconds
 
@@ -83,8 +83,14 @@ class ContextParallel:
         check_names(layout, schedule, kernel)
         for m in self.masks if _shared is None else ():
             m.bind(self.seqlen, self.kv_seqlen, q_offset)  # a mask that does not fit says so before anything is sent
-        self._shared = _shared or Shared(Link(_transport(group_or_mesh, options.timeout), Workspace(), Traffic()))
-        transport = self._shared.link.transport
+        self._shared = _shared or Shared(Link(_transport(group_or_mesh, options.timeout), options.compare_every))
+        link = self._shared.link
+        transport = link.transport
+        if options.compare_every != link.compare_every:
+            raise ValueError(
+                f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
+                f"together, and the first said {link.compare_every}"
+            )
         if options.timeout not in (None, transport.timeout):
             raise ValueError(
                 f"Options.timeout={options.timeout}, but the transport's deadline is {transport.timeout} s: it is set "

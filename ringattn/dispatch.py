@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ringattn.binding import Binding, Load, find
-from ringattn.comm import agree
+from ringattn.comm import agree, together
 from ringattn.kernels import KERNELS, Call, choose
 from ringattn.masks import Mask
 from ringattn.ring import backward, forward
 from ringattn.scores import RULES, Dropout, Scores
-from ringattn.version import VERSION
 from ringattn.work import Run, accumulator_dtype, row_delta
 
 NO_SEED = -1
+FORWARD, BACKWARD = "attention forward", "attention backward"
 
 
 @torch.library.custom_op("ringattn::attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -43,14 +43,15 @@ def attention_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out [B, S, H, Dv]`, `lse [B, H, S]` and the seed that dropout used, int64 `[1]`."""
     binding = find(context)
-    drawn = torch.tensor([_draw(binding, dropout_p, seed)])
-    scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, drawn)
-    with torch.autocast(q.device.type, enabled=False):
+    with together(binding.link.transport, FORWARD), torch.autocast(q.device.type, enabled=False):
+        drawn = torch.tensor([_draw(binding, dropout_p, seed)])
+        scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, drawn)
         run = _prepare(binding, q, k, v, mask, scores, sinks)
-        _agree(binding, run, q, k, v, mask, grad)
+        _begin(FORWARD, binding, run, q, k, v, mask, grad)
         if binding.settings.options.check_nan:
             _check_finite(binding, q=q, k=k, v=v)
         out, lse = forward(_rows_together(q), _rows_together(k), _rows_together(v), run)
+        _finish(run, q)
     return out, lse, drawn
 
 
@@ -78,10 +79,11 @@ def attention_backward_operator(
 ) -> list[Tensor]:
     """`dq, dk, dv`, then the bias tensor's gradient and that of the sinks, where they are wanted."""
     binding, wide = find(context), accumulator_dtype(q.dtype)
-    dbias = torch.zeros_like(bias, dtype=wide) if wants_dbias and bias is not None else None
-    scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, seed, dbias)
-    with torch.autocast(q.device.type, enabled=False):
+    with together(binding.link.transport, BACKWARD), torch.autocast(q.device.type, enabled=False):
+        dbias = torch.zeros_like(bias, dtype=wide) if wants_dbias and bias is not None else None
+        scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, seed, dbias)
         run = _prepare(binding, q, k, v, mask, scores, sinks)
+        _begin(BACKWARD, binding, run, q, k, v, mask, grad=True)
         dense = [_rows_together(x) for x in (q, k, v)]
         found = backward(dense[0], dense[1], dense[2], out, lse, _rows_together(dout), dlse, run)
         # Laid in memory as the inputs are, which the fake kernel says too.
@@ -91,6 +93,7 @@ def attention_backward_operator(
             grads.append(dbias.to(bias.dtype))
         if wants_dsinks and sinks is not None:
             grads.append(_sinks_gradient(sinks, lse, row_delta(dout.to(wide), out, dlse)))
+        _finish(run, q)
     return grads
 
 
@@ -121,7 +124,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("attention() is differentiable once: leave out create_graph=True")
+        with together(ctx.binding.link.transport, BACKWARD):
+            raise RuntimeError("attention() is differentiable once: leave out create_graph=True")
     q, k, v, out, lse, bias, rule_params, sinks, context, mask, seed = ctx.saved_tensors
     rule, scale, softcap, dropout_p = ctx.numbers
     wants_dbias = bias is not None and ctx.needs_input_grad[3]
@@ -147,7 +151,7 @@ def _draw(binding: Binding, dropout_p: float, seed: int) -> int:
             "dropout without a seed in a forward that is recomputed during backward (activation checkpointing): it "
             "would drop other pairs than the first time; pass seed=, a number of your own for each layer and step"
         )
-    return hash((binding.settings.options.seed, next(binding.draws))) & ((1 << 62) - 1)
+    return binding.link.draw(binding.settings.options.seed)
 
 
 def _scores(
@@ -204,7 +208,7 @@ def _check_finite(binding: Binding, **tensors: Tensor) -> None:
     transport = binding.link.transport
     if transport.world_size > 1:
         try:
-            agree(transport, next(transport.calls), {"values of q, k and v": found})
+            agree(transport, transport.log.ballot(), {"values of q, k and v": found})
         except ValueError as error:
             raise FloatingPointError(f"{error} (Options.check_nan)") from None
     if bad:
@@ -217,8 +221,8 @@ def attended_mask(args: tuple[Any, ...]) -> Mask:
     return _mask_of(find(context), mask)
 
 
-def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, grad: bool) -> None:
-    """Ranks compare what they are about to do, at the first call of each signature."""
+def _begin(name: str, binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: Tensor, grad: bool) -> None:
+    """Begins the call on all ranks, which compare what they are about to do."""
     if binding.world_size == 1:
         return
     s, scores, program, mask = binding.settings, run.scores, run.program, _mask_of(binding, handle)
@@ -232,26 +236,31 @@ def _agree(binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tensor, handle: 
     dropout = f"p {scores.dropout.p}" if scores.dropout else "none"
     sinks = "none" if run.sinks is None else "given"
     schedule = f"{program.schedule} (cut {program.cut}{', queries travel' if program.travel else ''})"
-    signature = (binding.digest, mask.digest, inputs, schedule, run.kernel.name, logits, dropout, sinks, grad)
-    number = binding.agreement(repr(signature))
-    if number is None:
-        return
-    if scores.rule is not None:  # only now: reading values waits for the device
-        logits += f" {scores.rule.params.tolist()}"
-    agree(
-        binding.link.transport,
-        number,
-        {
-            "version": f"ringattn {VERSION}",
+    gradient = "wanted" if grad else "not wanted"
+    own = {"this call's dropout": f"seed {scores.dropout.seed}"} if scores.dropout else {}
+    if scores.rule is not None and q.device.type == "cpu":  # reading values would wait for another device
+        own["this call's slopes"] = f"{rule} {scores.rule.params.tolist()}"
+
+    def facts() -> dict[str, str]:
+        slopes = "" if scores.rule is None else f" {scores.rule.params.tolist()}"
+        return {
+            "mask": str(mask),
+            "logits": logits + slopes,
+            "gradient": gradient,
+            "dropout": dropout,
+            "sinks": sinks,
+            "kernel": run.kernel.name,
+            "shapes": inputs,
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
             "layout": f"{binding.q_layout.name} {binding.q_layout.digest}",
             "schedule": schedule,
-            "mask": f"{mask} (digest {mask.digest})",
-            "kernel": run.kernel.name,
-            "shapes": inputs,
-            "logits": logits,
-            "dropout": f"{dropout}, seed {scores.dropout.seed}" if scores.dropout else dropout,
-            "sinks": sinks,
-            "gradient": "wanted" if grad else "not wanted",
-        },
-    )
+            "digest of the mask": mask.digest,
+        }
+
+    signature = (binding.digest, mask.digest, inputs, schedule, run.kernel.name, logits, dropout, sinks, gradient)
+    binding.link.begin(name, signature, facts, q.device.type, own)
+
+
+def _finish(run: Run, q: Tensor) -> None:
+    if not run.program.alone:
+        run.link.finish(q.device.type)

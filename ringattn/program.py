@@ -87,7 +87,8 @@ class Program:
     not at all.
 
     ``blank`` says that some query rows are not written whole by a fresh tile first, so the result has
-    to start from the identity. ``schedule``, ``cut`` and ``travel`` say what it was compiled from.
+    to start from the identity. ``alone`` says that no rank needs anything of another. ``schedule``, ``cut`` and
+    ``travel`` say what it was compiled from.
     """
 
     rank: int
@@ -96,6 +97,7 @@ class Program:
     stages: tuple[Stage, ...]
     visits: Visits
     blank: bool
+    alone: bool
     schedule: str
     cut: int
     travel: bool
@@ -145,7 +147,8 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
     if visits.sends or visits.recvs:
         stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
     blank |= not touched.all()
-    return Program(rank, q_frame, own, tuple(stages), visits, blank, schedule.name, cut, plan.travel)
+    alone = not (plan.received.any() or len(plan.visits))
+    return Program(rank, q_frame, own, tuple(stages), visits, blank, alone, schedule.name, cut, plan.travel)
 
 
 def _visits(plan: Plan, rank: int) -> Visits:

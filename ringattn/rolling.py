@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.comm import agree
+from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.layouts import Frame, Layout
+from ringattn.link import Link
 from ringattn.masks import LARGEST, boundaries
 from ringattn.spans import Ints, meeting
-from ringattn.version import VERSION
-from ringattn.wire import Link
 
 
 def roll(
@@ -55,9 +54,10 @@ def roll(
         ValueError: an argument that does not fit, or (at the first call of each kind) ranks that disagree.
         PeerError: a rank that did not take part within the deadline of the context.
     """
-    dim, by, bounds = _check(cp, local, by, dim, fill, cu_seqlens)
-    _agree(cp, local, by, dim, fill, bounds)
-    return _Roll.apply(local, cp.link, _routes(cp.q_layout, cp.rank, by, bounds), dim, fill)
+    with together(cp.link.transport, "roll"):
+        dim, by, bounds = _check(cp, local, by, dim, fill, cu_seqlens)
+        way = _Way(cp.link, _facts(cp, local, by, dim, fill, bounds), _routes(cp.q_layout, cp.rank, by, bounds))
+        return _Roll.apply(local, way, dim, fill)
 
 
 def _check(
@@ -91,27 +91,24 @@ def _holds(dtype: torch.dtype, fill: float) -> bool:
     return dtype.is_floating_point or dtype.is_complex or kept.item() == fill
 
 
-def _agree(cp: ContextParallel, local: Tensor, by: int, dim: int, fill: float, bounds: tuple[int, ...]) -> None:
-    """Ranks compare what they are about to do, at the first call of each signature."""
+def _facts(
+    cp: ContextParallel, local: Tensor, by: int, dim: int, fill: float, bounds: tuple[int, ...]
+) -> dict[str, str]:
+    """What must be alike on all ranks."""
     shape = [*local.shape]
     shape[dim] = -1
     documents = hashlib.sha256(np.array(bounds, np.int64).tobytes()).hexdigest()[:16]
-    facts = {
-        "version": f"ringattn {VERSION}",
-        "operation": "roll",
+    return {
         "layout": f"{cp.q_layout.name} {cp.q_layout.digest}",
         "by": f"{by}, fill {fill}",
         "documents": f"{len(bounds) - 1} (digest {documents})",
         "shapes": f"{shape}, {local.dtype} on {local.device.type}, tokens in dim {dim}",
         "gradient": "wanted" if local.requires_grad and torch.is_grad_enabled() else "not wanted",
     }
-    number = cp.binding.agreement(repr(facts))
-    if number is not None:
-        agree(cp.link.transport, number, facts)
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Side:
     """Local rows, int64 on the CPU, those of one peer together and peers ascending, with ``(peer, rows)`` of each."""
 
     rows: Tensor
@@ -122,8 +119,8 @@ class _Way:
 class _Routes:
     """Which local rows go where: ``leaving`` and ``arriving``, and ``here`` from row to row of this shard."""
 
-    leaving: _Way
-    arriving: _Way
+    leaving: _Side
+    arriving: _Side
     here: tuple[Tensor, Tensor]
 
     @property
@@ -145,7 +142,7 @@ def _routes(layout: Layout, rank: int, by: int, bounds: tuple[int, ...]) -> _Rou
     which, _, targets = meeting(spans, filled)
     i, j, sources = meeting(_moved(targets, by), frame.spans)
     leaving = _by_peer(holder[which[i]], sources[:, 0], frame.local(sources, j))
-    return _Routes(_way(leaving, rank), _way(arriving, rank), (_rows(leaving, rank), _rows(arriving, rank)))
+    return _Routes(_side(leaving, rank), _side(arriving, rank), (_rows(leaving, rank), _rows(arriving, rank)))
 
 
 def _moved(spans: Ints, by: int) -> Ints:
@@ -165,40 +162,58 @@ def _rows(spans: _ByPeer, peer: int) -> Tensor:
     return torch.from_numpy(Frame(spans.get(peer, np.empty((0, 3), np.int64))).positions())
 
 
-def _way(spans: _ByPeer, rank: int) -> _Way:
+def _side(spans: _ByPeer, rank: int) -> _Side:
     rows = {peer: _rows(spans, peer) for peer in spans if peer != rank}
     joined = torch.cat(list(rows.values())) if rows else torch.empty(0, dtype=torch.int64)
-    return _Way(joined, tuple((peer, len(part)) for peer, part in rows.items()))
+    return _Side(joined, tuple((peer, len(part)) for peer, part in rows.items()))
 
 
-def _move(local: Tensor, link: Link, routes: _Routes, dim: int, fill: float) -> Tensor:
+@dataclass(frozen=True)
+class _Way:
+    """What a roll and the rolls that are its gradients go by; ``name`` says which of them it is."""
+
+    link: Link
+    facts: dict[str, str]
+    routes: _Routes
+    name: str = "roll"
+
+    @property
+    def back(self) -> _Way:
+        return _Way(self.link, self.facts, self.routes.back, f"backward of {self.name}")
+
+
+def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
     """Carries it out. Messages have the tokens in front, ``[tokens, ...]``."""
-    leaving, arriving, here_from, here_to = (
-        rows.to(local.device) for rows in (routes.leaving.rows, routes.arriving.rows, *routes.here)
-    )
-    out = local.index_select(dim, leaving).movedim(dim, 0).contiguous()
-    back = out.new_empty((len(arriving), *out.shape[1:]))
-    sends, recvs = _parcels(out, routes.leaving), _parcels(back, routes.arriving)
-    link.traffic.count("roll", sends, recvs)
-    pending = link.transport.post(sends, recvs, f"roll along dim {dim}")
-    rolled = torch.full_like(local, fill, memory_format=torch.contiguous_format)
-    rolled.index_copy_(dim, here_to, local.index_select(dim, here_from))
-    link.traffic.wait(pending)
+    link, routes = way.link, way.routes
+    with together(link.transport, way.name):
+        link.begin(way.name, tuple(way.facts.items()), lambda: way.facts, local.device.type)
+        leaving, arriving, here_from, here_to = (
+            rows.to(local.device) for rows in (routes.leaving.rows, routes.arriving.rows, *routes.here)
+        )
+        out = local.index_select(dim, leaving).movedim(dim, 0).contiguous()
+        back = out.new_empty((len(arriving), *out.shape[1:]))
+        sends, recvs = _parcels(out, routes.leaving), _parcels(back, routes.arriving)
+        link.traffic.count("roll", sends, recvs)
+        pending = link.transport.post(sends, recvs, f"roll along dim {dim}")
+        rolled = torch.full_like(local, fill, memory_format=torch.contiguous_format)
+        rolled.index_copy_(dim, here_to, local.index_select(dim, here_from))
+        link.traffic.wait(pending)
+        link.finish(local.device.type)
     return rolled.index_copy_(dim, arriving, back.movedim(0, dim))
 
 
-def _parcels(rows: Tensor, way: _Way) -> list[tuple[Tensor, int]]:
-    parts = rows.split([count for _, count in way.peers])
-    return [(part, peer) for part, (peer, _) in zip(parts, way.peers, strict=True)]
+def _parcels(rows: Tensor, side: _Side) -> list[tuple[Tensor, int]]:
+    parts = rows.split([count for _, count in side.peers])
+    return [(part, peer) for part, (peer, _) in zip(parts, side.peers, strict=True)]
 
 
 class _Roll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, link: Link, routes: _Routes, dim: int, fill: float) -> Tensor:
-        ctx.link, ctx.routes, ctx.dim = link, routes, dim
-        return _move(local, link, routes, dim, fill)
+    def forward(ctx: Any, local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
+        ctx.way, ctx.dim = way, dim
+        return _move(local, way, dim, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # A token is read by one token at most, so the gradient too is moved and not summed.
-        return _Roll.apply(grad, ctx.link, ctx.routes.back, ctx.dim, 0), None, None, None, None
+        return _Roll.apply(grad, ctx.way.back, ctx.dim, 0), None, None, None

@@ -11,24 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.comm import together
 from ringattn.layouts import Frame, Layout
-from ringattn.wire import Link
+from ringattn.link import Link
 
 
 def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
     """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
-    _check_dim(x, dim)
-    if x.size(dim) != layout.seqlen:
-        raise ValueError(f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence")
+    with together(link.transport, "shard"):
+        _check_dim(x, dim)
+        if x.size(dim) != layout.seqlen:
+            raise ValueError(
+                f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence"
+            )
     return _Shard.apply(x, link, layout, dim % x.ndim)
 
 
 def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
     """The whole tensor from every rank's part along ``dim``."""
-    _check_dim(local, dim)
-    size = int(layout.sizes[link.transport.rank])
-    if local.size(dim) != size:
-        raise ValueError(f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard")
+    with together(link.transport, "unshard"):
+        _check_dim(local, dim)
+        size = int(layout.sizes[link.transport.rank])
+        if local.size(dim) != size:
+            raise ValueError(
+                f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard"
+            )
     return _Unshard.apply(local, link, layout, dim % local.ndim)
 
 
@@ -52,18 +59,22 @@ def _pick(x: Tensor, frame: Frame, dim: int) -> Tensor:
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
-def _gather(local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
+def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> Tensor:
     """Every rank's shard put in global order, the sequence moved to the front for the wire."""
     transport = link.transport
-    mine = local.movedim(dim, 0).contiguous()
-    others = [r for r in range(transport.world_size) if r != transport.rank]
-    parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
-    sends, recvs = (
-        [(mine, r) for r in others if mine.numel()],
-        [(parts[r], r) for r in others if parts[r].numel()],
-    )
-    link.traffic.count("unshard", sends, recvs)
-    link.traffic.wait(transport.post(sends, recvs, "unshard"))
+    with together(transport, name):
+        mine = local.movedim(dim, 0).contiguous()
+        what = (layout.digest, tuple(mine.shape[1:]), mine.dtype, dim)
+        link.begin(name, what, lambda: dict(zip(_FACTS, map(str, what), strict=True)), mine.device.type)
+        others = [r for r in range(transport.world_size) if r != transport.rank]
+        parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
+        sends, recvs = (
+            [(mine, r) for r in others if mine.numel()],
+            [(parts[r], r) for r in others if parts[r].numel()],
+        )
+        link.traffic.count("unshard", sends, recvs)
+        link.traffic.wait(transport.post(sends, recvs, "all shards"))
+        link.finish(mine.device.type)
     parts[transport.rank] = mine
     whole = mine.new_empty((layout.seqlen, *mine.shape[1:]))
     for rank, part in parts.items():
@@ -75,6 +86,9 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
     return whole.movedim(0, dim)
 
 
+_FACTS = ("layout", "shape of a token", "dtype", "dim of the tokens")
+
+
 class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
@@ -83,14 +97,14 @@ class _Shard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.link, ctx.layout, ctx.dim), None, None, None
+        return _gather(grad, ctx.link, ctx.layout, ctx.dim, "backward of shard"), None, None, None
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
         ctx.link, ctx.layout, ctx.dim = link, layout, dim
-        return _gather(local, link, layout, dim)
+        return _gather(local, link, layout, dim, "unshard")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

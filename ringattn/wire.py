@@ -1,4 +1,4 @@
-"""Messages: key rows packed for the wire, the buffers they land in, and the count of what moved.
+"""Messages: key rows packed for the wire, and the batches they are posted in.
 
 A row of a message is one token's K and V for all batch rows and KV heads, ``[batch, num_kv_heads,
 head_dim + v_head_dim]``, so a message is one contiguous tensor ``[tokens, ...]`` and messages from
@@ -7,64 +7,14 @@ several owners laid end to end are still one K and one V (strided views, no copy
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ringattn.comm import Pending, Transport
+from ringattn.comm import Pending
+from ringattn.link import Link
 from ringattn.program import Move, Stage
-
-
-@dataclass
-class Traffic:
-    """Bytes sent and received so far, by kind of message, and the seconds the host stood waiting."""
-
-    sent: Counter[str] = field(default_factory=Counter)
-    received: Counter[str] = field(default_factory=Counter)
-    wait_seconds: float = 0.0
-
-    def count(self, kind: str, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> None:
-        self.sent[kind] += sum(t.nbytes for t, _ in sends)
-        self.received[kind] += sum(t.nbytes for t, _ in recvs)
-
-    def wait(self, pending: Pending) -> None:
-        start = time.perf_counter()
-        pending.wait()
-        self.wait_seconds += time.perf_counter() - start
-
-
-class Workspace:
-    """Buffers by name, allocated once and grown when a call needs more. One call uses them at a time."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor that lives until the name is taken again."""
-        key, size = (name, dtype, like.device), int(torch.Size(shape).numel())
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            self._flat.pop(key, None)
-            with torch.inference_mode(False):  # later calls that train use the same buffer
-                flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
-        return flat[:size].view(*shape)
-
-    def buffers(self) -> list[Tensor]:
-        """All buffers held now."""
-        return list(self._flat.values())
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a rank moves messages with."""
-
-    transport: Transport
-    workspace: Workspace
-    traffic: Traffic
 
 
 def rows_kv(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -344,13 +344,16 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(out.sum(), q, create_graph=True)
 
 
-def test_two_contexts_made_on_one_transport_never_share_a_call_number():
+def test_two_contexts_made_on_one_transport_count_their_calls_together():
     def one_rank(transport):
-        _q, _k, _v, _, _ = tensors()
+        q, k, v, _, _ = tensors()
         contexts = [ra.ContextParallel(transport, S, mask=m) for m in (ra.causal(), ra.full())]
-        return [cp.binding.agreement("anything") for cp in contexts] + [contexts[0].binding.agreement("other")]
+        for _ in range(2):
+            for cp in contexts:
+                ra.attention(*map(cp.shard, (q, k, v)), cp=cp)
+        return transport.log.number, transport.log.ballots
 
-    assert ra.Loopback(2).run(one_rank) == [[0, 1, 2], [0, 1, 2]]
+    assert ra.Loopback(2).run(one_rank) == [(4, 2), (4, 2)]
 
 
 @pytest.mark.parametrize("layout", ["auto", "balanced", "contiguous"])

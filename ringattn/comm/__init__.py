@@ -1,12 +1,17 @@
 """Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing."""
 
 from ringattn.comm.agreement import agree
+from ringattn.comm.calls import CallLog, CallMismatch, Kind, Label, PeerError, together
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
-from ringattn.comm.transport import PeerError, Pending, Solo, Transport
+from ringattn.comm.transport import Pending, Solo, Transport
 
 __all__ = [
+    "CallLog",
+    "CallMismatch",
+    "Kind",
+    "Label",
     "Loopback",
     "LoopbackTransport",
     "PeerError",
@@ -16,5 +21,6 @@ __all__ = [
     "Solo",
     "Transport",
     "agree",
+    "together",
     "transport_over",
 ]

@@ -3,14 +3,17 @@ about to do, so that a difference becomes an error on every rank and not a hang 
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 
-from ringattn.comm.transport import PeerError, Transport, name_ranks
+from ringattn.comm.calls import CallMismatch, PeerError
+from ringattn.comm.transport import Transport, name_ranks
 
 _AGREED = json.dumps("agreed")
+_SLICE = 0.2  # seconds between looks at what the other ranks say
 
 
-def agree(transport: Transport, call: int, facts: Mapping[str, str]) -> None:
+def agree(transport: Transport, call: int | str, facts: Mapping[str, str]) -> None:
     """Returns when all ranks have come to this call with the same facts; raises on all of them otherwise.
 
     Every rank posts its facts and counts itself on their digest. The rank that completes the count of a
@@ -23,8 +26,9 @@ def agree(transport: Transport, call: int, facts: Mapping[str, str]) -> None:
         facts: what to compare, in words: shapes, dtypes, mask, layout, schedule, version.
 
     Raises:
-        ValueError: some facts differ; names each with its values and the ranks that hold them.
+        CallMismatch: (a ValueError) some facts differ; names each with its values and the ranks that hold them.
         PeerError: some ranks did not come within the transport's deadline; names them.
+        Exception: what a rank refuses or fails with in the meantime.
     """
     if transport.world_size == 1:
         return
@@ -34,13 +38,13 @@ def agree(transport: Transport, call: int, facts: Mapping[str, str]) -> None:
         ballot.clear()
         return
     kind, text = json.loads(verdict)
-    raise (ValueError if kind == "differ" else PeerError)(text)
+    raise (CallMismatch if kind == "differ" else PeerError)(text)
 
 
 class _Ballot:
     """The store keys of one call, and the one verdict that is reached on it."""
 
-    def __init__(self, transport: Transport, call: int, facts: Mapping[str, str]) -> None:
+    def __init__(self, transport: Transport, call: int | str, facts: Mapping[str, str]) -> None:
         self.transport = transport
         self.call = call
         self.facts = json.dumps(dict(facts), sort_keys=True)
@@ -77,7 +81,7 @@ class _Ballot:
 
     def _await_verdict(self) -> str:
         transport = self.transport
-        if not transport.await_key(self.verdict, transport.timeout):
+        if not self._decided_in_time():
             self._decide(lambda: json.dumps(("missing", self._missing())))
             transport.await_key(self.verdict, min(5.0, transport.timeout))
         verdict = transport.lookup(self.verdict)
@@ -87,6 +91,17 @@ class _Ballot:
                 f"(waited {transport.timeout} s)"
             )
         return verdict
+
+    def _decided_in_time(self) -> bool:
+        deadline, told = time.monotonic() + self.transport.timeout, False
+        while not self.transport.await_key(self.verdict, min(max(deadline - time.monotonic(), 0.0), _SLICE)):
+            if time.monotonic() > deadline:
+                return False
+            if not told:
+                self.transport.warn(self.transport.log.agreement(json.loads(self.facts)))
+                told = True
+            self.transport.heed()
+        return True
 
     def _missing(self) -> str:
         absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.lookup(key) is None]

@@ -1,7 +1,6 @@
 """A world of rank-threads in one process: every rank runs the same code as a real one, messages pass through
 mailboxes in memory. It tests a ring of any size without processes, and with several ranks on one GPU."""
 
-import itertools
 import threading
 import time
 import uuid
@@ -12,10 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.comm.transport import Parcels, PeerError, Pending, Transport, check_batch, name_ranks
+from ringattn.comm.calls import CallLog, Kind, Label, PeerError
+from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, name_ranks
 
 Result = TypeVar("Result")
-_Address = tuple[int, int, int]  # source, destination, number
+_Address = tuple[int, int, int, int]  # source, destination, epoch, number
 
 
 class Loopback:
@@ -52,8 +52,8 @@ class Loopback:
     def run(self, fn: Callable[[Transport], Result]) -> list[Result]:
         """Calls `fn(transport)` on every rank and returns the results by rank.
 
-        When a rank raises, the others are released with `PeerError` from whatever they wait for, and the
-        first exception is raised here, with a note that names its rank.
+        When a rank raises, the others are released from whatever they wait for, and the first exception is raised
+        here, with a note that names its rank.
 
         Raises:
             RuntimeError: all ranks returned, but something that was sent was never received.
@@ -94,21 +94,24 @@ class _World:
         self.timeout = timeout
         self.name = f"loopback-{uuid.uuid4().hex[:12]}"
         self.changed = threading.Condition()
-        # A message goes by (source, destination, number): the n-th receive takes the n-th send, whatever
-        # the order in which batches are waited for.
-        self.mail: dict[_Address, Tensor] = {}
-        self.sent: Counter[tuple[int, int]] = Counter()
-        self.asked: Counter[tuple[int, int]] = Counter()
+        # The n-th receive of an epoch takes the n-th send, whatever the order in which batches are waited for.
+        self.mail: dict[_Address, tuple[Tensor, Label]] = {}
+        self.sent: Counter[tuple[int, int, int]] = Counter()
+        self.asked: Counter[tuple[int, int, int]] = Counter()
+        self.failures: dict[int, Label] = {}  # by epoch
+        self.waiting: dict[int, Label] = {}  # in agreements, by rank
         self.store: dict[str, str] = {}
         self.left: set[int] = set()
         self.failure: tuple[int | None, BaseException] | None = None
 
     def leave(self, rank: int | None, error: BaseException | None = None) -> None:
-        """Marks a rank (None: the caller of `run`) as gone; only the first error counts."""
+        """Marks a rank (None: the caller of `run`) as gone; only the first error counts, and one that a rank was told
+        by another does not count against the other's."""
         with self.changed:
             if rank is not None:
                 self.left.add(rank)
-            if error is not None and self.failure is None:
+            origins = {label.rank for label in self.failures.values()}
+            if error is not None and (self.failure is None or (rank in origins and self.failure[0] not in origins)):
                 self.failure = (rank, error)
             self.changed.notify_all()
 
@@ -125,7 +128,8 @@ class _World:
             rank, error = self.failure
             error.add_note(f"raised on rank {rank} of a loopback world of {self.world_size}")
             raise error
-        lost = [f"number {number} from rank {source} to rank {to}" for source, to, number in self.mail]
+        kept = [address for address in self.mail if address[2] not in self.failures]
+        lost = [f"number {number} from rank {source} to rank {to}" for source, to, _, number in kept]
         if lost:
             raise RuntimeError(f"tensors were sent but never received: {', '.join(lost)}")
 
@@ -133,29 +137,55 @@ class _World:
 class LoopbackTransport:
     """One rank's view of a loopback world; `Loopback.run` makes them."""
 
+    blind = frozenset[str]()
+
     def __init__(self, world: _World, rank: int) -> None:
         self.rank = rank
         self.world_size = world.world_size
         self.name = world.name
         self.timeout = world.timeout
-        self.calls = itertools.count()
+        self.log = CallLog(rank)
         self._world = world
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """Copies the sends into their mailboxes at once; receives are filled by `wait()`."""
         check_batch(self, sends, recvs)
-        world, rank = self._world, self.rank
+        world, rank, label = self._world, self.rank, self.log.label(what)
         copies = [(tensor.detach().clone(), peer) for tensor, peer in sends]
         with world.changed:
+            self.heed()
             for copy, peer in copies:
-                world.mail[rank, peer, world.sent[rank, peer]] = copy
-                world.sent[rank, peer] += 1
+                way = rank, peer, label.epoch
+                world.mail[*way, world.sent[way]] = copy, label
+                world.sent[way] += 1
             receives = []
             for tensor, peer in recvs:
-                receives.append((tensor, (peer, rank, world.asked[peer, rank])))
-                world.asked[peer, rank] += 1
+                way = peer, rank, label.epoch
+                receives.append((tensor, (*way, world.asked[way])))
+                world.asked[way] += 1
             world.changed.notify_all()
-        return _Receives(world, receives, what)
+        return _Receives(self, receives, label, what)
+
+    def check_open(self) -> None:
+        """The world lasts as long as `Loopback.run`."""
+
+    def warn(self, label: Label) -> None:
+        """See `Transport`."""
+        with self._world.changed:
+            if label.kind is Kind.FAILURE:
+                self._world.failures.setdefault(label.epoch, label)
+            else:
+                self._world.waiting[label.rank] = label
+            self._world.changed.notify_all()
+
+    def heed(self) -> None:
+        """See `Transport`."""
+        with self._world.changed:
+            failure = self._world.failures.get(self.log.epoch)
+            told = [*([] if failure is None else [failure]), *self._world.waiting.values()]
+        for label in told:
+            self.log.hear(label)
+        self.log.check()
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""
@@ -180,8 +210,12 @@ class LoopbackTransport:
         """See `Transport`. Raises PeerError when another rank has failed meanwhile."""
         world = self._world
         with world.changed:
-            world.changed.wait_for(lambda: key in world.store or world.failure is not None, timeout)
+            epoch = self.log.epoch
+            world.changed.wait_for(
+                lambda: key in world.store or epoch in world.failures or world.failure is not None, timeout
+            )
             if key not in world.store:
+                self.heed()
                 world.check_failure(f"rank {self.rank}, waiting for '{key}'")
             return key in world.store
 
@@ -194,9 +228,13 @@ class LoopbackTransport:
 class _Receives:
     """The receives of one batch that have not come yet."""
 
-    def __init__(self, world: _World, receives: list[tuple[Tensor, _Address]], what: str) -> None:
-        self._world = world
+    def __init__(
+        self, transport: LoopbackTransport, receives: list[tuple[Tensor, _Address]], label: Label, what: str
+    ) -> None:
+        self._transport = transport
+        self._world = transport._world
         self._receives = receives
+        self._label = label
         self._what = what
 
     def wait(self) -> None:
@@ -204,7 +242,9 @@ class _Receives:
         deadline = time.monotonic() + self._world.timeout
         while self._receives:
             tensor, address = self._receives[0]
-            sent = self._take(address, deadline)
+            sent, label = self._take(address, deadline)
+            if not label.fits(self._label):
+                raise self._transport.log.mismatch(self._label, label)
             if (sent.dtype, sent.numel()) != (tensor.dtype, tensor.numel()):
                 raise PeerError(
                     f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, rank {address[1]} expects "
@@ -214,17 +254,17 @@ class _Receives:
                 tensor.copy_(sent.view_as(tensor))
             del self._receives[0]
 
-    def _take(self, address: _Address, deadline: float) -> Tensor:
-        world, (peer, rank, _) = self._world, address
-        sources = name_ranks([source for _, (source, _, _) in self._receives])
+    def _take(self, address: _Address, deadline: float) -> tuple[Tensor, Label]:
+        world, (peer, rank, *_) = self._world, address
+        sources = name_ranks([source for _, (source, *_) in self._receives])
         who = f"{self._what}: rank {rank}, waiting for {sources}"
         with world.changed:
-            world.changed.wait_for(
-                lambda: address in world.mail or peer in world.left or world.failure is not None,
-                deadline - time.monotonic(),
-            )
+            while not (address in world.mail or peer in world.left or world.failure or time.monotonic() > deadline):
+                self._transport.heed()
+                world.changed.wait(deadline - time.monotonic())
             if address in world.mail:
                 return world.mail.pop(address)
+            self._transport.heed()
             world.check_failure(who)
             if peer in world.left:
                 raise PeerError(f"{who}: rank {peer} has returned without sending it")

@@ -1,11 +1,20 @@
-"""The transport over `torch.distributed`: gloo between CPUs, NCCL between GPUs. One batch of transfers is one
-`batch_isend_irecv`; the group's own store serves for agreement; there are no threads of our own."""
+"""The transport over `torch.distributed`: gloo between CPUs, NCCL between GPUs. Between GPUs one batch of transfers
+is one `batch_isend_irecv`; the group's own store serves for agreement; there are no threads of our own.
+
+Between CPUs, two ranks that share a batch also exchange its labels, which they wait for first: a label is of one size
+whatever call it comes from, so two calls can meet in it and be told apart. Tensors travel under a tag of their call.
+"""
+
+from __future__ import annotations
 
 import hashlib
-import itertools
 import re
 import time
+import weakref
+import zlib
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,10 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ringattn.comm.transport import Done, Parcels, PeerError, Pending, check_batch, check_device, in_vain
+from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
+from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
 Answer = TypeVar("Answer")
-_Transfer = tuple[Callable[..., Any], Tensor, int]  # isend or irecv, what, with whom
+_CPU = torch.device("cpu")
 
 
 class ProcessGroupTransport:
@@ -31,7 +41,9 @@ class ProcessGroupTransport:
     silent; at a missed deadline gloo closes the group's connections, and the group stays failed. Over NCCL
     a wait only orders the current CUDA stream behind the transfer and returns at once, without a host
     synchronisation: there the deadline is the group's own watchdog (`timeout=` of `init_process_group` or
-    `new_group`), which ends the process.
+    `new_group`), which ends the process. Nor do its transfers carry labels (`blind`).
+
+    The group is not kept alive: what the transport holds ends with it.
 
     Args:
         group: a process group this rank belongs to (of a 1-D DeviceMesh: `mesh.get_group()`).
@@ -55,13 +67,53 @@ class ProcessGroupTransport:
         self.world_size: int = dist.get_world_size(group)
         self.name: str = group.group_name
         self.timeout = timeout
-        self.calls = itertools.count()
-        self._group = group
+        self.log = CallLog(self.rank)
+        self._group = weakref.ref(group)
         self._devices = _devices(group)
+        self.blind = frozenset(self._devices) - {"cpu"}
+        self._ends: list[Callable[[], None]] = []
+        # What gloo may still read or write, of calls that have failed too.
+        self._under_way: list[_Batch] = []
+        self._kept: list[tuple[Tensor, dist.Work]] = []
+        self._labels: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # still to come in this epoch, by peer
+        self._labels_of = 0
         # The group's own store: every kind of group has one, registered beside its name.
         store = dist.PrefixStore("ringattn", distributed_c10d._get_process_group_store(group))
-        number = store.add("transports", 1) if self.rank == 0 else 0
-        self._store = dist.PrefixStore(str(self._meet(number)), store)
+        self._number = self._meet(store.add("transports", 1) if self.rank == 0 else 0)
+        self._store: dist.Store | None = dist.PrefixStore(str(self._number), store)
+        # without a reference to the transport, which lives with contexts
+        weakref.finalize(group, _end, weakref.ref(self)).atexit = False
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            RuntimeError: it has been destroyed.
+        """
+        group = self._group()
+        if group is None or group not in distributed_c10d._world.pg_map:
+            raise RuntimeError(
+                f"process group '{self.name}' has been destroyed, and this context ended with it: make a new context "
+                "on a new group"
+            )
+        return group
+
+    def check_open(self) -> None:
+        """See `Transport`."""
+        self.group  # noqa: B018 - raises
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Does something when the group is no more."""
+        self._ends.append(action)
+
+    def _end(self) -> None:
+        self._store = None
+        self._under_way.clear()
+        self._kept.clear()
+        self._labels.clear()
+        for action in self._ends:
+            action()
 
     def _meet(self, number: int) -> int:
         """Initialises the communicators, and spreads rank 0's `number`."""
@@ -69,7 +121,7 @@ class ProcessGroupTransport:
         for device in self._devices.values():
             numbers = torch.tensor([number], dtype=torch.int64, device=device)
             try:
-                work = dist.all_reduce(numbers, group=self._group, async_op=True)
+                work = dist.all_reduce(numbers, group=self.group, async_op=True)
                 _wait(work, self.timeout, device)
                 total = int(numbers.item())
             except RuntimeError as error:
@@ -83,6 +135,12 @@ class ProcessGroupTransport:
         )
 
     @property
+    def _board(self) -> dist.Store:
+        self.check_open()
+        assert self._store is not None, "it lives as long as the group"
+        return self._store
+
+    @property
     def devices(self) -> set[str]:
         """The types of device whose tensors the group moves."""
         return set(self._devices)
@@ -92,7 +150,7 @@ class ProcessGroupTransport:
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         bounds = torch.tensor([number, -number], device="cpu")
         try:
-            work = dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            work = dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group, async_op=True)
             _wait(work, self.timeout, bounds.device)
         except RuntimeError as error:
             raise self._absent(error) from error
@@ -101,47 +159,103 @@ class ProcessGroupTransport:
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See `Transport`. Raises ValueError for tensors on a device the group cannot move."""
         check_batch(self, sends, recvs)
-        # An empty tensor has nothing to move, and both of its ends know that.
-        transfers: list[_Transfer] = [(dist.isend, tensor, peer) for tensor, peer in sends if tensor.numel()]
-        transfers += [(dist.irecv, tensor, peer) for tensor, peer in recvs if tensor.numel()]
-        if not transfers:
-            return Done()
-        for _, tensor, _ in transfers:
-            check_device(tensor, self._devices, self.name, what)
+        self.log.check()
+        group, label = self.group, self.log.label(what)
         who = f"{what}: rank {self.rank} of group '{self.name}'"
-        return _Batch(who, self.timeout, self._group, transfers)
+        parts: list[_Labelled | _Fused] = []
+        for kind in (_Labelled, _Fused):
+            out, back = (by_peer([p for p in parcels if kind.moves(p[0])]) for parcels in (sends, recvs))
+            for tensor in (t for tensors in (*out.values(), *back.values()) for t in tensors):
+                check_device(tensor, self._devices, self.name, what)
+            if out or back:
+                parts.append(kind(self, group, label, out, back))
+        if not parts:
+            return Done()
+        batch = _Batch(who, self, parts)
+        self._under_way.append(batch)
+        return batch
+
+    def done(self, batch: _Batch) -> None:
+        """A batch whose tensors nobody writes to any more."""
+        if batch in self._under_way:
+            self._under_way.remove(batch)
+
+    def tag(self, *of: int) -> int:
+        """What tells the transfers of a call from those of others, and of other transports, on the same group."""
+        return zlib.crc32(repr((self._number, *of)).encode()) & 0x7FFFFFFF
+
+    def warn(self, label: Label) -> None:
+        """See `Transport`. The store tells those that wait in an agreement, labels those that wait for messages."""
+        packed = label.pack()
+        if label.kind is Kind.FAILURE:
+            self._board.set(_failed(label.epoch), packed.hex())
+        if "cpu" not in self._devices:
+            return
+        group, note = self.group, _note(packed)
+        for peer in (rank for rank in range(self.world_size) if rank != self.rank):
+            with suppress(RuntimeError):  # it may be the one that has died
+                self._kept.append((note, group.send([note], peer, self.tag(label.epoch))))
+
+    def expect_label(self, peer: int) -> None:
+        """Makes room for the next label of a peer."""
+        if self._labels_of != self.log.epoch:
+            self._kept += [waiting for labels in self._labels.values() for waiting in labels]
+            self._labels, self._labels_of = {}, self.log.epoch
+        arriving = torch.zeros(LABEL_BYTES, dtype=torch.uint8)
+        work = self.group.recv([arriving], peer, self.tag(self.log.epoch))
+        self._labels.setdefault(peer, deque()).append((arriving, work))
+
+    def next_label(self, peer: int, deadline: float) -> Label:
+        """Waits for the next label of a peer that is about tensors, and heeds the others."""
+        while True:
+            arriving, work = self._labels[peer].popleft()
+            try:
+                _wait(work, deadline - time.monotonic(), arriving.device)
+            except BaseException:
+                self._kept.append((arriving, work))
+                raise
+            label = Label.unpack(arriving.numpy().tobytes())
+            if label.kind is Kind.TENSORS:
+                return label
+            self.log.hear(label)
+            self.expect_label(peer)
+            self.log.check()
+
+    def heed(self) -> None:
+        """See `Transport`."""
+        packed = self.lookup(_failed(self.log.epoch))
+        if packed is not None:
+            self.log.hear(Label.unpack(bytes.fromhex(packed)))
+            self.log.check()
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""
-        self._ask(lambda: self._store.set(key, value))
+        self._ask(lambda: self._board.set(key, value))
 
     def lookup(self, key: str) -> str | None:
         """See `Transport`."""
         # get() alone would block on an absent key
-        return self._ask(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+        return self._ask(lambda: self._board.get(key).decode() if self._board.check([key]) else None)
 
     def count(self, key: str) -> int:
         """See `Transport`."""
-        return self._ask(lambda: self._store.add(key, 1))
+        return self._ask(lambda: self._board.add(key, 1))
 
     def await_key(self, key: str, timeout: float) -> bool:
-        """See `Transport`."""
-
-        def present() -> bool:
-            try:
-                self._store.wait([key], timedelta(seconds=timeout))
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError:  # a timeout: TCPStore and FileStore differ in the class
+        """See `Transport`. Asks again and again: a store's own wait logs a warning when its time is over."""
+        deadline, pause = time.monotonic() + timeout, 0.0005
+        while not self._ask(lambda: self._board.check([key])):
+            left = deadline - time.monotonic()
+            if left <= 0:
                 return False
-            return True
-
-        return self._ask(present)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)
+        return True
 
     def forget(self, key: str) -> None:
         """See `Transport`."""
         try:
-            self._ask(lambda: self._store.delete_key(key))
+            self._ask(lambda: self._board.delete_key(key))
         except NotImplementedError:
             return
 
@@ -158,46 +272,135 @@ class ProcessGroupTransport:
 class _Batch:
     """One batch under way. It holds the tensors, which must outlive the transfers."""
 
-    def __init__(self, who: str, timeout: float, group: dist.ProcessGroup, transfers: list[_Transfer]) -> None:
-        self._who = who
-        self._timeout = timeout
-        self._errors: dict[int, RuntimeError] = {}  # by peer
-        self._under_way: list[tuple[list[dist.Work], list[_Transfer]]] = []
-        for part in _parts(transfers):
-            try:
-                works = dist.batch_isend_irecv(
-                    [dist.P2POp(move, tensor, group=group, group_peer=peer) for move, tensor, peer in part]
-                )
-                self._under_way.append((works, part))
-            except RuntimeError as error:  # a connection known to be broken; wait() reports it
-                self._blame(part, error)
+    def __init__(self, who: str, transport: ProcessGroupTransport, parts: list[_Labelled | _Fused]) -> None:
+        self._who, self._transport, self._parts = who, transport, parts
+        self._failed: Exception | None = None
 
     def wait(self) -> None:
         """See `Pending`; over NCCL it orders the current stream and does not block the host."""
-        start = time.monotonic()
-        for works, part in self._under_way:
-            try:
-                for work in works:
-                    _wait(work, self._timeout - (time.monotonic() - start), part[0][1].device)
-            except RuntimeError as error:
-                self._blame(part, error)
-        self._under_way = []
-        if self._errors:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            self._wait()
+        except Exception as error:
+            self._failed = error
+            raise
+        self._transport.done(self)
+
+    def _wait(self) -> None:
+        start, timeout = time.monotonic(), self._transport.timeout
+        errors: dict[int, RuntimeError] = {}  # by peer
+        for part in self._parts:
+            errors |= part.wait(start + timeout)
+        if errors:
             # gloo's texts start with a source line and end with advice
-            texts = {peer: re.sub(r"^\[\S*\] ", "", str(e)).split(". ")[0] for peer, e in self._errors.items()}
-            raise in_vain(self._who, start, self._timeout, texts) from next(iter(self._errors.values()))
-
-    def _blame(self, part: list[_Transfer], error: RuntimeError) -> None:
-        for _, _, peer in part:
-            self._errors.setdefault(peer, error)
+            texts = {peer: re.sub(r"^\[\S*\] ", "", str(e)).split(". ")[0] for peer, e in errors.items()}
+            raise in_vain(self._who, start, timeout, texts) from next(iter(errors.values()))
+        self._parts = []
 
 
-def _parts(transfers: list[_Transfer]) -> list[list[_Transfer]]:
-    """On CUDA the batch is started as one, so that NCCL fuses it; on the CPU torch would start its transfers
-    one by one in any case, and doing so here tells which of them failed."""
-    on_cpu = [[transfer] for transfer in transfers if transfer[1].device.type == "cpu"]
-    fused = [transfer for transfer in transfers if transfer[1].device.type != "cpu"]
-    return [*on_cpu, fused] if fused else on_cpu
+_Tensors = dict[int, list[Tensor]]  # by peer
+
+
+class _Labelled:
+    """The transfers between CPUs, started one by one, which tells which of them failed."""
+
+    def __init__(
+        self, transport: ProcessGroupTransport, group: dist.ProcessGroup, label: Label, out: _Tensors, back: _Tensors
+    ) -> None:
+        self.transport, self.label = transport, label
+        self.held = out, back, _note(label.pack())
+        self.peers = sorted(out.keys() | back.keys())
+        self.works: list[tuple[int, dist.Work]] = []
+        self.errors: dict[int, RuntimeError] = {}
+        labels, tensors = transport.tag(label.epoch), transport.tag(label.epoch, label.chain)
+        for peer in self.peers:
+            try:
+                transport.expect_label(peer)
+                self.works.append((peer, group.send([self.held[2]], peer, labels)))
+                self.works += [(peer, group.send([tensor], peer, tensors)) for tensor in out.get(peer, [])]
+                self.works += [(peer, group.recv([tensor], peer, tensors)) for tensor in back.get(peer, [])]
+            except RuntimeError as error:  # a connection known to be broken; wait() reports it
+                self.errors[peer] = error
+
+    @staticmethod
+    def moves(tensor: Tensor) -> bool:
+        """Whether this is how the tensor travels."""
+        return tensor.device.type == "cpu"
+
+    def wait(self, deadline: float) -> dict[int, RuntimeError]:
+        """The errors by peer; raises CallMismatch, or what a peer has failed with."""
+        for peer in self.peers:
+            if peer not in self.errors:
+                self._meet(peer, deadline)
+        for peer, work in self.works:
+            if peer not in self.errors:
+                try:
+                    _wait(work, deadline - time.monotonic(), _CPU)
+                except RuntimeError as error:
+                    self.errors[peer] = error
+        return self.errors
+
+    def _meet(self, peer: int, deadline: float) -> None:
+        log = self.transport.log
+        try:
+            theirs = self.transport.next_label(peer, deadline)
+        except RuntimeError as error:
+            if log.broken or isinstance(error, PeerError):
+                raise
+            self.errors[peer] = error
+            return
+        if not theirs.fits(self.label):
+            raise log.mismatch(self.label, theirs)
+
+
+class _Fused:
+    """The transfers between GPUs, started as one, so that NCCL fuses them."""
+
+    def __init__(
+        self, transport: ProcessGroupTransport, group: dist.ProcessGroup, label: Label, out: _Tensors, back: _Tensors
+    ) -> None:
+        transfers: list[tuple[Callable[..., Any], Tensor, int]]
+        transfers = [(dist.isend, tensor, peer) for peer, tensors in out.items() for tensor in tensors]
+        transfers += [(dist.irecv, tensor, peer) for peer, tensors in back.items() for tensor in tensors]
+        self.peers = sorted(out.keys() | back.keys())
+        self.held = transfers
+        self.works: list[dist.Work] = []
+        self.errors: dict[int, RuntimeError] = {}
+        try:
+            self.works = dist.batch_isend_irecv(
+                [dist.P2POp(move, tensor, group=group, group_peer=peer) for move, tensor, peer in transfers]
+            )
+        except RuntimeError as error:
+            self.errors = dict.fromkeys(self.peers, error)
+
+    @staticmethod
+    def moves(tensor: Tensor) -> bool:
+        """Whether this is how the tensor travels."""
+        return tensor.device.type != "cpu"
+
+    def wait(self, deadline: float) -> dict[int, RuntimeError]:
+        """The errors by peer. Orders the current stream behind the transfers; a timeout would block the host."""
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            self.errors = dict.fromkeys(self.peers, error)
+        return self.errors
+
+
+def _note(packed: bytes) -> Tensor:
+    """A label as a tensor, all of one size."""
+    return torch.frombuffer(bytearray(packed.ljust(LABEL_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def _failed(epoch: int) -> str:
+    return f"failed in {epoch}"
+
+
+def _end(transport: weakref.ref[ProcessGroupTransport]) -> None:
+    if (alive := transport()) is not None:
+        alive._end()
 
 
 def _wait(work: dist.Work, seconds: float, device: torch.device) -> None:

@@ -2,19 +2,15 @@
 with which they can compare notes. It knows nothing of masks, plans or kernels, so the same ring runs over
 processes, threads or a world of one."""
 
-import itertools
 import time
 from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ringattn.comm.calls import CallLog, Label, PeerError
+
 Parcels = Sequence[tuple[Tensor, int]]  # tensors with the group rank each goes to or comes from
-
-
-class PeerError(RuntimeError):
-    """A peer did not do its part in time: it died, failed, or is somewhere else. The text names the ranks
-    waited for, the step, and the seconds."""
 
 
 class Pending(Protocol):
@@ -24,7 +20,8 @@ class Pending(Protocol):
         """Returns when every receive has arrived and every send may be overwritten.
 
         Raises:
-            PeerError: a peer is dead, or the transport's deadline has passed.
+            PeerError: a peer is dead or has failed, or the transport's deadline has passed.
+            CallMismatch: a peer is at another call.
         """
 
 
@@ -37,14 +34,16 @@ class Transport(Protocol):
         world_size: ranks in the group.
         name: equal on all ranks of the group, different from other groups' names.
         timeout: seconds, the deadline on every wait.
-        calls: numbers this transport's agreement checks, equally on all ranks.
+        log: which call this rank is at.
+        blind: types of device between which transfers carry no label, so that ranks have to compare their logs.
     """
 
     rank: int
     world_size: int
     name: str
     timeout: float
-    calls: "itertools.count[int]"
+    log: CallLog
+    blind: frozenset[str]
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """Starts one batch of transfers, in the given order, and returns at once.
@@ -52,10 +51,20 @@ class Transport(Protocol):
         Args:
             sends: contiguous tensors with the group rank each goes to; not to be written before `wait()`.
             recvs: contiguous tensors with the group rank each comes from; not to be read before `wait()`.
-                Between two ranks, the n-th receive takes the n-th send, of the same dtype and number of
-                elements. An empty batch is legal, a transfer from a rank to itself is not.
-            what: names the batch in error texts ("forward step 3").
+                Between two ranks, the n-th receive of an epoch takes the n-th send, of the same dtype and number of
+                elements, if their labels fit. An empty batch is legal, a transfer from a rank to itself is not.
+            what: names the batch, alike at both of its ends ("forward step 3").
         """
+
+    def check_open(self) -> None:
+        """Raises RuntimeError if the ranks' group has been destroyed."""
+
+    def warn(self, label: Label) -> None:
+        """Tells every rank, without waiting, of a failure, or that this rank waits for them in an agreement: what waits
+        there, in `wait()` or `agree()`, hears and checks it."""
+
+    def heed(self) -> None:
+        """Raises if a rank has warned of a failure of this epoch, or is known to be dead."""
 
     def publish(self, key: str, value: str) -> None:
         """Stores `value` under `key`, for every rank to see."""
@@ -134,16 +143,26 @@ class Solo:
     rank = 0
     world_size = 1
     name = "solo"
+    blind = frozenset[str]()
 
     def __init__(self, timeout: float = 60.0) -> None:
         self.timeout = timeout
-        self.calls = itertools.count()
+        self.log = CallLog(0)
         self._store: dict[str, str] = {}
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """Legal for an empty batch only."""
         assert not sends and not recvs, f"{what}: a world of one rank has no transfers"
         return Done()
+
+    def check_open(self) -> None:
+        """One rank needs no group."""
+
+    def warn(self, label: Label) -> None:
+        """There is nobody to tell."""
+
+    def heed(self) -> None:
+        """There is nobody to listen to."""
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""

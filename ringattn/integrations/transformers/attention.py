@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ringattn.attention import attention
+from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.ring import Ring
 from ringattn.integrations.transformers.structure import Structure, describe_model, mask_function, window
@@ -56,26 +57,27 @@ class RingAttention:
         """
         model = describe_model(getattr(module, "config", None))
         ring = self.ring(module, model)
-        refuse_others(model, others)
-        structure = structure_of(module, model, attention_mask, is_causal, sliding_window)
-        if key.shape[2] != query.shape[2]:
-            raise NotImplementedError(
-                f"{model}: {query.shape[2]} queries and {key.shape[2]} keys in one layer: a KV cache or cross-attention"
-                "; pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
+        with together(ring.cp.link.transport, f"a layer of {model}"):  # what one rank refuses, all of them refuse
+            refuse_others(model, others)
+            structure = structure_of(module, model, attention_mask, is_causal, sliding_window)
+            if key.shape[2] != query.shape[2]:
+                raise NotImplementedError(
+                    f"{model}: {query.shape[2]} queries and {key.shape[2]} keys in one layer: a KV cache or cross-"
+                    "attention; pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
+                )
+            batch = ring.batch(model, query.shape[2], cu_seq_lens_q, cu_seq_lens_k, seq_idx, position_ids)
+            cp, mask = batch.layer(structure)
+            out = attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                cp=cp,
+                mask=mask,
+                scale=scaling,
+                softcap=softcap,
+                sinks=s_aux,
+                dropout_p=dropout,
             )
-        batch = ring.batch(model, query.shape[2], cu_seq_lens_q, cu_seq_lens_k, seq_idx, position_ids)
-        cp, mask = batch.layer(structure)
-        out = attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            cp=cp,
-            mask=mask,
-            scale=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-        )
         return out, None
 
     def ring(self, module: nn.Module, model: str) -> Ring:

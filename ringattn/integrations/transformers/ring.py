@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.comm import agree
 from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.structure import Structure, limited
 from ringattn.masks import Mask, bounds_of, causal, chunked, contains, documents
@@ -170,8 +169,6 @@ class Batch:
         if padding is None:
             return
         whole, kind = padding.shape[-1] == cp.seqlen, structure.padding_kind
-        found = f"{kind if kind != 'none' else 'no'} padding"
-        self._agree("padding", model, f"{found} in a mask of {'the whole' if whole else 'one shard'}")
         if kind == "none" or (kind == "right" and whole and self._ring.causal):
             return
         raise NotImplementedError(
@@ -199,7 +196,6 @@ class Batch:
         if self._checked is not None and position_ids.device.type != "cpu":
             return
         found = self._positions(position_ids)
-        self._agree("position_ids", model, found)
         if found != RIGHT:
             raise ValueError(f"{model}: {found}")
         self._checked = weakref.ref(position_ids)
@@ -215,11 +211,6 @@ class Batch:
         if ids.ndim <= 2 and bool((ids == torch.arange(cp.local_seqlen)).all()):
             return MISSING
         return UNKNOWN
-
-    def _agree(self, what: str, model: str, found: str) -> None:
-        number = self.cp.binding.agreement(f"{what} of {model}, {self.cp.seqlen} tokens")
-        if number is not None:
-            agree(self.cp.link.transport, number, {f"{what} of {model}": found})
 
 
 RIGHT = "global positions, or positions in known documents"

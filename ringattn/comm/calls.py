@@ -1,0 +1,209 @@
+"""Calls: what every message belongs to, and how a call that fails on one rank fails on all of them.
+
+All ranks of a transport make the same calls in the same order: attention forward and backward, unshard, roll. Each
+rank counts them in a `CallLog` and keeps a running digest of them, and every message carries both, in its `Label`. So
+a message never fills the tensor of another call: where two calls meet, both ranks raise. An exception that escapes a
+call ends its *epoch*: all ranks are told, raise, and begin the next one with the call that they start together,
+whose first act is an agreement; what is left of the epoch before is dropped by its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from ringattn.comm.transport import Transport
+
+LABEL_BYTES = 2048  # a label with its text
+RECENT = 64  # calls whose texts are kept
+
+
+class PeerError(RuntimeError):
+    """A peer did not do its part in time: it died, failed, or is somewhere else. The text names the ranks
+    waited for, the step, and the seconds."""
+
+
+class CallMismatch(PeerError, ValueError):
+    """The ranks are not at the same call. The text names the calls, or what differs between them."""
+
+
+class Kind(IntEnum):
+    """What a label is about: tensors, or nothing but itself: that its rank has raised its text, or that it waits in
+    its epoch's agreement number ``chain``, having begun ``number`` calls."""
+
+    TENSORS = 0
+    FAILURE = 1
+    AGREEMENT = 2
+
+
+class Label(NamedTuple):
+    """What a message says about itself: the epoch and number of its call, the digest of that call and those before
+    it, and the batch within the call."""
+
+    epoch: int
+    number: int
+    chain: int
+    mark: int
+    rank: int
+    kind: Kind
+    text: str
+
+    def pack(self) -> bytes:
+        """At most `LABEL_BYTES`; a longer text is cut."""
+        numbers = _NUMBERS.pack(*self[:-1])
+        return numbers + self.text.encode()[: LABEL_BYTES - len(numbers)]
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Label:
+        """What `pack` has packed, zeros behind it allowed."""
+        text = packed[_NUMBERS.size :].rstrip(b"\0").decode(errors="ignore")
+        epoch, number, chain, mark, rank, kind = _NUMBERS.unpack_from(packed)
+        return cls(epoch, number, chain, mark, rank, Kind(kind), text)
+
+    def fits(self, other: Label) -> bool:
+        """Whether the two ends of a transfer belong together."""
+        return self[:4] == other[:4]
+
+
+_NUMBERS = struct.Struct("<qqQIiB")
+# What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
+_REFUSALS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, FloatingPointError)}
+_REFUSALS[CallMismatch.__name__] = CallMismatch
+
+
+class CallLog:
+    """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
+    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.epoch = self.made = 0
+        self.lost: str | None = None  # why no call can be made any more
+        self._heard: dict[int, Label] = {}  # failures by epoch
+        self._waiting: dict[int, Label] = {}  # in agreements, by rank
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.number = self.chain = self.ballots = 0
+        self.broken = self.warned = False
+        self.text = "no call"
+        self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
+
+    def renew(self) -> None:
+        """Leaves a broken epoch."""
+        self.epoch += 1
+        self._begin_epoch()
+        self._heard = {epoch: label for epoch, label in self._heard.items() if epoch >= self.epoch}
+        self._waiting = {rank: label for rank, label in self._waiting.items() if label.epoch >= self.epoch}
+
+    def begin(self, text: str, digest: bytes) -> None:
+        """Counts a call, whose ``digest`` is that of all that ranks must have alike."""
+        self.number += 1
+        self.made += 1
+        digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
+        self.chain = int.from_bytes(digest, "little")
+        self.text = text
+        self.recent.append((self.number, text))
+
+    def ballot(self) -> str:
+        """The name of the next agreement, the same on all ranks."""
+        self.ballots += 1
+        return f"{self.epoch}.{self.ballots}"
+
+    def label(self, what: str) -> Label:
+        """That of a batch of the call under way. Outside of any call, batches are told apart by their order alone."""
+        mark = zlib.crc32(what.encode()) if self.number else 0
+        return Label(self.epoch, self.number, self.chain, mark, self.rank, Kind.TENSORS, f"{what} of {self.text}")
+
+    def failure(self, error: BaseException) -> Label:
+        """What the others are told of an error; of one that this rank was told, the same."""
+        if (heard := self._heard.get(self.epoch)) is not None:
+            return heard
+        kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
+        text = f"{kind}\n{self.text}\n{error}"
+        return Label(self.epoch, self.number, self.chain, 0, self.rank, Kind.FAILURE, text)
+
+    def agreement(self, facts: Mapping[str, str]) -> Label:
+        """What the others are told by a rank that waits for them in an agreement."""
+        name = facts.get("call", "a comparison")
+        text = "; ".join([f"first {name} of its kind", *(f"{fact} {value:.100}" for fact, value in facts.items())])
+        return Label(self.epoch, self.number, self.ballots, 0, self.rank, Kind.AGREEMENT, text)
+
+    def hear(self, label: Label) -> None:
+        """Takes in what a rank has told."""
+        if label.kind is Kind.FAILURE:
+            self._heard.setdefault(label.epoch, label)
+        elif label.epoch >= self.epoch:
+            self._waiting[label.rank] = label
+
+    def check(self) -> None:
+        """Raises if a rank has failed in this epoch, or waits in an agreement that this one has gone past."""
+        if self.broken:
+            return
+        if (failure := self._heard.get(self.epoch)) is not None:
+            self.broken = True
+            self._raise(failure)
+        for label in self._waiting.values():
+            if label.epoch == self.epoch and label.number < self.number and label.chain > self.ballots:
+                raise self.mismatch(self.label("messages"), label._replace(number=label.number + 1))
+
+    def _raise(self, label: Label) -> NoReturn:
+        kind, call, text = [*label.text.split("\n", 2), "", ""][:3]
+        refusal = _REFUSALS.get(kind)
+        if refusal is CallMismatch:
+            error: Exception = CallMismatch(text)
+        elif refusal is not None:
+            error = refusal(f"rank {label.rank} refused the call: {text}")
+        else:
+            error = PeerError(f"rank {label.rank} failed in call {label.number} ({call}) with {kind}: {text}")
+        error.add_note(f"told to rank {self.rank} by rank {label.rank}, on which it was raised")
+        raise error
+
+    def mismatch(self, mine: Label, theirs: Label) -> CallMismatch:
+        """The error where messages of two calls meet: what they are, and in what they differ."""
+        same = (mine.number, mine.text) == (theirs.number, theirs.text)
+        hint = "; the calls before it differ" if same else ""
+        ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
+        rule = "every rank must make the same calls, with the same settings, in the same order"
+        return CallMismatch(f"{ends}{hint}: {rule}")
+
+
+def _beside(one: Label, other: Label) -> str:
+    """A label without what the other says too."""
+    what, *facts = one.text.split("; ")
+    said = other.text.split("; ")
+    own = "; ".join([what, *(fact for fact in facts if fact not in said)])
+    return f"rank {one.rank} is at call {one.number} ({own:.600})"
+
+
+@contextmanager
+def together(transport: Transport, what: str) -> Iterator[None]:
+    """What raises in here on one rank raises on all of them. The first to be entered after that begins an epoch.
+    ``what`` names what has not begun yet in error texts."""
+    if transport.world_size == 1:
+        yield
+        return
+    transport.check_open()
+    log = transport.log
+    if log.lost is not None:
+        raise CallMismatch(log.lost)
+    if log.broken:
+        log.renew()
+    log.text, before = what, log.made
+    try:
+        yield
+    except BaseException as error:
+        log.broken = True
+        if not log.warned:
+            log.warned = True
+            log.made = max(log.made, before + 1)  # a call that is refused before it begins is one, too
+            with suppress(Exception):  # the error itself matters more
+                transport.warn(log.failure(error))
+        raise

@@ -1,0 +1,175 @@
+"""A link: what a rank moves messages with, the buffers they land in, the count of what moved, and the calls that it
+begins together with the other ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.comm import CallMismatch, Pending, Transport, agree
+from ringattn.version import VERSION
+
+REMEMBERED = 4096  # kinds of calls that the ranks have compared
+
+
+@dataclass
+class Traffic:
+    """Bytes sent and received so far, by kind of message, and the seconds the host stood waiting."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+    wait_seconds: float = 0.0
+
+    def count(self, kind: str, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> None:
+        self.sent[kind] += sum(t.nbytes for t, _ in sends)
+        self.received[kind] += sum(t.nbytes for t, _ in recvs)
+
+    def wait(self, pending: Pending) -> None:
+        start = time.perf_counter()
+        pending.wait()
+        self.wait_seconds += time.perf_counter() - start
+
+
+class Workspace:
+    """Buffers by name, allocated once and grown when a call needs more. One call uses them at a time."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor that lives until the name is taken again."""
+        key, size = (name, dtype, like.device), int(torch.Size(shape).numel())
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < size:
+            self._flat.pop(key, None)
+            with torch.inference_mode(False):  # later calls that train use the same buffer
+                flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
+        return flat[:size].view(*shape)
+
+    def clear(self) -> None:
+        """Lets go of all buffers."""
+        self._flat.clear()
+
+    def buffers(self) -> list[Tensor]:
+        """All buffers held now."""
+        return list(self._flat.values())
+
+
+class _Known(NamedTuple):
+    """What the ranks have compared of a kind of call, in short and as a digest."""
+
+    text: str
+    digest: bytes
+
+
+@dataclass
+class _Common:
+    """What the ranks have in common since an epoch began."""
+
+    epoch: int = 0
+    known: OrderedDict[Hashable, _Known] = field(default_factory=OrderedDict)
+    draws: int = 0
+
+
+@dataclass
+class Link:
+    """What contexts share that follow each other. ``compare_every``: calls between two comparisons of all calls so far,
+    where messages carry no label."""
+
+    transport: Transport
+    compare_every: int = 64
+    workspace: Workspace = field(default_factory=Workspace)
+    traffic: Traffic = field(default_factory=Traffic)
+    _common: _Common = field(default_factory=_Common)
+
+    def begin(
+        self,
+        name: str,
+        signature: Hashable,
+        facts: Callable[[], dict[str, str]],
+        device: str,
+        own: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Begins a call on all ranks.
+
+        At the first call of a signature the ranks compare the facts that it stands for; what is remembered of that
+        follows from the order of calls alone, which is the same on all ranks. Each later one is compared by the
+        messages, which carry a digest of the facts, of the ``name`` and of what is this call's ``own`` (a seed).
+
+        Raises:
+            CallMismatch: (a ValueError) the facts differ between ranks.
+            PeerError: a rank did not come.
+        """
+        transport, common = self.transport, self.common()
+        if transport.world_size == 1:
+            return
+        log, known = transport.log, common.known.pop(signature, None)
+        if known is None:
+            made = facts()
+            if log.epoch and not log.number:
+                self._resume()
+            agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", "call": name, **own, **made})
+            known = _Known(_listed(made), hashlib.sha256(json.dumps(made, sort_keys=True).encode()).digest())
+        common.known[signature] = known
+        if len(common.known) > REMEMBERED:
+            common.known.popitem(last=False)
+        log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode())
+        if device in transport.blind and log.number % self.compare_every == 0:
+            calls = {f"call {number}": text for number, text in log.recent}
+            agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.chain:x}"})
+
+    def _resume(self) -> None:
+        """After a call that failed, the ranks go on if it was the same one for all: else some have done more of the
+        program than others, and what they would compute together next would not belong together."""
+        log = self.transport.log
+        try:
+            agree(self.transport, log.ballot(), {"calls made": str(log.made)})
+        except CallMismatch as error:
+            log.lost = (
+                f"{error}\nThe call that failed was not the same one on all ranks, so they are at different places of "
+                "the program; make a new context of the group where they meet again"
+            )
+            raise CallMismatch(log.lost) from None
+
+    def finish(self, device: str) -> None:
+        """Ends a call: waits until every rank has done its part, so that no rank goes on from a call that fails on
+        another (a dissemination barrier: Hensgen, Finkel and Manber 1988). Not where messages carry no label, nor for
+        calls in which no rank needs another.
+        """
+        transport = self.transport
+        if device in transport.blind:
+            return
+        rank, world, token, got = transport.rank, transport.world_size, torch.zeros(1), torch.empty(1)
+        away = 1
+        while away < world:
+            to, source = (rank + away) % world, (rank - away) % world
+            transport.post([(token, to)], [(got, source)], f"end, {away} ranks away").wait()
+            away *= 2
+
+    def draw(self, start: int) -> int:
+        """The next number of a counter that counts alike on all ranks, mixed with ``start``."""
+        common = self.common()
+        common.draws += 1
+        drawn = start, common.draws - 1
+        return hash((*drawn, common.epoch) if common.epoch else drawn) & ((1 << 62) - 1)
+
+    def common(self) -> _Common:
+        """What ranks have in common by now. After a call that failed on some, that is nothing any more."""
+        epoch = self.transport.log.epoch
+        if self._common.epoch != epoch:
+            self._common = _Common(epoch)
+            self.workspace.clear()  # what is left of a call may still write into its buffers
+        return self._common
+
+
+def _listed(facts: Mapping[str, str]) -> str:
+    return "".join(f"; {fact} {value:.100}" for fact, value in facts.items())
