@@ -132,7 +132,8 @@ def start(job: Job, world: World) -> Trainer:
     language.model.to(world.device)
     world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
     cp = make_context(config, world, language.distinct)
-    module = distribute(Objective(language, config.loss_chunks, job.task.guesses), config.engine, world.mesh)
+    objective = Objective(language, config.loss_chunks, job.task.guesses)
+    module = distribute(objective, config.engine, world.mesh, config.timeout)
     optimizer = torch.optim.AdamW(
         language.model.parameters(),
         lr=settings.lr,

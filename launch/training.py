@@ -11,7 +11,7 @@ from torch import nn
 import ringattn
 from launch.config import Config
 from launch.data import Sample
-from launch.engine import clip, loss_scale, summing
+from launch.engine import clip, summing
 from launch.language import Inputs, Language, Masks
 from launch.processes import World
 from ringattn.loss import count_targets
@@ -96,7 +96,7 @@ class Trainer:
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
                     share, guessed = self.module(one)
                 self.world.at("backward and the sum of gradients")
-                (share * loss_scale(self.module)).backward()
+                share.backward()
             shares, right = shares + share.detach(), right + guessed
         self.world.at("the sum of losses")
         loss, total, stop = self.world.sum_([shares, right, asked])
