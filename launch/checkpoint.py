@@ -1,104 +1,274 @@
-"""Checkpoints with torch.distributed.checkpoint: parameters, optimizer state and the position in the text,
-independent of the number of ranks. Each is a directory of its own that counts only when complete, so a
-crash while saving loses nothing; older ones are removed afterwards."""
+"""Checkpoints: parameters, optimizer state and the position in the text, independent of the number of ranks. Each is a
+folder that appears under its name only when all of it is on the disk; the last two are kept. Tensors are safetensors,
+the rest is JSON: nothing that is read can run."""
 
+import hashlib
+import os
+import re
 import shutil
-import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from launch import manifest
 from launch.config import nearest
+from launch.manifest import Damaged, Manifest, Piece
+from launch.processes import World
+from launch.tasks import Progress
 
-COMPLETE = ".metadata"  # written last
-NO_PROGRESS: dict[str, Any] = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}
+NO_PROGRESS: Progress = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}
+KEPT = 2
+STEP, SAVING = re.compile(r"step-\d{8,}"), re.compile(r"saving-\d{8,}")
+MODEL, OPTIMIZER = "model.", "optimizer."
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint whose manifest is whole."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def progress(self) -> Progress:
+        """Step, position and what they belong to."""
+        return dict(self.manifest.progress)
+
+
+def find(run: Path) -> tuple[list[Saved], list[str]]:
+    """A run's checkpoints, newest first, as far as their manifests tell; and why others do not count, a line each."""
+    found, skipped = [], []
+    for folder in sorted(_entries(run), key=lambda path: (len(path.name), path.name), reverse=True):
+        try:
+            if STEP.fullmatch(folder.name):
+                found.append(Saved(folder, manifest.load(folder)))
+            elif not SAVING.fullmatch(folder.name):
+                skipped.append(f"{folder} is skipped: it is no checkpoint of this job")
+        except Damaged as error:
+            skipped.append(f"checkpoint {folder} is skipped: {error}")
+    return found, skipped
+
+
+def holds_any(run: Path) -> bool:
+    """Whether there is anything that was a checkpoint."""
+    return any(STEP.fullmatch(folder.name) for folder in _entries(run))
 
 
 def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run's directory."""
-    found = sorted(path.parent for path in (run / "checkpoint").glob(f"step-*/{COMPLETE}"))
-    return found[-1] if found else None
+    """The newest checkpoint of a run's directory, as far as its manifest tells."""
+    found, _ = find(run)
+    return found[0].path if found else None
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> Path:
-    """Writes the checkpoint of `progress["step"]`; called by every rank."""
-    path = run / "checkpoint" / f"step-{progress['step']:08d}"
-    distributed = dist.is_initialized()
-    if not (path / COMPLETE).exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own deprecations inside the writer
-            dcp.save(_state(model, optimizer, progress), checkpoint_id=path, no_dist=not distributed)
-    if not distributed or dist.get_rank() == 0:
-        for older in path.parent.glob("step-*"):
-            if older != path:
-                shutil.rmtree(older)
-    return path
+def choose(run: Path, world: World) -> tuple[Saved | None, list[str]]:
+    """The newest checkpoint that is whole to the last bit, the same on every rank, and why newer ones do not count.
+    Every rank reads its part of the files."""
+    found, skipped = find(run)
+    everyone = world.tell([[str(saved.path) for saved in found], skipped])
+    others = [rank for rank, (paths, _) in enumerate(everyone) if paths != everyone[0][0]]
+    if others:
+        raise ValueError(
+            f"rank 0 finds the checkpoints {everyone[0][0]}, rank {others[0]} {everyone[others[0]][0]}; put {run} on a "
+            "file system that all machines share"
+        )
+    for saved in found:
+        damage = next((said for said in world.tell(_damage(saved, world.rank, world.size)) if said), None)
+        if damage is None:
+            return saved, skipped
+        skipped.append(f"checkpoint {saved.path} is skipped: {damage}")
+    return None, skipped
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Fills model, optimizer and `progress` from a checkpoint that `check_fit` has passed; called by every
-    rank."""
-    state = _state(model, optimizer, progress)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
-        text = f"checkpoint {path} is damaged ({_reason(error)}); start a new run with --out or --overwrite"
-        raise ValueError(text) from None
-    progress.update(state["progress"])
+def _damage(saved: Saved, rank: int, size: int) -> str:
+    """What is wrong with this rank's part of the files, or nothing."""
+    for index, (name, (_, digest)) in enumerate(saved.manifest.files.items()):
+        if index % size != rank:
+            continue
+        pieces = {key: p for key, (_, pieces) in saved.manifest.tensors.items() for p in pieces if p.file == name}
+        try:
+            with open(saved.path / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return f"its {name} is damaged (its checksum does not fit)"
+            with safetensors.safe_open(saved.path / name, framework="pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except (OSError, safetensors.SafetensorError) as error:
+            return f"its {name} cannot be read ({' '.join(str(error).split())[:100]})"
+        if shapes != {key: piece.sizes for key, piece in pieces.items()}:
+            return f"its {name} does not hold what its manifest says"
+    return ""
 
 
-def _reason(error: BaseException) -> str:
-    """The end of an error's text, which may hold tracebacks of other ranks, as one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].split(". ")[0]
-
-
-def read_progress(path: Path) -> dict[str, Any]:
-    """Step, position and text of a checkpoint, read by this rank alone. Raises ValueError if it is no
-    checkpoint of this job."""
-    state = {"progress": dict(NO_PROGRESS)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=path, no_dist=True)
-    except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
-        raise ValueError(f"{path} is no readable checkpoint of this job: {_reason(error)}") from None
-    return state["progress"]
-
-
-def check_fit(path: Path, model: nn.Module) -> None:
+def check_fit(saved: Saved, model: nn.Module) -> None:
     """Raises ValueError naming every tensor that the checkpoint lacks, that the model lacks, or whose
-    shape differs; reads only the index, nothing is changed."""
-    index = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = "model."
-    saved = {
-        key.removeprefix(prefix): tuple(entry.size)
-        for key, entry in index.items()
-        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}  # tied ones under both names
+    shape differs; nothing is changed."""
+    index = saved.manifest.tensors
+    there = {key.removeprefix(MODEL): shape for key, (shape, _) in index.items() if key.startswith(MODEL)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in _weights(model).items()}
     wrong = [
-        f"{name} is {list(saved[name])} there and {list(shape)} in the model"
+        f"{name} is {list(there[name])} there and {list(shape)} in the model"
         for name, shape in wanted.items()
-        if name in saved and saved[name] != shape
+        if name in there and there[name] != shape
     ]
-    wrong += [f"{name} is missing there{nearest(name, saved)}" for name in wanted if name not in saved]
-    wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
+    wrong += [f"{name} is missing there{nearest(name, there)}" for name in wanted if name not in there]
+    wrong += [f"{name} is not in the model" for name in there if name not in wanted]
     if wrong:
         raise ValueError(
-            f"checkpoint {path} does not fit the model: {'; '.join(wrong)}. "
+            f"checkpoint {saved.path} does not fit the model: {'; '.join(wrong)}. "
             "Resume with the config the run was started with"
         )
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> dict[str, Any]:
+def save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: dict[str, Any],
+    good: list[Path],
+    world: World,
+) -> Path:
+    """Writes the checkpoint of `progress["step"]`, adds it to `good`, the whole ones, and keeps the last two of these;
+    called by every rank. Raises FloatingPointError, and leaves what is there, if a number in it is not finite; OSError
+    on every rank if any cannot write."""
+    path = run / "checkpoint" / f"step-{progress['step']:08d}"
+    if good and good[-1] == path:
+        return path  # nothing has been done since
+    saving = path.with_name(path.name.replace("step", "saving"))
+    tensors = _state(model, optimizer)
+    _check_finite(tensors, progress["step"], run, world)
+    world.together(lambda: _begin(saving) if world.rank == 0 else None)
+    written = world.together(lambda: _write(saving, tensors, world.rank, world.size))
+    good.append(path)
+    manifest_of = _assemble(written, tensors, progress, settings)
+    world.together(lambda: _finish(saving, path, manifest_of, good) if world.rank == 0 else None)
+    return path
+
+
+def load(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fills model and optimizer from a checkpoint that `choose` and `check_fit` have passed."""
+    with ExitStack() as opened, torch.no_grad():
+        files = {
+            name: opened.enter_context(safetensors.safe_open(saved.path / name, framework="pt"))
+            for name in saved.manifest.files
+        }
+        for key, tensor in _state(model, optimizer).items():
+            if key not in saved.manifest.tensors:
+                raise Damaged(f"checkpoint {saved.path} lacks {key}; start a new run with --out or --overwrite")
+            offsets, local = _block(tensor)
+            for piece in saved.manifest.tensors[key][1]:
+                _copy(files[piece.file], key, piece, offsets, local)
+
+
+def discard(run: Path, keep: tuple[Path, ...] = ()) -> None:
+    """Removes a run's checkpoints and what an interrupted save has left, but for some; nothing else that may lie
+    there."""
+    for folder in _entries(run):
+        if folder not in keep and (STEP.fullmatch(folder.name) or SAVING.fullmatch(folder.name)):
+            (folder / manifest.NAME).unlink(missing_ok=True)  # first: half a checkpoint is none
+            shutil.rmtree(folder)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """A file that is there in full, or as it was before, whenever the machine stops."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _entries(run: Path) -> list[Path]:
+    folder = run / "checkpoint"
+    return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if folder.is_dir() else []
+
+
+def _begin(saving: Path) -> None:
+    if saving.exists():
+        shutil.rmtree(saving)
+    saving.mkdir(parents=True)
+
+
+def _write(saving: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Any]:
+    """This rank's file; its name, length and checksum, and the pieces in it."""
+    mine = {key: (offsets, local) for key, offsets, local in _pieces(tensors, rank, size)}
+    data = to_bytes({key: local.detach().cpu().contiguous() for key, (_, local) in mine.items()})
+    name = f"rank-{rank:05d}.safetensors"
+    write_durably(saving / name, data)
+    pieces = {key: [offsets, list(local.shape)] for key, (offsets, local) in mine.items()}
+    return [name, len(data), hashlib.sha256(data).hexdigest(), pieces]
+
+
+def _assemble(
+    written: list[list[Any]], tensors: Mapping[str, Tensor], progress: Progress, settings: dict[str, Any]
+) -> Manifest:
+    pieces: dict[str, list[Piece]] = {key: [] for key in tensors}
+    for name, _, _, blocks in written:
+        for key, (offsets, sizes) in blocks.items():
+            pieces[key].append(Piece(name, tuple(offsets), tuple(sizes)))
+    return Manifest(
+        dict(progress),
+        settings,
+        {name: (size, digest) for name, size, digest, _ in written},
+        {key: (tuple(tensor.shape), tuple(pieces[key])) for key, tensor in tensors.items()},
+    )
+
+
+def _finish(saving: Path, path: Path, whole: Manifest, good: list[Path]) -> None:
+    """The manifest, the name, and then the end of the oldest."""
+    write_durably(saving / manifest.NAME, manifest.dump(whole).encode())
+    if path.exists():  # one of the same step that was skipped
+        shutil.rmtree(path)
+    saving.rename(path)
+    _sync(path.parent)
+    discard(path.parents[1], tuple(good[-KEPT:]))
+
+
+def _sync(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], step: int, run: Path, world: World) -> None:
+    local = {key: _block(tensor)[1] for key, tensor in tensors.items()}
+    finite = torch.stack([block.isfinite().all() for block in local.values()]).tolist()
+    bad = next((key for key, is_finite in zip(local, finite, strict=True) if not is_finite), "")
+    found = [(rank, key) for rank, key in enumerate(world.tell(bad)) if key]
+    if found:
+        rank, key = found[0]
+        raise FloatingPointError(
+            f"{key} is not finite on rank {rank} after {step} steps, which is not saved; {remaining(run)}; resume with "
+            "a lower optimizer.lr"
+        )
+
+
+def remaining(run: Path) -> str:
+    """What is there to go on from, in words."""
+    last = latest(run)
+    return "there is no checkpoint yet" if last is None else f"{last} is untouched"
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` names, tied tensors once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors to save, or to load into. AdamW makes its state at the first step; until then it is zeros
     here."""
     for parameter in model.parameters():
@@ -108,5 +278,42 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[st
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    moments = {name: dict(optimizer.state[parameter]) for name, parameter in model.named_parameters()}
-    return {"model": model.state_dict(), "optimizer": moments, "progress": dict(progress)}
+    tensors = {MODEL + name: tensor for name, tensor in _weights(model).items()}
+    for name, parameter in model.named_parameters():
+        for what, tensor in optimizer.state[parameter].items():
+            tensors[f"{OPTIMIZER}{name}.{what}"] = tensor
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _block(tensor: Tensor) -> tuple[list[int], Tensor]:
+    """Where this rank's part of a tensor begins in it, and the part."""
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.ndim, tensor
+    (chunk,) = tensor.__create_chunk_list__()
+    return list(chunk.offsets), tensor.to_local()
+
+
+def _pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> Iterator[tuple[str, list[int], Tensor]]:
+    """What this rank writes: its part of what is sharded, and its share of what all ranks hold."""
+    for index, (key, tensor) in enumerate(tensors.items()):
+        offsets, local = _block(tensor)
+        if isinstance(tensor, DTensor):
+            if local.numel():
+                yield key, offsets, local
+        elif index % size == rank:
+            yield key, offsets, local
+
+
+def _copy(file: Any, key: str, piece: Piece, offsets: list[int], local: Tensor) -> None:
+    """What a piece and this rank's block have in common."""
+    if not piece.sizes:
+        local.copy_(file.get_tensor(key))
+        return
+    here, there = [], []
+    for offset, size, begin, length in zip(piece.offsets, piece.sizes, offsets, local.shape, strict=True):
+        first, last = max(offset, begin), min(offset + size, begin + length)
+        if first >= last:
+            return
+        here.append(slice(first - begin, last - begin))
+        there.append(slice(first - offset, last - offset))
+    local[tuple(here)].copy_(file.get_slice(key)[tuple(there)])

@@ -5,6 +5,7 @@ back as TOML into the run's directory, so that a run can be resumed from its dir
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -13,10 +14,71 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launch.rules import COUNT, SEED, SIZE, Rule, check, integer, number, shown
+
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = ("float32", "float64", "bfloat16")
 DEVICES = ("cpu", "cuda")
 ENGINES = ("ddp", "fsdp")
+
+LARGEST_FILE = 1 << 20  # bytes of TOML
+
+MODEL = {
+    **dict.fromkeys(("d_model", "num_heads", "num_kv_heads", "d_ff"), integer(1, SIZE, 8)),
+    "num_layers": integer(1, 10_000, 2),
+    "head_dim": Rule(
+        lambda dim: type(dim) is int and 2 <= dim <= SIZE and dim % 2 == 0,
+        f"a whole number from 2 to {SIZE}, even because RoPE rotates pairs",
+        64,
+    ),
+    "rope_base": number(1, math.inf, 10000.0),
+}
+OPTIMIZER = {
+    "lr": number(0, math.inf, 1e-3, above=True),
+    "warmup": integer(0, COUNT, 10),
+    "final_lr": number(0, 1, 0.1),
+    "weight_decay": number(0, math.inf, 0.1),
+    "betas": Rule(
+        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "two numbers, each at least 0 and below 1",
+        [0.9, 0.95],
+    ),
+    "clip": Rule(lambda clip: clip > 0, "a number above 0, inf for none", 1.0),
+}
+LENGTHS = {"median": integer(2, COUNT, 1000), "sigma": number(0, 8, 1.0)}
+RECALL = {
+    "pairs": integer(1, SIZE, 4),
+    "keys": integer(1, 254, 16),
+    "values": integer(2, 254, 16),
+    "tokens": integer(1, 2**30, 2048),
+    "enough": number(0, 1, 0.98, above=True, below=True),
+    "questions": integer(1, COUNT, 200),
+}
+JOB = {
+    "name": Rule(
+        lambda name: (
+            name.isprintable() and not name.startswith(".") and not set(name) & set("/\\") and 0 < len(name) <= 80
+        ),
+        "1 to 80 printable characters, without / and \\ and without a dot in front, because it names a directory",
+        "my-run",
+    ),
+    "seqlen": integer(2, COUNT, 4096),
+    "save_every": integer(0, COUNT, 100),
+    "seed": integer(0, SEED),
+    "steps": integer(1, COUNT, 100),
+    "data_parallel": integer(1, SIZE),
+    "accumulate": integer(1, SIZE),
+    "loss_chunks": integer(1, COUNT, 8),
+    "timeout": number(1, 10**6, 300.0),
+    "masks": Rule(lambda masks: len(masks) <= 10_000, "a list of at most 10,000 masks", ["causal()"]),
+}
+
+KINDS = {
+    int: "int, a whole number such as 1",
+    float: "float, a number such as 0.1",
+    str: 'str, text in quotes such as "x"',
+    bool: "bool, true or false",
+}
 
 T = TypeVar("T")
 
@@ -34,16 +96,12 @@ class ModelConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        check(_values(self), MODEL, "model.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads is {self.num_heads}, no multiple of model.num_kv_heads {self.num_kv_heads}: "
                 "every KV head must serve as many query heads; change one of them"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}; RoPE rotates pairs, so it must be even")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +117,12 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf or not self.clip > 0:
-            raise ValueError(f"optimizer.lr {self.lr} and optimizer.clip {self.clip} must be numbers above 0")
-        if self.warmup < 0:
-            raise ValueError(f"optimizer.warmup is {self.warmup}; it is a number of steps, 0 or more")
-        if len(self.betas) != 2:
-            raise ValueError(f"optimizer.betas is {list(self.betas)}; AdamW takes two")
+        check(_values(self), OPTIMIZER, "optimizer.")
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"optimizer.weight_decay is {self.weight_decay!r} at optimizer.lr {self.lr!r}; AdamW multiplies "
+                "weights by 1 - lr * weight_decay, which must be above 0: set a smaller one, for instance 0.1"
+            )
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of step `step` (from 0) of `steps`."""
@@ -84,8 +142,7 @@ class LengthsConfig:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.median < 2 or self.sigma < 0:
-            raise ValueError(f"lengths.median {self.median} must be at least 2, lengths.sigma {self.sigma} at least 0")
+        check(_values(self), LENGTHS, "lengths.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +160,11 @@ class RecallConfig:
     questions: int = 200
 
     def __post_init__(self) -> None:
-        for name, least in (("pairs", 1), ("keys", self.pairs), ("values", 2), ("tokens", 1), ("questions", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"recall.{name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 < self.enough < 1:
-            raise ValueError(f"recall.enough is {self.enough}; it is a share of the answers, between 0 and 1")
+        check(_values(self), RECALL, "recall.")
+        if self.keys < self.pairs:
+            raise ValueError(
+                f"recall.keys is {self.keys} for recall.pairs {self.pairs}; each pair takes a key: set more"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +175,8 @@ class Config:
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
     document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
     data_parallel: replicas of the context; the other ranks share each sequence. accumulate: samples of a replica in a
-    step. loss_chunks: the logits of a shard are computed in so many pieces. dtype: float32 or float64 is the dtype of
+    step. loss_chunks: the logits of a shard are computed in so many pieces. timeout: seconds that a rank waits for
+    another, anywhere, before it says for whom and ends. dtype: float32 or float64 is the dtype of
     everything, bfloat16 means autocast over fp32 parameters."""
 
     name: str
@@ -143,22 +201,26 @@ class Config:
     schedule: str = "auto"
     kernel: str = "auto"
     save_every: int = 0
+    timeout: float = 300.0
     seed: int = field(default=0)
 
     def __post_init__(self) -> None:
-        leasts = {"seqlen": 2, "save_every": 0, "seed": 0}
-        leasts |= dict.fromkeys(("steps", "data_parallel", "accumulate", "loss_chunks"), 1)
-        for name, least in leasts.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check(_values(self), JOB)
         if self.loss_chunks > self.seqlen:
-            raise ValueError(f"loss_chunks is {self.loss_chunks} for {self.seqlen} tokens; it is a number of chunks")
+            raise ValueError(
+                f"loss_chunks is {self.loss_chunks} for {self.seqlen} tokens; it is a number of chunks: set at most as "
+                "many as tokens, for instance 8"
+            )
         if (self.model is None) == (not self.hf):
-            raise ValueError("give either a table [model] or hf, the path of a Transformers config.json")
+            given = "neither" if self.model is None else f"both, hf = {shown(self.hf)},"
+            raise ValueError(
+                f"{given} of [model] and hf is given; give either a table [model], or hf, the path of a Transformers "
+                "config.json"
+            )
         if self.model is not None and not self.masks:
             raise ValueError('masks is empty; name at least one, for instance masks = ["causal()"]')
         if self.hf and self.masks:
-            raise ValueError(f"masks are given, but those of {self.hf} are its own; leave masks out")
+            raise ValueError(f"masks are given, but those of {shown(self.hf)} are its own; leave masks out")
         if self.recall and (self.documents or self.lengths or self.data):
             raise ValueError("[recall] makes its own sequences; leave out data, documents and [lengths]")
         if self.recall and self.layout != "contiguous":
@@ -167,7 +229,10 @@ class Config:
                 'set layout = "contiguous"'
             )
         if self.recall and self.recall.pairs * 4 > self.seqlen:
-            raise ValueError(f"recall.pairs {self.recall.pairs} take {4 * self.recall.pairs} tokens of {self.seqlen}")
+            raise ValueError(
+                f"recall.pairs {self.recall.pairs} take {4 * self.recall.pairs} tokens of {self.seqlen}; set fewer, or "
+                "a larger seqlen"
+            )
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("engine", self.engine, ENGINES)
@@ -178,10 +243,14 @@ class Config:
         return self.documents or self.lengths is not None
 
 
+def _values(settings: Any) -> dict[str, Any]:
+    return {entry.name: getattr(settings, entry.name) for entry in fields(settings)}
+
+
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError naming the nearest of `choices` unless `value` is one of them."""
     if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}{nearest(value, choices)}; known: {', '.join(choices)}")
+        raise ValueError(f"unknown {what} {shown(value)}{nearest(value, choices)}; known: {', '.join(choices)}")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -205,9 +274,29 @@ def load(path: Path) -> Config:
     """Reads a TOML file. Raises ValueError naming the file for syntax, unknown or missing keys and bad
     values."""
     try:
-        return _build(Config, tomllib.loads(path.read_text()), "")
-    except (ValueError, UnicodeDecodeError) as error:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"{path.stat().st_size:,} bytes are no config; give a file of at most {LARGEST_FILE:,}")
+        return _build(Config, _parse(path.read_text(encoding="utf-8")), "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the config as UTF-8") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """TOML. Raises ValueError with the line, what is wrong with it, and the rule."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"at line (\d+)", str(error))
+        lines = text.splitlines()
+        line = lines[int(found[1]) - 1] if found and int(found[1]) <= len(lines) else ""
+        raise ValueError(
+            f"{shown(line.strip())} is no TOML: {error}; a key or table is given once, as key = value, text in quotes: "
+            "correct that line"
+        ) from None
+    except (RecursionError, ValueError) as error:  # the latter of a number with thousands of digits
+        raise ValueError(f"is no TOML that can be read: {error}; use fewer brackets, or shorter numbers") from None
 
 
 def dump(config: Config) -> str:
@@ -233,12 +322,13 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     unknown = [key for key in values if key not in hints]
     if unknown:
-        raise ValueError(f"unknown key {where}{unknown[0]}{nearest(unknown[0], hints)}; known: {', '.join(hints)}")
+        key = shown(unknown[0])[1:-1]
+        raise ValueError(f"unknown key {where}{key}{nearest(unknown[0], hints)}; known: {', '.join(hints)}")
     arguments = {key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()}
     required = [f.name for f in fields(cls) if f.default is f.default_factory]  # type: ignore[arg-type]
     missing = [name for name in required if name not in arguments]
     if missing:
-        raise ValueError(f"missing key {where}{missing[0]}")
+        raise ValueError(f"missing key {where}{missing[0]}; it has no default: set it")
     return cls(**arguments)
 
 
@@ -247,15 +337,15 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         hint = typing.get_args(hint)[0]
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} is {value!r}; it is a table, [{where}]")
+            raise ValueError(f"{where} is {shown(value)}; it must be a table: write [{where}] and its keys below it")
         return _build(hint, value, f"{where}.")
     if isinstance(hint, types.GenericAlias):
         if not isinstance(value, list):
-            raise ValueError(f"{where} is {value!r}; it is a list")
+            raise ValueError(f"{where} is {shown(value)}; it must be a list: put it in brackets")
         item = typing.get_args(hint)[0]
         return tuple(_convert(entry, item, f"{where}[{i}]") for i, entry in enumerate(value))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{where} is {value!r}; it must be {hint.__name__}")
+        raise ValueError(f"{where} is {shown(value)}; it must be {KINDS[hint]}")
     return value

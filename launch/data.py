@@ -5,6 +5,7 @@ files, so a corpus may be larger than the machine."""
 import hashlib
 import os
 import random
+import stat
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.config import LengthsConfig
+from launch.rules import shown
 from ringattn.loss import IGNORED
 
 VOCABULARY = 256
@@ -63,6 +65,8 @@ class Text:
 
     def _piece(self, index: int, at: int, count: int) -> np.ndarray:
         start = int(self.ends[index - 1]) if index else 0
+        if not self.files[index].is_file():  # a pipe in its place would be waited for
+            raise ValueError(f"{self.files[index]} is gone while it was being read; restore it and resume")
         piece = np.fromfile(self.files[index], dtype=np.uint8, count=count, offset=at - start)
         if piece.size != count:
             raise ValueError(f"{self.files[index]} became shorter while it was being read; restore it and resume")
@@ -107,7 +111,7 @@ def open_text(paths: Sequence[str], seqlen: int, seed: int, lengths: LengthsConf
     files = [file for path in paths for file in _files(Path(path))] if paths else _standard_library()
     unreadable = [file for file in files if not os.access(file, os.R_OK)]
     if unreadable:
-        raise ValueError(f"data {unreadable[0]} cannot be read; check its permissions")
+        raise ValueError(f"data {shown(str(unreadable[0]))} cannot be read; check its permissions")
     text = Text(files, seed, lengths)
     if text.size < seqlen:
         raise ValueError(
@@ -117,17 +121,34 @@ def open_text(paths: Sequence[str], seqlen: int, seed: int, lengths: LengthsConf
     return text
 
 
+KINDS = {
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISCHR: "a device",
+    stat.S_ISBLK: "a device",
+    stat.S_ISSOCK: "a socket",
+}
+
+
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
+    name = shown(str(path))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # the latter of a zero byte in the name
+        said = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"data {name} does not exist, or is out of reach ({said}); give an existing file or directory"
+        ) from None
+    for is_kind, kind in KINDS.items():
+        if is_kind(mode):
+            raise ValueError(f"data {name} is {kind}, which cannot be read twice; give a file or a directory of files")
+    if not stat.S_ISDIR(mode):
         if not path.stat().st_size:
-            raise ValueError(f"data file {path} is empty; give a file with text in it")
+            raise ValueError(f"data file {name} is empty; give a file with text in it")
         return [path]
-    if not path.is_dir():
-        raise ValueError(f"data {path} does not exist; give an existing file or directory")
     found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     found = [file for file in found if file.stat().st_size]
     if not found:
-        raise ValueError(f"data directory {path} holds no file with text in it")
+        raise ValueError(f"data directory {name} holds no file with text in it; give one that does")
     return found
 
 

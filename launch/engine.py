@@ -3,6 +3,7 @@ gradient of the sum of all ranks' shares of the loss."""
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,21 +22,32 @@ NAMED = inspect.signature(DistributedDataParallel.__init__).parameters
 BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in NAMED else "broadcast_buffers"
 
 
-def distribute(objective: Objective, engine: str, mesh: DeviceMesh | None) -> nn.Module:
-    """What a step calls in the objective's place. Parameters must be equal on all ranks already; on one process there
-    is nothing to do."""
+def distribute(objective: Objective, engine: str, mesh: DeviceMesh | None, timeout: float) -> nn.Module:
+    """What a step calls in the objective's place. No sum takes longer than `timeout` seconds. Parameters must be
+    equal on all ranks already; on one process there is nothing to do."""
     if mesh is None:
         return objective
     if engine == "fsdp":
         return shard_model(objective, mesh, objective.language.layers)
-    group = dist.new_group()  # not the context's: the sums of gradients run while the ring of earlier layers does
+    # not the context's: the sums of gradients run while the ring of earlier layers does
+    group = dist.new_group(timeout=timedelta(seconds=timeout))
     settings: dict[str, Any] = {BUFFERS: False}
-    return DistributedDataParallel(objective, process_group=group, init_sync=False, **settings)
+    module = DistributedDataParallel(objective, process_group=group, init_sync=False, **settings)
+    module.register_comm_hook(group, sum_each)
+    return module
 
 
-def loss_scale(module: nn.Module) -> int:
-    """What the shares are multiplied by before backward: DDP divides by the number of ranks."""
-    return dist.get_world_size() if isinstance(module, DistributedDataParallel) else 1
+def sum_each(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sums each gradient of a bucket by itself. Where a number lies in a message decides in which order three ranks add
+    it up, and DDP lays its buckets out anew after the first step: a resumed run would differ in the last bit."""
+    sums = [dist.all_reduce(gradient, group=group, async_op=True).get_future() for gradient in bucket.gradients()]
+
+    def whole_bucket(done: torch.futures.Future[Any]) -> Tensor:
+        for each in done.wait():
+            each.wait()  # raises what has failed; all of them are over
+        return bucket.buffer()
+
+    return torch.futures.collect_all(sums).then(whole_bucket)
 
 
 def summing(module: nn.Module, last: bool) -> AbstractContextManager[None]:

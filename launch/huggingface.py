@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launch.language import Inputs, Language
+from launch import huggingface_rules
+from launch.language import Inputs, Language, check_memory
 
 PREFIX = "hf:"
 
@@ -25,11 +26,16 @@ def decoder(path: Path, recompute: bool) -> Language:
     from transformers import AutoConfig, AutoModelForCausalLM  # isort: skip
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        huggingface_rules.read(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        check_memory(sum(parameter.numel() for parameter in empty.parameters()))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except Exception as error:  # Transformers raises almost anything for a config that is wrong
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"--model {PREFIX}{path}: {said}") from None
+        remedy = "" if isinstance(error, ValueError) and "must be" in said else "; correct the config"
+        raise ValueError(f"--model {PREFIX}{path}: {said}{remedy}") from None
     text = config.get_text_config()
     base, head = model.base_model, model.get_output_embeddings()
     if base is model or head is None or not hasattr(base, "layers"):
@@ -40,6 +46,7 @@ def decoder(path: Path, recompute: bool) -> Language:
             f"--model {PREFIX}{path}: {dropping[0]} drops at random, alike on all ranks and otherwise after a resume; "
             "set its probability to 0 in the config (attention_dropout may stay)"
         )
+    _try(model, path)
     if recompute:
         # the first name is Transformers 5.24's, the second that of earlier versions
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -47,6 +54,19 @@ def decoder(path: Path, recompute: bool) -> Language:
     masks, distinct = layer_masks(config), masks_of(config)
     hidden, logits = _Hidden(model), _logits(head, text)
     return Language(model, list(base.layers), hidden, logits, masks, distinct, _kv_numbers(text), text.vocab_size)
+
+
+def _try(model: nn.Module, path: Path) -> None:
+    """Two tokens through the model, so that sizes which do not fit together are found here and not in a step."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            logits = model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--model {PREFIX}{path}: it fails on two tokens: {said}; correct its sizes") from None
+    model.train()
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"--model {PREFIX}{path}: its logits are not finite at the start; correct its scales")
 
 
 def digest(path: Path) -> str:

@@ -1,5 +1,6 @@
 """What the job needs of a language model, whoever wrote it, and the loss of a shard as one module."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,17 @@ import ringattn
 from ringattn.loss import IGNORED, linear_token_mean
 
 Masks = tuple[ringattn.Mask, ...]
+
+
+def check_memory(parameters: int) -> None:
+    """Raises ValueError where the weights alone are more than this machine holds: each rank makes all of them."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, there = 4 * parameters * ranks, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"the model has {parameters:,} parameters, in fp32 and on {ranks} ranks {needed / 2**30:,.0f} GiB; it must "
+            f"fit this machine's {there / 2**30:,.0f} GiB: set a smaller width, or fewer layers or ranks"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from typing import Any
 
 import ringattn
 from launch.config import nearest
+from launch.rules import shown
+
+TERMS, CHARACTERS = 64, 4096  # more than a mask that anyone would write, and quick to read and to combine
 
 MASKS: dict[str, Callable[..., ringattn.Mask]] = {
     mask.__name__: mask
@@ -29,12 +32,27 @@ def parse_mask(text: str) -> ringattn.Mask:
     """The mask that `text` describes. Raises ValueError with the text for anything that is not the mask
     algebra, and for whatever the constructors refuse. `documents` is not among the names: its borders come
     from the data."""
+    if not text.strip():
+        raise ValueError('a mask is empty; name one, for instance masks = ["causal()"]')
     try:
+        _check_size(text)
         return _evaluate(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError as error:
-        raise ValueError(f"mask {text!r} does not parse: {error.msg}") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"mask {text!r}: {error}") from None
+        raise ValueError(f"mask {shown(text)} does not parse: {error.msg}; write it as in Python") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"mask {shown(text)}: {error}") from None
+    except (RecursionError, MemoryError):
+        raise ValueError(f"mask {shown(text)} has too many brackets within brackets; leave some out") from None
+
+
+def _check_size(text: str) -> None:
+    """Raises for what would take minutes to read and to combine."""
+    terms = text.count("(")  # each mask has a pair
+    if len(text) > CHARACTERS or terms > TERMS:
+        raise ValueError(
+            f"it has {len(text):,} characters and about {terms:,} masks; it must have at most {CHARACTERS:,} and "
+            f"{TERMS}: documents come from the text (documents = true), other masks combine fewer"
+        )
 
 
 def _evaluate(node: ast.expr) -> ringattn.Mask:
@@ -50,11 +68,16 @@ def _evaluate(node: ast.expr) -> ringattn.Mask:
         case ast.Call(ast.Name(name), arguments, keywords):
             if name not in MASKS:
                 raise ValueError(f"unknown mask {name!r}{nearest(name, MASKS)}; known: {', '.join(MASKS)}")
-            named = {keyword.arg: _literal(keyword.value) for keyword in keywords if keyword.arg}
+            if any(keyword.arg is None for keyword in keywords):
+                raise ValueError(f"{ast.unparse(node)} unpacks with **; name the arguments")
+            named = {str(keyword.arg): _literal(keyword.value) for keyword in keywords}
             return MASKS[name](*map(_literal, arguments), **named)
-    raise ValueError(f"{ast.unparse(node)!r} is no mask; combine {', '.join(MASKS)} with &, | and -")
+    raise ValueError(f"{shown(ast.unparse(node))} is no mask; combine {', '.join(MASKS)} with &, | and -")
 
 
 def _literal(node: ast.expr) -> Any:
-    value = ast.literal_eval(node)
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"{shown(ast.unparse(node))} is no number or list of numbers; write it out") from None
     return tuple(value) if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import ringattn
 from launch.config import ModelConfig
 from launch.data import VOCABULARY
-from launch.language import Inputs, Language, Masks
+from launch.language import Inputs, Language, Masks, check_memory
 from ringattn.integrations.checkpointing import keep_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> out, all [batch, tokens, heads, dim]
@@ -99,6 +99,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
     """A fresh decoder as the job sees it; `masks` are repeated over the depth."""
+    check_memory(_parameters(config))
     model = Decoder(config, recompute)
 
     def hidden(inputs: Inputs) -> Tensor:
@@ -111,3 +112,10 @@ def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
     numbers = 2 * config.num_kv_heads * config.head_dim
     distinct = tuple(dict.fromkeys(of_layers))
     return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, numbers, VOCABULARY)
+
+
+def _parameters(config: ModelConfig) -> int:
+    """How many there will be."""
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    layer = config.d_model * (attention + 3 * config.d_ff + 2)
+    return config.num_layers * layer + (2 * VOCABULARY + 1) * config.d_model

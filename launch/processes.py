@@ -1,12 +1,13 @@
 """The processes of a run: started by torchrun they form one group (gloo on CPUs, NCCL on GPUs), started
-plainly there is one of them. Here are the few things the processes do together outside attention."""
+plainly there is one of them. Here are the few things the processes do together outside attention, and how one that
+cannot go on ends all of them with the same line."""
 
 import ctypes
 import gc
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -16,21 +17,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from launch.board import DONE, Board, connect, new_store
+from launch.stopping import StopSignal
 from ringattn.integrations.fsdp import data_context_mesh
 
-DEADLINE = timedelta(minutes=10)
+# what a rank refuses in one line; an error of another kind is a fault in the program
+REFUSALS = (ValueError, NotImplementedError, ImportError, OSError)
 
 
 @dataclass(slots=True)
 class World:
     """The processes of a run as seen by one of them. `group` is None for a single one; `mesh` is data x context once
-    they are `split`."""
+    they are `split`; `board` is what they tell each other beside the group. `restarts`: how often the launcher has
+    begun this job anew; `step`: the one that is under way."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    board: Board | None = None
+    restarts: int = 0
+    step: int | None = None
+
+    def at(self, phase: str) -> None:
+        """Tells the other ranks what this one does from now on."""
+        if self.board is not None:
+            self.board.at(phase if self.step is None else f"step {self.step}, {phase}")
 
     def split(self, replicas: int) -> None:
         """Makes the processes `replicas` groups that share a sequence each. Raises ValueError where that leaves some
@@ -42,6 +55,9 @@ class World:
             )
         if self.group is not None:
             self.mesh = data_context_mesh(self.device.type, data=replicas)
+            self.mesh["dp", "cp"]._flatten()  # what parameters are sharded over
+            if self.board is not None:
+                limit_waits(self.board.timeout)
 
     @property
     def replicas(self) -> int:
@@ -79,6 +95,26 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def tell(self, value: Any) -> list[Any]:
+        """Every rank's value, as `gather`, for what JSON can hold; a rank that is lost is named."""
+        return self.gather(value) if self.board is None else self.board.gather(value)
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on every rank and returns every rank's result (what JSON can hold), in rank order. Where it
+        is refused on any, all of them raise the first one's error, so that no rank waits for another in vain."""
+        result, said, kind = None, "", ""
+        try:
+            result = action()
+        except REFUSALS as error:
+            said, kind = str(error) or type(error).__name__, kind_of(error)
+        everyone = self.tell([kind, said, result])
+        refused = [rank for rank, (kind, _, _) in enumerate(everyone) if kind]
+        if refused:
+            kind, said, _ = everyone[refused[0]]
+            where = "" if len(refused) == self.size else f"rank {refused[0]}: "
+            raise KINDS[kind](where + said)
+        return [result for _, _, result in everyone]
+
     def agree(self, values: dict[str, Any]) -> None:
         """Raises ValueError on every rank, naming the ranks and the value, unless all ranks hold the same
         values."""
@@ -100,10 +136,26 @@ class World:
     def close(self) -> None:
         """Leaves the group and lets go of it. gloo's threads end with the last reference; one still at work
         while the interpreter shuts down would abort the process."""
+        if self.board is not None:
+            self.board.end(DONE, 0, "it is done")
         if self.group is not None:
             self.group = self.mesh = None
             dist.destroy_process_group()
             gc.collect()
+
+
+KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in REFUSALS}
+
+
+def kind_of(error: Exception) -> str:
+    """Which of the refusals it is."""
+    return next(name for name, kind in KINDS.items() if isinstance(error, kind))
+
+
+def limit_waits(timeout: float) -> None:
+    """Gives every group of this process one deadline: groups of a mesh are made with torch's own."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def check_device(device: str) -> None:
@@ -116,19 +168,39 @@ def check_device(device: str) -> None:
         )
 
 
-def join(device: str) -> World:
-    """Joins the group that torchrun describes in the environment; on its own without torchrun."""
-    local_rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+def meet(world: World, stop: StopSignal | None) -> None:
+    """Lets the processes that torchrun describes in the environment tell each other things; they have no group yet.
+    Without torchrun there is one."""
+    world.size = int(os.environ.get("WORLD_SIZE", "1"))
+    world.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if world.size > 1:
+        world.board = connect(stop)
+        world.rank = world.board.rank
+        # agents of several machines count restarts each for itself
+        world.restarts = max(world.board.gather(world.restarts))
+
+
+def join(world: World, device: str, timeout: float) -> None:
+    """Makes the processes one group, in which no wait is longer than `timeout` seconds."""
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(place)
     else:
         keep_freed_memory()
-    if size == 1:
-        return World(device=place)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=DEADLINE, device_id=place if device == "cuda" else None)
-    return World(dist.get_rank(), size, place, dist.group.WORLD)
+    world.device = place
+    if world.board is None:
+        return
+    world.at("joining the group")
+    world.board.timeout = timeout
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore("group", new_store(timeout=timeout)),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout),
+        device_id=place if device == "cuda" else None,
+    )
+    world.group = dist.group.WORLD
 
 
 def keep_freed_memory() -> None:

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from launch.checkpoint import write_durably
 from launch.config import Config, dump
 from launch.recall import Answers
 from launch.training import Counters
@@ -70,10 +71,9 @@ class Report:
         self.console = Console(soft_wrap=True)
         self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first] if first else []
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.toml").write_text(dump(config))
-        kept = run / "metrics.jsonl.kept"
-        kept.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records))
-        kept.replace(run / "metrics.jsonl")
+        write_durably(run / "config.toml", dump(config).encode())
+        kept = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
+        write_durably(run / "metrics.jsonl", kept.encode())
         self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -128,6 +128,9 @@ class Report:
 
     def _rows(self, ranks: Sequence[RankSummary]) -> Iterator[tuple[str, str]]:
         done = [record for record in self.records if record.step >= self.first]
+        if not done:  # begun anew after its last step
+            yield "written to", str(self.run)
+            return
         seconds = sum(record.seconds for record in done)
         last = [record.loss for record in self.records[-FINAL_STEPS:]]
         received = sum(rank.counters.received for rank in ranks)
@@ -156,5 +159,5 @@ def _read(path: Path) -> list[Record]:
         return []
     try:
         return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
-    except TypeError as error:
-        raise ValueError(f"{path} is of another version ({error}); move it away to go on") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error}); move it away to go on") from None

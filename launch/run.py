@@ -3,19 +3,15 @@ run ends or is stopped."""
 
 import math
 import os
-import shutil
-import signal
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 
-from launch import checkpoint, huggingface, model
-from launch.config import Config, load
+from launch import checkpoint, huggingface, model, resume
+from launch.config import Config
 from launch.data import Sample
 from launch.engine import distribute
 from launch.language import Language, Objective
@@ -23,6 +19,7 @@ from launch.mask_text import parse_mask
 from launch.processes import World, check_device
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
+from launch.stopping import StopSignal
 from launch.tasks import Progress, RecallTask, Task, make_task
 from launch.training import Outcome, Trainer, make_context
 from ringattn.check.huggingface import allow_double
@@ -30,15 +27,18 @@ from ringattn.check.huggingface import allow_double
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a process knows, and has checked, before it talks to any other. `resume` is the checkpoint to go
-    on from; `progress` says which step and which position of the task's stream come next."""
+    """What a process knows, and has checked, before it talks to any other. `resume`: whether to go on from the newest
+    whole checkpoint; `restarted`: because the launcher has begun this very job anew. `progress` says which step and
+    which position of the task's stream come next, `good` which checkpoints are known to be whole, the newest last."""
 
     config: Config
     run: Path
-    resume: Path | None
+    resume: bool
+    restarted: bool
     progress: Progress
     task: Task
     language: Language
+    good: list[Path] = field(default_factory=list)
 
     def samples(self, world: World) -> list[Sample]:
         """The samples of the next step that the process's replica takes."""
@@ -83,17 +83,17 @@ def build(config: Config) -> Language:
     return language
 
 
-def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
+def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, restarts: int = 0) -> Job:
     """Checks all that a process can check alone. Raises ValueError with the value, the rule and the
     remedy."""
     check_device(config.device)
     place = next(path for path in (run, *run.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"{run} cannot be written: {place} is a file, or not yours to write in; set --out")
-    newest = checkpoint.latest(run)
-    if resume and newest is None:
-        raise ValueError(f"no complete checkpoint under {run / 'checkpoint'}; start without --resume")
-    if newest is not None and not (resume or overwrite):
+    restarted, there = restarts > 0 and resume.began_here(run), checkpoint.holds_any(run)
+    if go_on and not restarted and not there:
+        raise ValueError(f"no checkpoint under {run / 'checkpoint'}; start without --resume")
+    if there and not (go_on or overwrite or restarted):
         raise ValueError(f"{run} holds a checkpoint; go on with --resume {run}, drop it with --overwrite, or set --out")
     task, language = make_task(config), build(config)
     if language.vocabulary < task.least_vocabulary:
@@ -107,42 +107,14 @@ def prepare(config: Config, run: Path, resume: bool, overwrite: bool) -> Job:
         "model": huggingface.digest(Path(config.hf)) if config.hf else "",
         "length": task.first_length(),
     }
-    if not resume or newest is None:
-        return Job(config, run, None, progress, task, language)
-    checkpoint.check_fit(newest, language.model)
-    saved = checkpoint.read_progress(newest)
-    _check_resumable(newest, saved, progress, config)
-    _check_settings(run, config)
-    if task.learnt(saved):
-        raise ValueError(f"{run} has nothing left to learn; start a new run with --out")
-    return Job(config, run, newest, saved, task, language)
-
-
-def _check_resumable(path: Path, saved: dict[str, Any], fresh: dict[str, Any], config: Config) -> None:
-    if saved["text"] != fresh["text"]:
-        raise ValueError(
-            f"checkpoint {path} stands at byte {saved['position']:,} of a text other than this one (its files, "
-            "their sizes or the seed differ); give the same --data, or start a new run with --out"
-        )
-    if saved["model"] != fresh["model"]:
-        raise ValueError(f"checkpoint {path} is of a model whose config {config.hf} has changed since; restore it")
-    if saved["step"] >= config.steps:
-        raise ValueError(f"checkpoint {path} has all {config.steps} steps behind it; ask for more with --steps")
-
-
-def _check_settings(run: Path, config: Config) -> None:
-    """What must not change in the middle of a run: the loss curve would break without a word."""
-    before = load(run / "config.toml") if (run / "config.toml").exists() else config
-    for name in ("model", "seqlen", "masks", "hf", "documents", "lengths", "recall", "seed"):
-        was, now = getattr(before, name), getattr(config, name)
-        if was != now:
-            raise ValueError(f"{run} was trained with {name} = {was!r}, not {now!r}; resume without --config")
+    return Job(config, run, go_on or restarted, restarted, progress, task, language)
 
 
 def start(job: Job, world: World) -> Trainer:
     """Puts the same model on every rank, at the checkpoint if there is one. Raises ValueError where ranks
     differ."""
     config, settings, language = job.config, job.config.optimizer, job.language
+    world.at("comparing settings")
     world.agree({"config": config, "text": job.task.digest, "progress": job.progress})
     world.split(config.data_parallel)
     context, shortest = world.size // world.replicas, job.task.first_length()
@@ -151,10 +123,17 @@ def start(job: Job, world: World) -> Trainer:
             f"the first sequences have {shortest} tokens for {context} ranks; start fewer, or set data_parallel or "
             "recall.pairs higher"
         )
+    world.at("looking for a checkpoint")
+    saved = resume.point(job, world)
+    if saved is not None:
+        job.progress.update(saved.progress)
+        job.good.append(saved.path)
+    world.at("placing the model")
     language.model.to(world.device)
     world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
     cp = make_context(config, world, language.distinct)
-    module = distribute(Objective(language, config.loss_chunks, job.task.guesses), config.engine, world.mesh)
+    objective = Objective(language, config.loss_chunks, job.task.guesses)
+    module = distribute(objective, config.engine, world.mesh, config.timeout)
     optimizer = torch.optim.AdamW(
         language.model.parameters(),
         lr=settings.lr,
@@ -163,24 +142,19 @@ def start(job: Job, world: World) -> Trainer:
         fused=True,
     )
     trainer = Trainer(config, world, language, module, optimizer, cp)
-    if job.resume is not None:
-        checkpoint.load(job.resume, language.model, optimizer, job.progress)
-    elif world.rank == 0:
-        shutil.rmtree(job.run / "checkpoint", ignore_errors=True)
+    world.at("loading the checkpoint")
+    if saved is not None:
+        checkpoint.load(saved, language.model, optimizer)
+    if world.rank == 0:
+        begin(job, saved is None)
     return trainer
 
 
-class StopSignal:
-    """Remembers the first SIGINT or SIGTERM instead of dying of it. Further ones change nothing: a launcher
-    passes on what the terminal has already sent."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+def begin(job: Job, afresh: bool) -> None:
+    """Makes the run's directory this job's. From here on a restarted attempt goes on with what it finds there."""
+    if afresh:
+        checkpoint.discard(job.run)
+    resume.take_over(job.run)
 
 
 def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
@@ -189,6 +163,8 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     config, world, progress = job.config, trainer.world, job.progress
     with _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
         before, asked = trainer.counters(), False
+        if report and job.done:
+            report.say(f"all steps were done before the restart: step {progress['step']}")
         while not job.done and not asked:
             record, asked = _step(job, trainer, stop)
             if report:
@@ -196,6 +172,7 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
             if config.save_every and progress["step"] % config.save_every == 0:
                 _save(job, trainer)
         saved = _save(job, trainer)
+        world.at("the summary")
         ranks = world.gather(RankSummary(world.peak_memory(), trainer.counters().since(before)))
         answers = recall(trainer, job.task) if job.done and isinstance(job.task, RecallTask) else []
         if report:
@@ -206,7 +183,10 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
 
 def _save(job: Job, trainer: Trainer) -> Path:
     assert trainer.optimizer is not None
-    return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress)
+    world, settings = trainer.world, resume.settings_of(job.config)
+    world.step = None
+    world.at(f"saving after step {job.progress['step']}")
+    return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress, settings, job.good, world)
 
 
 def _open_report(job: Job, trainer: Trainer) -> Report:
@@ -226,13 +206,15 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
     config, world, progress = job.config, trainer.world, job.progress
     step, position = progress["step"], progress["position"]
     begin, before = time.perf_counter(), trainer.counters()
+    world.step = step
+    world.at("reading data")
     samples = job.samples(world)
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     found = trainer.step(samples, lr, stop.number != 0)
     if not math.isfinite(found.loss) or not math.isfinite(found.norm):
         raise FloatingPointError(
-            f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; the last checkpoint is "
-            "untouched, resume with a lower optimizer.lr"
+            f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; "
+            f"{checkpoint.remaining(job.run)}; resume with a lower optimizer.lr"
         )
     seconds = time.perf_counter() - begin
     job.move(world, found)

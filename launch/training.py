@@ -11,7 +11,7 @@ from torch import nn
 import ringattn
 from launch.config import Config
 from launch.data import Sample
-from launch.engine import clip, loss_scale, summing
+from launch.engine import clip, summing
 from launch.language import Inputs, Language, Masks
 from launch.processes import World
 from ringattn.loss import count_targets
@@ -26,6 +26,7 @@ def make_context(config: Config, world: World, masks: Masks) -> ringattn.Context
         layout=config.layout,
         schedule=config.schedule,
         kernel=config.kernel,
+        options=ringattn.Options(timeout=config.timeout),
     )
 
 
@@ -85,15 +86,19 @@ class Trainer:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
         parameters' `.grad`, and is that of one process on every rank. `samples` are this replica's, one micro-batch
         each; `asked` is whether this rank was asked to stop."""
+        self.world.at("dealing out the samples")
         inputs = self._inputs(samples)
         # they stay on the device: a step waits for it once, at the sum
         shares, right = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, one in enumerate(inputs):
             with summing(self.module, last=index == len(inputs) - 1):
+                self.world.at("forward")
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
                     share, guessed = self.module(one)
-                (share * loss_scale(self.module)).backward()
+                self.world.at("backward and the sum of gradients")
+                share.backward()
             shares, right = shares + share.detach(), right + guessed
+        self.world.at("the sum of losses")
         loss, total, stop = self.world.sum_([shares, right, asked])
         targets = int(inputs[0].count)
         return Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
@@ -144,9 +149,11 @@ class Trainer:
         assert self.optimizer is not None
         self.optimizer.zero_grad()
         found = self.loss_and_gradients(samples, stop)
+        self.world.at("the gradient's norm")
         norm = clip(self.module, self.config.optimizer.clip)
         if not math.isfinite(found.loss) or not math.isfinite(norm):
             return replace(found, norm=norm)  # the caller stops; the parameters are those of the step before
+        self.world.at("the optimizer")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

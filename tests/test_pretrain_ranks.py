@@ -42,7 +42,7 @@ def hf_file(family: str, folder: Path, **changes: Any) -> str:
 
 def two_steps(rank: int, world_size: int, config: Any, gradients_of: int) -> tuple[list[float], dict[str, np.ndarray]]:
     """The losses of two steps, and the gradients of one of them."""
-    job = prepare(config, NOWHERE, resume=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     world = world_of(rank, world_size)
     trainer = start(job, world)
     apart = world_size > 1 and config.engine == "fsdp"
@@ -88,7 +88,7 @@ def test_transformers_models_train_as_one_process(family: str, engine: str, text
 
 
 def verified(rank: int, world_size: int, config: Any) -> tuple[bool, str]:
-    job = prepare(config, NOWHERE, resume=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     comparison = verify(job, start(job, world_of(rank, world_size)))
     return comparison.passed, str(comparison)
 
@@ -159,7 +159,7 @@ def test_documents_have_the_lengths_asked_for(tmp_path: Path) -> None:
 def test_lengths_keep_documents_apart(text: Path) -> None:
     """A change in one document moves nothing in the next."""
     config = tiny(text, documents=False, lengths=LengthsConfig(median=40))
-    job = prepare(config, NOWHERE, resume=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     trainer = start(job, World())
     sample = job.samples(World())[0]
     edge = sample.cu_seqlens[1]
@@ -220,7 +220,7 @@ def test_sequences_grow_once_answers_are_right() -> None:
 
 
 def recalled(rank: int, world_size: int, config: Any, run: Path) -> tuple[bool, list[tuple[float, int]]]:
-    job = prepare(config, run, resume=False, overwrite=False)
+    job = prepare(config, run, go_on=False, overwrite=False)
     world = world_of(rank, world_size)
     trainer = start(job, world)
 
@@ -232,7 +232,8 @@ def recalled(rank: int, world_size: int, config: Any, run: Path) -> tuple[bool, 
     done = train(job, trainer, Never())  # type: ignore[arg-type]
     if rank == 0:
         with pytest.raises(ValueError, match="nothing left to learn"):
-            prepare(dataclasses.replace(config, steps=config.steps + 1), run, resume=True, overwrite=False)
+            longer = dataclasses.replace(config, steps=config.steps + 1)
+            start(prepare(longer, run, go_on=True, overwrite=False), World())
     assert isinstance(job.task, RecallTask)
     return done, [(answers.right, answers.count) for answers in recall(trainer, job.task)]
 
@@ -250,7 +251,7 @@ def test_recall_is_learnt_and_lost_when_the_ring_is_cut(engine: str, tmp_path: P
 
 def more_ranks_than_tokens(rank: int, world_size: int) -> None:
     config = dataclasses.replace(RECALL, recall=RecallConfig(pairs=1))
-    job = prepare(config, NOWHERE, resume=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     with pytest.raises(ValueError, match="first sequences have 4 tokens for 5 ranks"):
         start(job, world_of(rank, world_size))
 
@@ -274,7 +275,7 @@ def test_bad_settings_are_refused(tmp_path: Path, text: Path, monkeypatch: pytes
     steps = ("steps = 6", "steps = 6")
     assert "unknown engine 'fdsp' (did you mean 'fsdp'?)" in said(*steps, "--engine", "fdsp")
     assert "data_parallel is 2 over 1 ranks" in said(*steps, "--data-parallel", 2)
-    assert "accumulate is 0" in said(*steps, "--accumulate", 0)
+    assert "accumulate is 0; it must be" in said(*steps, "--accumulate", 0)
     assert "--model gpt2: give hf:" in said(*steps, "--model", "gpt2")
     assert f"hf:{tmp_path}/none.json" in said(*steps, "--model", f"hf:{tmp_path}/none.json")
     assert "the data has 256; set a larger vocab_size" in said(
@@ -282,7 +283,7 @@ def test_bad_settings_are_refused(tmp_path: Path, text: Path, monkeypatch: pytes
     )
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     for changes, reason in (
-        ({"hidden_act": "nope"}, "nope"),
+        ({"hidden_act": "sillu"}, "hidden_act is 'sillu' (did you mean 'silu'?); it must be one of"),
         ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
         (dynamic, "rope_type 'dynamic'"),
     ):
@@ -299,7 +300,7 @@ def test_bad_settings_are_refused(tmp_path: Path, text: Path, monkeypatch: pytes
             without.delitem(sys.modules, name)
         without.setattr("importlib.metadata.version", missing)
         assert "pip install 'ringattn[hf]'" in said(*steps, "--model", "hf:" + hf_file("llama", tmp_path / "small"))
-    assert "median 1 must be at least 2" in said("[model]", "[lengths]\nmedian = 1\n[model]")
+    assert "lengths.median is 1; it must be a whole number from 2" in said("[model]", "[lengths]\nmedian = 1\n[model]")
     assert "leave out data, documents" in said("[model]", "[recall]\n[model]")
     alone = config_file(tmp_path, 'layout = "contiguous"', 'layout = "zigzag"', RECALL)
     assert "layout is 'zigzag'" in refusal("--config", alone, "--out", tmp_path / "run")
