@@ -80,7 +80,8 @@ _REFUSALS[CallMismatch.__name__] = CallMismatch
 
 class CallLog:
     """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
-    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements."""
+    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements;
+    ``current`` is the number of the call that this rank is in, begun or not."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -91,7 +92,7 @@ class CallLog:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self.number = self.chain = self.ballots = 0
+        self.number = self.chain = self.ballots = self.current = 0
         self.broken = self.warned = False
         self.text = "no call"
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
@@ -128,7 +129,7 @@ class CallLog:
             return heard
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
         text = f"{kind}\n{self.text}\n{error}"
-        return Label(self.epoch, self.number, self.chain, 0, self.rank, Kind.FAILURE, text)
+        return Label(self.epoch, self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
         """What the others are told by a rank that waits for them in an agreement."""
@@ -147,7 +148,8 @@ class CallLog:
         """Raises if a rank has failed in this epoch, or waits in an agreement that this one has gone past."""
         if self.broken:
             return
-        if (failure := self._heard.get(self.epoch)) is not None:
+        failure = self._heard.get(self.epoch)
+        if failure is not None and failure.number <= self.current:  # a call before the one that failed is still right
             self.broken = True
             self._raise(failure)
         for label in self._waiting.values():
@@ -196,7 +198,7 @@ def together(transport: Transport, what: str) -> Iterator[None]:
         raise CallMismatch(log.lost)
     if log.broken:
         log.renew()
-    log.text, before = what, log.made
+    log.text, log.current, before = what, log.number + 1, log.made
     try:
         yield
     except BaseException as error:
