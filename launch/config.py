@@ -74,10 +74,10 @@ JOB = {
 }
 
 KINDS = {
-    int: "int, a whole number such as 1",
-    float: "float, a number such as 0.1",
-    str: 'str, text in quotes such as "x"',
-    bool: "bool, true or false",
+    int: "int, a whole number, for instance 1",
+    float: "float, a number, for instance 0.1",
+    str: 'str, text in quotes, for instance "x"',
+    bool: "bool, one of true and false",
 }
 
 T = TypeVar("T")

@@ -14,7 +14,11 @@ from launch.rules import SIZE, Rule, check, integer, number, one_of
 LARGEST_FILE = 16 << 20
 LAYERS = 1_000
 
-ABSENT = Rule(lambda value: value is None, "left out: weights are random here and code of a config is never run", None)
+ABSENT = Rule(
+    lambda value: value is None,
+    "absent, so leave it out: weights are random here, and no code of a config is run",
+    None,
+)
 # by the end of a key's name, the first that fits; null is Transformers' default and stays its affair
 RULES: tuple[tuple[str, Rule], ...] = (
     (r"quantization_config|auto_map|adapter.*", ABSENT),
