@@ -221,8 +221,8 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
 
     Raises ``ValueError`` for a negative side.
     """
-    left = None if left is None else at_least("sliding_window left", left, 0)
-    right = None if right is None else at_least("sliding_window right", right, 0)
+    left = None if left is None else at_least("sliding_window (None is unbounded) left", left, 0)
+    right = None if right is None else at_least("sliding_window (None is unbounded) right", right, 0)
     return Mask(_sliding_window, (left, right))
 
 

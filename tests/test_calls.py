@@ -1,6 +1,7 @@
 """Messages belong to calls: what one rank fails or refuses, all do at once, and no message ever fills another call's
 tensor; after it the next call that all ranks start together is right again."""
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from processes import run_processes
 from test_ring import dense_attention
 
 import ringattn as ra
-from ringattn.comm import PeerError, ProcessGroupTransport, Transport, transport_over
+from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, handshake, transport_over
 from ringattn.rolling import roll
 
 S = cases.SEQLEN
@@ -72,8 +73,8 @@ class FaultyPending:
 
 
 def inputs_of(number: int) -> list[torch.Tensor]:
-    torch.manual_seed(number)
-    return [torch.randn(1, S, heads, 8, dtype=torch.float64) for heads in (4, 2, 2, 4)]
+    generator = torch.Generator().manual_seed(number)  # threads share the default one
+    return [torch.randn(1, S, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)]
 
 
 def train(cp: ra.ContextParallel, number: int) -> list[torch.Tensor]:
@@ -275,3 +276,42 @@ def refuse_whole_keys(rank: int, world: int) -> str:
 
 def test_whole_keys_are_refused_on_all_ranks() -> None:
     assert all("k has 1 tokens" in text for text in run_processes(refuse_whole_keys, 2))
+
+
+def start_beside_a_stranger(rank: int, world: int) -> list[str]:
+    """Somebody else calls the ranks' sockets before they do: with nonsense, with a wrong secret, and silently."""
+    found = handshake._Listener.__init__
+
+    def and_a_stranger(self: Any, address: str, secret: bytes, world_size: int) -> None:
+        found(self, address, secret, world_size)
+        for word in (b"x", handshake._HELLO.pack(1 - rank, b"0" * 16), None):
+            stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stranger.connect(f"\0{address}")
+            if word is not None:
+                stranger.send(word)
+            strangers.append(stranger)
+
+    strangers: list[socket.socket] = []
+    handshake._Listener.__init__ = and_a_stranger  # type: ignore[method-assign]
+    cp = ra.ContextParallel(shared_memory(), S)
+    return [step(cp, 1)]
+
+
+def test_strangers_at_the_socket_are_ignored() -> None:
+    assert run_processes(start_beside_a_stranger, 2) == [["right"], ["right"]]
+
+
+def test_a_failure_in_a_loopback_world_is_one_on_all_ranks() -> None:
+    def one_rank(transport: Transport) -> list[str]:
+        cp = ra.ContextParallel(transport, S)
+        q, k, v, _ = map(cp.shard, inputs_of(1))
+        texts = []
+        for _ in range(2):
+            with pytest.raises(ValueError) as caught:
+                ra.attention(q, k, v, cp=cp, softcap=-1.0 if transport.rank == 1 else None)
+            texts.append(str(caught.value))
+            assert step(cp, 2) == "right"
+        return texts
+
+    for rank, texts in enumerate(Loopback(3, timeout=20).run(one_rank)):
+        assert all("softcap=-1.0" in text and (rank == 1 or "rank 1 refused" in text) for text in texts)

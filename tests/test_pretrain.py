@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,6 +43,8 @@ TINY = Config(
     model=ModelConfig(d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24),
     optimizer=OptimizerConfig(lr=1e-2, warmup=2),
 )
+
+NOWHERE = Path(tempfile.gettempdir()) / "ringattn-nowhere"  # for jobs that save nothing
 
 
 @pytest.fixture
@@ -168,7 +171,7 @@ def test_rotation_depends_on_distance_alone() -> None:
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_loss_is_the_mean_over_targets_and_guesses_are_counted(chunks: int, text: Path) -> None:
     config = tiny(text, documents=False)
-    job = prepare(config, Path("nowhere"), go_on=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     trainer = start(job, World())
     (sample,) = samples_of(config)[1:]
     tokens, labels = torch.from_numpy(sample.tokens), torch.from_numpy(sample.labels)
@@ -197,7 +200,7 @@ def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple
     """Loss and gradients of every config and sample."""
     found = []
     for config in configs:
-        job = prepare(config, Path("nowhere"), go_on=False, overwrite=False)
+        job = prepare(config, NOWHERE, go_on=False, overwrite=False)
         trainer = start(job, world_of(rank, world_size))
         for sample in samples_of(config):
             trainer.model.zero_grad()
@@ -221,7 +224,7 @@ def test_loss_and_gradients_equal_a_single_process(world_size: int, text: Path) 
 def check_the_checks(rank: int, world_size: int, config: Config) -> tuple[str, str, str]:
     """What `verify` says as it is, and with positions counted from the start of each shard, which is wrong; and
     what ranks hear whose configs differ."""
-    job = prepare(config, Path("nowhere"), go_on=False, overwrite=False)
+    job = prepare(config, NOWHERE, go_on=False, overwrite=False)
     world = world_of(rank, world_size)
     trainer = start(job, world)
     right = verify(job, trainer)
@@ -232,7 +235,7 @@ def check_the_checks(rank: int, world_size: int, config: Config) -> tuple[str, s
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     different = dataclasses.replace(config, seed=rank)
     with pytest.raises(ValueError, match=r"rank 0 has config .*, rank 1 has") as caught:
-        start(prepare(different, Path("nowhere"), go_on=False, overwrite=False), world)
+        start(prepare(different, NOWHERE, go_on=False, overwrite=False), world)
     return str(right), str(wrong), str(caught.value)
 
 

@@ -4,6 +4,7 @@ recall, which nothing but the ring can answer."""
 import dataclasses
 import json
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from launch.tasks import RecallTask
 from launch.verify import verify
 from ringattn.loss import IGNORED
 
-NOWHERE = Path("nowhere")
+NOWHERE = Path(tempfile.gettempdir()) / "ringattn-nowhere"  # for jobs that save nothing
 
 
 def hf_file(family: str, folder: Path, **changes: Any) -> str:

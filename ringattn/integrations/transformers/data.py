@@ -31,7 +31,8 @@ def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int 
         cp: the registered context. Its length need not be the batch's.
         batch: whole `input_ids` `[batch, seqlen]`, perhaps `labels` (as Transformers has them: not shifted) and others
             of that shape. Where documents begin is read from `cu_seq_lens_q`, `seq_idx` or `position_ids` that start
-            again; `attention_mask` tells padding, which is dropped.
+            again (one that is not greater than the one before); `attention_mask` tells padding, which is dropped.
+            Given `position_ids`, `[1|batch, seqlen]` or `[axes, 1|batch, seqlen]`, are kept.
         multiple: fill packed sequences up to a multiple of so many tokens.
 
     Returns `input_ids`, `position_ids`, `labels` and `shift_labels` (both shifted, -100 without a target) of
@@ -54,9 +55,28 @@ def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int 
     local = {name: context.shard(x) for name, x in whole.items()}
     if "labels" in local:
         local["shift_labels"] = local["labels"]
-    positions = context.position_ids if packing is None else context.shard(packing.position_ids, dim=0)
+    positions = _positions(context, batch, packing)
     cu_seq_lens = torch.tensor(bounds, dtype=torch.int32)
-    return {**local, "position_ids": positions[None], "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+    return {**local, "position_ids": positions, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+
+
+def _positions(context: ContextParallel, batch: Mapping[str, Any], packing: Packing | None) -> Tensor:
+    """The positions of this rank's tokens, `[..., local_seqlen]`: those given, or counted in each row."""
+    given, shape = batch.get("position_ids"), batch["input_ids"].shape
+    if given is None:
+        counted = context.position_ids if packing is None else context.shard(packing.position_ids, dim=0)
+        return counted[None]
+    if given.ndim not in (2, 3) or given.shape[-1] != shape[1] or given.shape[-2] not in (1, shape[0]):
+        raise ValueError(
+            f"position_ids {tuple(given.shape)}: must be [1 or {shape[0]}, {shape[1]}], perhaps with axes in front, as "
+            "input_ids; or leave them out"
+        )
+    if packing is None:
+        return context.shard(given, dim=given.ndim - 1)
+    axes = given.expand(*given.shape[:-2], *shape).reshape(-1, *shape)
+    rows = [torch.stack([axis[row][_real(batch, row)] for axis in axes], -1) for row in range(shape[0])]
+    packed = packing.pack(rows).movedim(-1, 0)  # [axes, 1, tokens]
+    return context.shard(packed if given.ndim == 3 else packed[0], dim=given.ndim - 1)
 
 
 def _packing(batch: Mapping[str, Any], multiple: int) -> Packing | None:
@@ -76,8 +96,8 @@ def _bounds(batch: Mapping[str, Any], row: int) -> list[int]:
         return batch["cu_seq_lens_q"].tolist()
     real = _real(batch, row)
     count = int(real.sum())
-    for name, begins in (("seq_idx", lambda d: d != 0), ("position_ids", lambda d: d != 1)):
-        if batch.get(name) is not None:
+    for name, begins in (("seq_idx", lambda d: d != 0), ("position_ids", lambda d: d <= 0)):
+        if batch.get(name) is not None and batch[name].ndim <= 2:
             of_rows = batch[name].expand(batch["input_ids"].shape)
             changes = begins(of_rows[row][real].diff()).nonzero().flatten() + 1
             return [0, *changes.tolist(), count] if count else [0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ class Ring:
         elif seq_idx is not None:
             bounds = self._bounds_of_index(model, seq_idx)
         elif self.cp.world_size == 1 and ids is not None and bounds_of(self.cp.masks[0]) is None:
-            bounds = _bounds_of_restarts(ids, self.cp.seqlen)
+            bounds = _bounds_of_restarts(model, ids, self.cp.seqlen)
         else:
             bounds = (0, self.cp.seqlen)
         batch = self._batches.get(bounds)
@@ -146,7 +146,7 @@ class Batch:
         self._ring = ring
         self._apart = documents(bounds) if len(bounds) > 2 else None
         self._layers: dict[Structure, tuple[ContextParallel, Mask]] = {}
-        self._checked: Any = None  # the position_ids tensor last found right
+        self._checked: Callable[[], Tensor | None] = lambda: None  # the position_ids tensor last found right
 
     def layer(self, structure: Structure) -> tuple[ContextParallel, Mask]:
         """The context and the mask of a layer. The layout is the batch's, also for masks it did not name."""
@@ -178,23 +178,18 @@ class Batch:
         )
 
     def check_positions(self, model: str, position_ids: Tensor | None) -> None:
-        """Raises `ValueError` unless each token has the position it has in the whole sequence or in its document.
+        """Raises `ValueError` unless positions grow along each document, which they do not where a model without
+        `position_ids` counts every shard from 0, or where documents start again whose bounds are not known.
 
-        Without `position_ids` a model counts every shard from 0. The first call of a context is compared between the
-        ranks, as a shard at the beginning of the sequence looks right; on a GPU it is the only one that is looked at.
+        Each tensor of positions is looked at once, in the first layer that is given it (on a GPU that waits for it).
         """
-        cp = self.cp
-        if self._checked is not None and (position_ids is not None and self._checked() is position_ids):
-            return
-        if cp.world_size == 1:
+        if self.cp.world_size == 1 or (position_ids is not None and self._checked() is position_ids):
             return
         if position_ids is None:
             raise NotImplementedError(
                 f"{model} does not hand position_ids to its attention, so it cannot be seen whether it counts each "
                 "shard from 0; pass position_ids to the model and register(cp, check_positions=False)"
             )
-        if self._checked is not None and position_ids.device.type != "cpu":
-            return
         found = self._positions(position_ids)
         if found != RIGHT:
             raise ValueError(f"{model}: {found}")
@@ -202,31 +197,38 @@ class Batch:
 
     def _positions(self, ids: Tensor) -> str:
         cp, ids = self.cp, ids.detach().cpu()
-        expected = [cp.position_ids]
-        if self.bounds is not None:
-            bounds = torch.tensor(self.bounds)
-            expected.append(cp.position_ids - bounds[torch.searchsorted(bounds, cp.position_ids, right=True) - 1])
-        if ids.ndim <= 2 and any(bool((ids == right).all()) for right in expected):
+        if ids.ndim > 2 or ids.shape[-1] != cp.local_seqlen:
+            return UNKNOWN
+        order = cp.position_ids.argsort()
+        at, ids = cp.position_ids[order], ids.reshape(-1, cp.local_seqlen)
+        bounds = torch.tensor(self.bounds or (0, cp.seqlen))
+        document = torch.searchsorted(bounds, at, right=True) - 1
+        ahead = ids[:, order] - (at - bounds[document])  # of the least position that a token can have
+        grows = (ahead.diff() >= 0) | (document.diff() != 0)
+        if bool((ahead >= 0).all() and grows.all()):
             return RIGHT
-        if ids.ndim <= 2 and bool((ids == torch.arange(cp.local_seqlen)).all()):
-            return MISSING
-        return UNKNOWN
+        return MISSING if bool((ids == torch.arange(cp.local_seqlen)).all()) else UNKNOWN
 
 
-RIGHT = "global positions, or positions in known documents"
+RIGHT = "positions that grow along each known document"
 MISSING = (
     "position_ids count each shard from 0, as a model does without any: pass position_ids=cp.position_ids[None] (with "
     "documents whose positions start again, the shard of these positions, and cu_seq_lens_q)"
 )
 UNKNOWN = (
-    "position_ids are neither the tokens' positions in the sequence (cp.position_ids) nor those in known documents: "
-    "positions that start again need the bounds of the whole sequence, cu_seq_lens_q and cu_seq_lens_k"
+    "position_ids do not grow along each known document, from 0 or more: positions that start again need the bounds of "
+    "the whole sequence, cu_seq_lens_q and cu_seq_lens_k; positions that mean something else, check_positions=False"
 )
 
 
-def _bounds_of_restarts(ids: Tensor, seqlen: int) -> tuple[int, ...]:
-    """Documents as Transformers finds them: wherever a position does not follow the one before."""
+def _bounds_of_restarts(model: str, ids: Tensor, seqlen: int) -> tuple[int, ...]:
+    """Documents begin where a position is not greater than the one before."""
     if ids.ndim > 2 or ids.shape[-1] != seqlen:
         return (0, seqlen)
-    changes = (ids.reshape(-1, seqlen)[0].diff() != 1).nonzero().flatten() + 1
-    return (0, *changes.tolist(), seqlen)
+    begins = ids.reshape(-1, seqlen).diff() <= 0
+    if (begins != begins[:1]).any():
+        raise ValueError(
+            f"{model}: position_ids start again at other places in each of {len(begins)} rows; one mask serves all "
+            "rows: pack them into one (ringattn.pack, or shard_batch, which does)"
+        )
+    return (0, *(begins[0].nonzero().flatten() + 1).tolist(), seqlen)

@@ -92,6 +92,8 @@ def _translate(function: Callable[..., Any], model: str) -> tuple[bool, tuple[Ma
         case "and_masks":
             parts = [_translate(part, model) for part in inside["mask_functions"]]
             return any(part[0] for part in parts), tuple(limit for part in parts for limit in part[1])
+        case "sliding_window_overlay" | "sliding_window_bidirectional_overlay" if not inside["sliding_window"]:
+            return False, ()  # some configs say 0 for none
         case "sliding_window_overlay":
             return False, (window(inside["sliding_window"]),)
         case "sliding_window_bidirectional_overlay":
