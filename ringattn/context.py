@@ -133,20 +133,22 @@ class ContextParallel:
         """int64 ``[local_kv_seqlen]`` on the CPU: the global position of each local key."""
         return position_ids(self.k_layout.frame(self.rank), 0)
 
-    def shard(self, x: Tensor, dim: int = 1) -> Tensor:
+    def shard(self, x: Tensor, dim: int = 1, *, grad: str = "whole") -> Tensor:
         """This rank's tokens of a tensor that every rank holds whole; ``x.size(dim) == seqlen``.
 
-        Differentiable: backward gathers, so that ``x.grad`` is the same on every rank as on one process.
+        Differentiable. With ``grad="whole"`` backward gathers, so that ``x.grad`` is on every rank what it is on one
+        process, and must not be summed over the ranks again. With ``grad="share"`` it is what this rank's tokens give,
+        zero elsewhere and without a message: a share, to be summed like the gradient of every other parameter.
         """
-        return shard(self._shared.link, self.q_layout, x, dim, "seqlen")
+        return shard(self._shared.link, self.q_layout, x, dim, "seqlen", grad)
 
     def unshard(self, local: Tensor, dim: int = 1) -> Tensor:
         """The whole tensor in global order from every rank's shard; backward takes this rank's slice."""
         return unshard(self._shared.link, self.q_layout, local, dim, "local_seqlen")
 
-    def shard_kv(self, x: Tensor, dim: int = 1) -> Tensor:
+    def shard_kv(self, x: Tensor, dim: int = 1, *, grad: str = "whole") -> Tensor:
         """:meth:`shard` for the key side."""
-        return shard(self._shared.link, self.k_layout, x, dim, "kv_seqlen")
+        return shard(self._shared.link, self.k_layout, x, dim, "kv_seqlen", grad)
 
     def unshard_kv(self, local: Tensor, dim: int = 1) -> Tensor:
         """:meth:`unshard` for the key side."""

@@ -149,7 +149,8 @@ def _draw(binding: Binding, dropout_p: float, seed: int) -> int:
     if torch._C._current_graph_task_id() != -1:
         raise ValueError(
             "dropout without a seed in a forward that is recomputed during backward (activation checkpointing): it "
-            "would drop other pairs than the first time; pass seed=, a number of your own for each layer and step"
+            "would drop other pairs than the first time; pass seed=, a number of your own for each layer and "
+            "step (in a Transformers model set ring.seed, one number for each step)"
         )
     return binding.link.draw(binding.settings.options.seed)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ringattn.context import ContextParallel
@@ -108,6 +109,38 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
     for axis in groups:
         dist.all_reduce(total, group=axis)
     return total
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: Iterable[Tensor] = ()) -> None:
+    """Adds up the gradients of shares over the ranks of ``group``, in place: what to do between ``backward()`` and the
+    optimizer where no wrapper (DDP, FSDP) does.
+
+    Args:
+        parameters: the same on all ranks; those without a gradient on some ranks count as zero there, those without
+            one on all ranks stay without.
+        group: data x context (see the module).
+        whole: parameters whose gradient is whole on every rank of the context already, since they went through
+            ``cp.shard(x)`` and nowhere else; these are left alone. (``cp.shard(x, grad="share")`` gives a share.)
+
+    Raises:
+        ValueError: a parameter of FSDP or tensor parallel layers, which sum their own.
+    """
+    alone = {id(parameter) for parameter in whole}
+    shared = [p for p in parameters if p.requires_grad and id(p) not in alone]
+    for parameter in shared:
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum the "
+                "gradients of their parameters themselves; leave these out"
+            )
+    if group is None or not shared:
+        return
+    held = torch.tensor([p.grad is not None for p in shared], dtype=torch.int32, device=shared[0].device)
+    somewhere = [p for p, ranks in zip(shared, sum_over(held, group).tolist(), strict=True) if ranks]
+    for parameter in somewhere:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.copy_(sum_over(parameter.grad, group))
 
 
 def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Count = None) -> Tensor:

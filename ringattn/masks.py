@@ -221,9 +221,14 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
 
     Raises ``ValueError`` for a negative side.
     """
-    left = None if left is None else at_least("sliding_window (None is unbounded) left", left, 0)
-    right = None if right is None else at_least("sliding_window (None is unbounded) right", right, 0)
-    return Mask(_sliding_window, (left, right))
+    return Mask(_sliding_window, (_side("left", left), _side("right", right)))
+
+
+def _side(name: str, tokens: int | None) -> int | None:
+    try:
+        return None if tokens is None else at_least(f"sliding_window {name}", tokens, 0)
+    except ValueError as error:
+        raise ValueError(f"{error}; None is unbounded") from None
 
 
 def _sliding_window(at: Stretch, left: int | None, right: int | None) -> Bands:

@@ -15,16 +15,20 @@ from ringattn.comm import together
 from ringattn.layouts import Frame, Layout
 from ringattn.link import Link
 
+GRADIENTS = ("whole", "share")
 
-def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str) -> Tensor:
+
+def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str, grad: str) -> Tensor:
     """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
     with together(link.transport, "shard"):
         _check_dim(x, dim)
+        if grad not in GRADIENTS:
+            raise ValueError(f"grad={grad!r}: must be one of {', '.join(GRADIENTS)}")
         if x.size(dim) != layout.seqlen:
             raise ValueError(
                 f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence"
             )
-    return _Shard.apply(x, link, layout, dim % x.ndim)
+    return _Shard.apply(x, link, layout, dim % x.ndim, grad)
 
 
 def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
@@ -59,6 +63,14 @@ def _pick(x: Tensor, frame: Frame, dim: int) -> Tensor:
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
+def _spread(local: Tensor, frame: Frame, seqlen: int, dim: int) -> Tensor:
+    """A shard at its place in zeros of the whole length; differentiable."""
+    rows = torch.from_numpy(frame.positions()).to(local.device)
+    shape = [*local.shape]
+    shape[dim] = seqlen
+    return local.new_zeros(shape).index_copy(dim, rows, local)
+
+
 def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> Tensor:
     """Every rank's shard put in global order, the sequence moved to the front for the wire."""
     transport = link.transport
@@ -91,13 +103,17 @@ _FACTS = ("layout", "shape of a token", "dtype", "dim of the tokens")
 
 class _Shard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int) -> Tensor:
-        ctx.link, ctx.layout, ctx.dim = link, layout, dim
+    def forward(ctx: Any, x: Tensor, link: Link, layout: Layout, dim: int, grad: str) -> Tensor:
+        ctx.link, ctx.layout, ctx.dim, ctx.grad = link, layout, dim, grad
         return _pick(x, layout.frame(link.transport.rank), dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gather(grad, ctx.link, ctx.layout, ctx.dim, "backward of shard"), None, None, None
+        if ctx.grad == "whole":
+            whole = _gather(grad, ctx.link, ctx.layout, ctx.dim, "backward of shard")
+        else:
+            whole = _spread(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.layout.seqlen, ctx.dim)
+        return whole, None, None, None, None
 
 
 class _Unshard(torch.autograd.Function):

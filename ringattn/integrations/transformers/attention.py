@@ -77,6 +77,7 @@ class RingAttention:
                 softcap=softcap,
                 sinks=s_aux,
                 dropout_p=dropout,
+                seed=ring.layer_seed(model, getattr(module, "layer_idx", None), dropout),
             )
         return out, None
 

@@ -18,6 +18,7 @@ from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.structure import Structure, limited
 from ringattn.masks import Mask, bounds_of, causal, chunked, contains, documents
 
+LARGEST_SEED = (1 << 62) - 1
 KEPT = 4  # batches whose contexts are kept: a step's micro-batches
 
 
@@ -31,10 +32,16 @@ def batch_context(cp: ContextParallel, bounds: Sequence[int]) -> ContextParallel
 
 
 class Ring:
-    """The context that models registered with it compute in. `use(cp)` gives the next batches another one."""
+    """The context that models registered with it compute in. `use(cp)` gives the next batches another one.
+
+    ``seed``: what attention's dropout in each layer follows from, a number of your own for each micro-batch of a
+    training (its step, say), the same on all ranks; so that a run which is resumed drops what it would have dropped,
+    and a layer that is computed again (activation checkpointing) what it dropped before. None: the context's counter.
+    """
 
     def __init__(self, cp: ContextParallel, check_positions: bool = True) -> None:
         self.check_positions = check_positions
+        self.seed: int | None = None
         self.use(cp)
 
     def use(self, cp: ContextParallel) -> None:
@@ -55,6 +62,16 @@ class Ring:
         self._masks: dict[Structure, Mask] = {}
         self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
         self._latest: tuple[Any, Batch] | None = None  # the cu_seq_lens tensor last seen, and its batch
+
+    def layer_seed(self, model: str, layer: int | None, dropout: float) -> int | None:
+        """The seed of a layer's dropout."""
+        if not dropout or self.seed is None:
+            return None
+        if layer is None:
+            raise NotImplementedError(
+                f"{model}: its attention has no layer_idx to tell layers' dropout apart; leave Ring.seed None"
+            )
+        return hash((self.seed, layer)) & LARGEST_SEED
 
     def mask(self, structure: Structure) -> Mask:
         """The mask of layers of this structure, apart from a batch's documents: one of the context's if it has it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
-from ringattn.integrations.transformers.ring import Ring
+from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
+
+SAMPLING = ("random", "sequential")
 
 
 class ReplicaLoader(DataLoader):
@@ -33,7 +36,8 @@ class ShardedTrainerMixin:
         multiple: fill packed sequences up to a multiple of so many tokens.
         args, kwargs: Trainer's own.
 
-    Raises `NotImplementedError` for `compute_metrics`, which would get the logits of one shard.
+    Raises `NotImplementedError` for `compute_metrics`, which would get the logits of one shard, and for a
+    `train_sampling_strategy` that orders samples by their length.
     """
 
     def __init__(
@@ -55,7 +59,30 @@ class ShardedTrainerMixin:
             )
         if not trainer.args.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices=False makes a mean of means over shards; leave it on")
+        if trainer.args.train_sampling_strategy not in SAMPLING:
+            raise NotImplementedError(
+                f"train_sampling_strategy={trainer.args.train_sampling_strategy!r}: ranks of a context read the same "
+                f"samples, in the order of {' or '.join(SAMPLING)}; choose one of these"
+            )
         self._ring, self._data, self._multiple = ring, data, multiple
+        self._micro_batch = -1, 0  # the step, and how many of its micro-batches have begun
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Trainer`. Dropout in attention follows the step and its micro-batch, so that it goes on where a run that
+        is resumed was."""
+        trainer: Any = self
+        step = trainer.state.global_step
+        self._micro_batch = step, self._micro_batch[1] + 1 if self._micro_batch[0] == step else 0
+        self._ring.seed = hash((trainer.args.seed, *self._micro_batch)) & LARGEST_SEED
+        return super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """See `Trainer`. A step without any target has a loss of 0."""
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader:
         """See `Trainer`."""
@@ -63,7 +90,10 @@ class ShardedTrainerMixin:
         if trainer.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
         return self._loader(
-            trainer.train_dataset, trainer.args.train_batch_size, trainer.args.dataloader_drop_last, True
+            trainer.train_dataset,
+            trainer.args.train_batch_size,
+            trainer.args.dataloader_drop_last,
+            shuffle=trainer.args.train_sampling_strategy == "random",
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
