@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import ringattn
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa
 from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.merge import Partial
@@ -434,3 +435,29 @@ def test_halves_cover_a_triangle_exactly_and_start_new_rows_whole(shape: Shape, 
 def test_triangles_of_every_size(size: int, window: Window) -> None:
     """Small ones are one operator call, middle ones masked blocks, large ones halves of these."""
     assert_within_law(sdpa.Sdpa(), make_problem(size, size, window, torch.float32, heads=(2, 1), batch=1, head_dim=8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("seqlen", [1, 2, 4, 8, 15, 16, 24])
+def test_nan_stays_nan_however_few_keys_there_are(dtype, seqlen):
+    """Forward and backward, like dense attention, in q and in every key."""
+    for mask in (ringattn.causal(), ringattn.full(), ringattn.sliding_window(3)):
+        for spoilt in ("q", "k"):
+            generator = torch.Generator().manual_seed(seqlen)
+            q, k, v, dout = (torch.randn(1, seqlen, h, 16, generator=generator).to(dtype) for h in (2, 1, 1, 2))
+            if spoilt == "q":
+                q[0, seqlen // 2, 1, 3] = torch.nan
+            else:
+                k[...] = torch.nan
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            cp = ringattn.ContextParallel(None, seqlen, mask=mask)
+            out, lse = ringattn.attention(*leaves, cp=cp, return_lse=True)
+            found = torch.autograd.grad(out, leaves, dout)
+            exact = [x.detach().double().transpose(1, 2).requires_grad_() for x in leaves]
+            scores = exact[0] @ exact[1].transpose(2, 3) / 4
+            seen = scores.masked_fill(~mask.dense(seqlen, seqlen), -torch.inf)
+            right = seen.softmax(-1) @ exact[2]
+            assert torch.equal(out.isnan(), right.isnan().transpose(1, 2)), (mask, spoilt)
+            assert torch.equal(lse.isnan(), seen.logsumexp(-1).isnan()), (mask, spoilt)
+            grads = torch.autograd.grad(right, exact, dout.double().transpose(1, 2))
+            assert torch.equal(found[0].isnan(), grads[0].isnan().transpose(1, 2)), (mask, spoilt)

@@ -55,6 +55,22 @@ class Operator(Protocol):
         ...
 
 
+# Below so many keys the CPU operator finds the largest score of a row one by one, and passes over NaN: a row of
+# nothing else comes out as zeros, with an lse of 0. (The numbers of one AVX-512 register.)
+VECTOR = 16
+
+
+def _holds_nan(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """Bool `[batch, heads, nq]`: the rows of which a score that counts is NaN."""
+    scores = q @ k.repeat_interleave(q.size(1) // k.size(1), 1).transpose(2, 3)
+    nan = scores.isnan()
+    if causal:
+        nan = nan.tril()
+    if mask is not None:
+        nan = nan & (mask != -torch.inf)
+    return nan.any(-1)
+
+
 class CpuFlash:
     """`aten::_scaled_dot_product_flash_attention_for_cpu`: fp32 and fp64, GQA, causal aligned top-left."""
 
@@ -62,7 +78,13 @@ class CpuFlash:
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        if k.size(2) < VECTOR:
+            lost = (lse == 0) & (out == 0).all(-1)
+            if lost.any():
+                nan = lost & _holds_nan(q, k, causal, mask)
+                out, lse = out.masked_fill(nan[..., None], torch.nan), lse.masked_fill(nan, torch.nan)
+        return out, lse
 
     def backward(
         self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
