@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ringattn.arguments import flag, number, seed_of, shown
 from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.dispatch import NO_SEED
 from ringattn.masks import Mask
-from ringattn.scores import RULES, Rule
+from ringattn.scores import GREATEST, RULES, SMALLEST, Rule
+from ringattn.tensors import FLOATS, plain
+from ringattn.work import accumulator_dtype
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied to their values
 
 
 @overload
@@ -80,12 +83,13 @@ def attention(
         PeerError: a peer did not come, or fell silent, within ``Options.timeout``.
     """
     if not isinstance(cp, ContextParallel):
-        raise ValueError(f"cp={cp!r}: must be a ringattn.ContextParallel")
+        raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
     arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed
     if torch.compiler.is_compiling():
         out, lse = _attend(*arguments)
     else:
         with together(cp.link.transport, "attention"):  # what one rank refuses, all of them refuse
+            return_lse = flag("return_lse", return_lse)
             out, lse = _attend(*arguments)
     return (out, lse) if return_lse else out
 
@@ -94,33 +98,68 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
     softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_types(q, k, v, sinks, scale, softcap, dropout_p, seed)
+    _check_types(q, k, v, bias, sinks)
+    scale, softcap, dropout_p, seed = _check_numbers(scale, softcap, dropout_p, seed)
     q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, cp)
     mask_handle = _mask_handle(mask, cp)
     bias, rule = (bias, None) if bias is None or isinstance(bias, Tensor) else (None, bias)
     if not torch.compiler.is_compiling():
         _check_mode(q, k, v, bias, sinks)
-    _check_extras(bias, rule, sinks, softcap, dropout_p, seed, q, cp)
-    q, scale = _apply_sign(q, _check_scale(scale, q))
+    _check_extras(bias, rule, sinks, q, cp)
+    q, scale = _apply_sign(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
+    params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
     out, lse, _ = torch.ops.ringattn.attention(
-        q, k, v, bias, rule.name if rule else "", rule.params.to(q.device) if rule else None, sinks, cp.handle,
-        mask_handle, scale, softcap, dropout_p, NO_SEED if seed is None else seed, grad,
+        q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
+        NO_SEED if seed is None else seed, grad,
     )  # fmt: skip
     return out, lse
 
 
-def _check_types(q: object, k: object, v: object, sinks: object, *numbers: object) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
-        if not isinstance(t, Tensor) and not (name == "sinks" and t is None):
-            raise ValueError(f"{name} is a {type(t).__name__}: must be a tensor")
-    for name, value in zip(("scale", "softcap", "dropout_p"), numbers, strict=False):
-        kinds = (int, float, torch.SymFloat, torch.SymInt, *([Tensor] if name == "scale" else []))
-        if not isinstance(value, kinds) and not (value is None and name != "dropout_p"):
-            raise ValueError(f"{name}={value!r}: must be a number")
-    if not isinstance(seed := numbers[-1], (int, torch.SymInt)) and seed is not None:
-        raise ValueError(f"seed={seed!r}: must be an integer, the same on every rank")
+def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:
+    one_device = len({t.device for t in (q, k, v) if isinstance(t, Tensor)}) == 1  # else that is what is said of them
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if one_device or not isinstance(t, Tensor):
+            plain(name, t)
+    if sinks is not None:
+        plain("sinks", sinks)
+    if isinstance(bias, Tensor):
+        plain("bias", bias)
+
+
+def _check_numbers(
+    scale: Any, softcap: Any, dropout_p: Any, seed: Any
+) -> tuple[float | None, float | None, float, int | None]:
+    """The numbers of a call, as plain ones unless they are symbols of a graph."""
+    if scale is not None:
+        scale = _check_scale(scale)
+    if softcap is not None:
+        softcap = number("softcap", softcap, SMALLEST, GREATEST, "; None is no cap", also=SYMBOLS, rule="a positive")
+    dropout_p = number("dropout_p", dropout_p, 0.0, 1.0, ", and below 1", also=SYMBOLS)
+    if dropout_p >= 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and below 1")
+    if seed is not None and not dropout_p:
+        raise ValueError(f"seed={shown(seed)} without dropout_p: a seed is used for dropout only; leave it out")
+    if seed is not None and not isinstance(seed, SYMBOLS):
+        seed = seed_of("seed", seed)
+    return scale, softcap, dropout_p, seed
+
+
+def _check_scale(scale: Any) -> float:
+    if isinstance(scale, Tensor):
+        if scale.requires_grad:
+            raise ValueError("scale is a tensor that requires grad, and its gradient is not computed: multiply q by it")
+        if plain("scale", scale).numel() != 1 or scale.dtype == torch.bool:
+            raise ValueError(f"scale={shown(scale)}: must be one number; None is head_dim ** -0.5")
+        scale = scale.item()
+    if isinstance(scale, (float, int)) and not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
+    hint = ", and where it is not 0 at least 2**-40 either way; None is head_dim ** -0.5"
+    scale = number("scale", scale, -GREATEST, GREATEST, hint, also=SYMBOLS)
+    if scale and abs(scale) < SMALLEST:
+        number("scale", scale, SMALLEST, GREATEST, ", or 0; None is head_dim ** -0.5")
+    return scale
 
 
 def _check_mode(*tensors: Tensor | None) -> None:
@@ -188,15 +227,12 @@ def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     return torch.from_numpy(mask.handle)
 
 
-def _check_extras(
-    bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, softcap: float | None, dropout_p: float,
-    seed: int | None, q: Tensor, cp: ContextParallel,
-) -> None:  # fmt: skip
+def _check_extras(bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, q: Tensor, cp: ContextParallel) -> None:
     heads = q.shape[2]
     if bias is not None:
         _check_bias(bias, q, cp)
     if rule is not None and getattr(rule, "name", None) not in RULES:
-        raise ValueError(f"bias={rule!r}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
+        raise ValueError(f"bias={shown(rule)}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
     if rule is not None and rule.params.shape[0] != heads:
         raise ValueError(
             f"{rule.name} has {rule.params.shape[0]} slopes, q has {heads} heads: ringattn.alibi(slopes[{heads}])"
@@ -205,14 +241,6 @@ def _check_extras(
         raise ValueError(
             f"sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
         )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: must be a positive number; None is no cap")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and below 1")
-    if seed is not None and not dropout_p:
-        raise ValueError(f"seed={seed} without dropout_p: a seed is used for dropout only; leave it out")
-    if seed is not None and not 0 <= seed < 1 << 62:
-        raise ValueError(f"seed={seed}: must be at least 0 and below 2**62")
 
 
 def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
@@ -223,16 +251,6 @@ def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
             f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device}: must be floats [1 or {shape[0]}, "
             f"1 or {shape[1]}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, all keys in global order"
         )
-
-
-def _check_scale(scale: float | None, q: Tensor) -> float:
-    if scale is None:
-        return q.shape[-1] ** -0.5
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise ValueError("scale is a tensor that requires grad, and its gradient is not computed: multiply q by it")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
-    return float(scale)
 
 
 def _apply_sign(q: Tensor, scale: float) -> tuple[Tensor, float]:

@@ -22,12 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ringattn.arguments import MANY
 from ringattn.spans import INF, Intervals, Ints, clip_spans, cross_spans, expand, overlapping
 
 Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
 Q_AXIS = (Q0, QN, QS, QSET)
 K_AXIS = (K0, KN, KS, KSET)
 ANY = 0  # the set that holds every position
+
+
+class TooManyPieces(ValueError):
+    """More bands than can be planned, where they would have come to be."""
+
+
+def at_most(count: int) -> None:
+    """Raises :class:`TooManyPieces` before so many bands are made."""
+    if count > MANY:
+        raise TooManyPieces(f"{count:,} pieces (at most {MANY:,}, 2**20)")
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Bands:
         """Bands from columns, both axes with the same step and no scattered sets."""
         columns = {Q0: q0, QN: qn, QS: step, K0: k0, KN: kn, KS: step, LO: lo, HI: hi}
         rows = max(np.size(values) for values in columns.values())
-        data = np.zeros((min(rows, *(np.size(v) for v in (q0, qn, k0, kn))) and rows, 11), np.int64)
+        data = np.zeros((min(np.size(values) for values in columns.values()) and rows, 11), np.int64)
         for column, values in columns.items():
             data[:, column] = values
         return trim(Bands(data))
@@ -132,11 +143,7 @@ def intersect(a: Bands, b: Bands) -> Bands:
     """The pairs in both."""
     if not len(a) or not len(b):
         return a.take(slice(0))
-    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS))
-    k0_a, k1_a = a.hull(K_AXIS)
-    k0_b, k1_b = b.hull(K_AXIS)
-    meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])
-    i, j = i[meet], j[meet]
+    i, j = _meeting(a, b)
     both = concat((a.take(i), b.take(j)))
     x, y = both.data[: len(i)], both.data[len(i) :]
     sets = list(both.sets)
@@ -147,6 +154,15 @@ def intersect(a: Bands, b: Bands) -> Bands:
     out[:, LO] = np.maximum(x[:, LO], y[:, LO])
     out[:, HI] = np.minimum(x[:, HI], y[:, HI])
     return trim(Bands(out, tuple(sets)))
+
+
+def _meeting(a: Bands, b: Bands) -> tuple[Ints, Ints]:
+    """All ``(i, j)`` such that the hulls of the bands ``a[i]`` and ``b[j]`` overlap on both axes."""
+    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS), at_most)
+    k0_a, k1_a = a.hull(K_AXIS)
+    k0_b, k1_b = b.hull(K_AXIS)
+    meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])
+    return i[meet], j[meet]
 
 
 def _cross_sets(x: Ints, y: Ints, sets: list[Intervals]) -> Ints:
@@ -178,11 +194,7 @@ def subtract(a: Bands, b: Bands) -> Bands:
         return a
     a = _cut_queries(a, np.unique(np.concatenate(b.hull(Q_AXIS))))
     a = _refine(_refine(a, b, Q_AXIS), b, K_AXIS)
-    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS))
-    k0_a, k1_a = a.hull(K_AXIS)
-    k0_b, k1_b = b.hull(K_AXIS)
-    meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])
-    i, j = i[meet], j[meet]
+    i, j = _meeting(a, b)
     todo = np.bincount(i, minlength=len(a)).astype(np.int64)
     nxt = np.cumsum(todo) - todo
     done: list[Bands] = []
@@ -201,7 +213,7 @@ def _cut_queries(a: Bands, borders: Ints) -> Bands:
     """``a`` with its query spans cut at the borders (a border is the first query of a new part)."""
     q0, q1 = a.hull(Q_AXIS)
     first = np.searchsorted(borders, q0, "right")
-    rows, within = expand(np.searchsorted(borders, q1, "left") - first + 1)
+    rows, within = expand(np.searchsorted(borders, q1, "left") - first + 1, at_most)
     edges = np.concatenate(([-INF], borders, [INF]))
     at = first[rows] + within
     data = a.data[rows]
@@ -211,16 +223,24 @@ def _cut_queries(a: Bands, borders: Ints) -> Bands:
 
 def _refine(a: Bands, b: Bands, axis: tuple[int, ...]) -> Bands:
     """``a`` split by residue so that each span lies inside or outside of every lattice of ``b`` on the axis."""
-    return split_residues(a, axis, lcm(*np.unique(b.data[:, axis[2]]).tolist()))
+    return split_residues(a, axis, _step(lcm(*np.unique(b.data[:, axis[2]]).tolist())))
+
+
+def _step(common: int) -> int:
+    """A common multiple of steps that still is one of positions."""
+    if common >= INF:
+        raise TooManyPieces("residues of strides whose common multiple is beyond 2**60")
+    return common
 
 
 def split_residues(bands: Bands, axis: tuple[int, ...], step: int | Ints) -> Bands:
     """Bands whose span on the axis has a step that is a multiple of ``step`` (one value, or one a row)."""
     start, length, own, _ = (bands.data[:, c] for c in axis)
-    parts = np.lcm(own, step) // own
+    parts = step // np.gcd(own, step)
+    _step(int((own.astype(np.float64) * parts).max(initial=1)))
     if (parts == 1).all():
         return bands
-    rows, residue = expand(np.minimum(parts, length))
+    rows, residue = expand(np.minimum(parts, length), at_most)
     data = bands.data[rows]
     data[:, axis[0]] = start[rows] + residue * own[rows]
     data[:, axis[1]] = -((residue - length[rows]) // parts[rows])

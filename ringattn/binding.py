@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ringattn.arguments import deadline, flag, integer, seed_of, shown
 from ringattn.cost import Rates
 from ringattn.kernels import KERNELS
 from ringattn.layouts import Layout, named
@@ -26,6 +27,7 @@ from ringattn.plan import Plan
 from ringattn.program import Program, compile_program
 from ringattn.schedules import SCHEDULES, Schedule, by_name, two_shards
 
+BYTES = 1 << 62  # no limit on bytes is larger
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
 
 
@@ -53,17 +55,26 @@ class Options:
     compare_every: int = 64
 
     def __post_init__(self) -> None:
-        for name, value in (("timeout", self.timeout), ("kv_bytes", self.kv_bytes)):
-            if value is not None and (not isinstance(value, (int, float)) or not value > 0):
-                unit = "seconds" if name == "timeout" else "bytes; None is two shards of K/V"
-                raise ValueError(f"Options.{name}={value!r}: must be a positive number of {unit}")
-        every = self.compare_every
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"Options.compare_every={every!r}: must be a number of calls, at least 1")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"Options.seed={self.seed!r}: must be an integer, the same on every rank")
+        plain: dict[str, object] = {
+            "check_nan": flag("Options.check_nan", self.check_nan),
+            "seed": seed_of("Options.seed", self.seed),
+        }
+        if self.timeout is not None:
+            plain["timeout"] = deadline("Options.timeout", self.timeout)
+        if self.kv_bytes is not None:
+            plain["kv_bytes"] = integer(
+                "Options.kv_bytes",
+                self.kv_bytes,
+                1,
+                BYTES,
+                "; None is two shards of K/V",
+                "a positive number of bytes, ",
+            )
+        plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         if not isinstance(self.rates, Rates):
-            raise ValueError(f"Options.rates={self.rates!r}: must be a ringattn.Rates")
+            raise ValueError(f"Options.rates={shown(self.rates)}: must be a ringattn.Rates")
 
 
 @dataclass(frozen=True)

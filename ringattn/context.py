@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.arguments import integer, listed, shown
 from ringattn.binding import Load, Options, Settings, Shared, check_names
 from ringattn.comm import Solo, Transport, transport_over
 from ringattn.describe import describe
@@ -27,6 +28,7 @@ from ringattn.program import Program
 from ringattn.sharding import position_ids, shard, unshard
 
 DEADLINE = 300.0  # seconds
+STACK = 1024  # masks of one context
 
 Group = dist.ProcessGroup | DeviceMesh | Transport | None
 
@@ -70,14 +72,15 @@ class ContextParallel:
         _shared: Shared | None = None,
     ) -> None:
         if not isinstance(options, Options):
-            raise ValueError(f"options={options!r}: must be a ringattn.Options")
-        if ulysses != 1:
+            raise ValueError(f"options={shown(options)}: must be a ringattn.Options")
+        if integer("ulysses", ulysses, 1) != 1:
             raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
+        seqlen, kv_seqlen, q_offset = _lengths(seqlen, kv_seqlen, q_offset)
         self._settings: dict[str, Any] = {
             "seqlen": seqlen, "mask": _masks(mask), "kv_seqlen": kv_seqlen, "q_offset": q_offset,
             "layout": layout, "schedule": schedule, "kernel": kernel, "options": options, "ulysses": ulysses,
         }  # fmt: skip
-        self.seqlen, self.kv_seqlen, self.q_offset = _lengths(seqlen, kv_seqlen, q_offset)
+        self.seqlen, self.kv_seqlen, self.q_offset = seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
         self.masks: tuple[Mask, ...] = self._settings["mask"]
         self.options, self.kernel = options, kernel
         check_names(layout, schedule, kernel)
@@ -199,17 +202,22 @@ class ContextParallel:
         )
 
 
-def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, int, int]:
-    for name, value, least in (("seqlen", seqlen, 1), ("kv_seqlen", kv_seqlen, 1), ("q_offset", q_offset, 0)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            raise ValueError(f"{name}={value!r}: must be an integer of at least {least}, a number of tokens")
-    return seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
+def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, int | None, int]:
+    hint = ", a number of tokens"
+    seqlen, q_offset = (
+        integer(name, value, least, hint=hint, rule="an integer of ")
+        for name, value, least in (("seqlen", seqlen, 1), ("q_offset", q_offset, 0))
+    )
+    if kv_seqlen is not None:
+        kv_seqlen = integer("kv_seqlen", kv_seqlen, 1, hint=hint, rule="an integer of ")
+    return seqlen, kv_seqlen, q_offset
 
 
 def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
-    masks = (mask,) if isinstance(mask, Mask) else tuple(mask) if isinstance(mask, Iterable) else ()
+    several = isinstance(mask, Iterable) and not isinstance(mask, str)
+    masks = [mask] if isinstance(mask, Mask) else listed("mask", mask, "masks", STACK) if several else []
     if not masks or not all(isinstance(m, Mask) for m in masks):
-        raise ValueError(f"mask={mask!r}: give one mask or several, e.g. ringattn.causal()")
+        raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
     return tuple(dict.fromkeys(masks))
 
 
@@ -234,4 +242,6 @@ def _transport(group: Group, timeout: float | None) -> Transport:
         return transport_over(group.get_group(), timeout)
     if isinstance(group, dist.ProcessGroup):
         return transport_over(group, timeout)
-    raise ValueError(f"group_or_mesh={group!r}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None")
+    raise ValueError(
+        f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ringattn.arguments import number
 from ringattn.bands import QN, TAG
 from ringattn.plan import Plan
 from ringattn.schedules import HEAD_CHUNKS, by_name, two_shards
@@ -24,6 +25,9 @@ Pairs = NDArray[Any]  # of each rank
 COPIES = 3
 # K/V tokens whose bytes are those of one travelling query: q and out, with all heads.
 QUERY = 8
+# Bounds of a device's figures, in pairs: a token always takes some time to arrive, or every layout would cost the same
+# to move, and costs of a whole stack stay finite.
+FREE, NEVER = 1e-6, 1e15
 KV_HEADS = 8  # assumed while nothing is known of a call
 
 
@@ -50,10 +54,9 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"Rates.{name}={value}: must be a number of at least 0")
-        if self.exposed > 1:
-            raise ValueError(f"Rates.exposed={self.exposed}: a part of a transfer, at most 1")
+            least = FREE if name == "pairs_per_token" else 0.0
+            most = 1.0 if name == "exposed" else NEVER
+            object.__setattr__(self, name, number(f"Rates.{name}", value, least, most))
 
 
 @dataclass(frozen=True)

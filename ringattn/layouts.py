@@ -8,15 +8,17 @@ place in ``LAYOUTS``.
 from __future__ import annotations
 
 import difflib
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from ringattn.arguments import LARGEST, integers, listed, shown
 from ringattn.spans import Ints, cross_spans, expand, overlapping
+
+CHECKED = 1 << 26  # positions of a given layout: all are looked at, which takes half a second for as many
 
 
 class Span(NamedTuple):
@@ -110,13 +112,9 @@ class Layout:
 
         Raises ``ValueError`` unless every position from 0 on belongs to exactly one rank.
         """
-        try:
-            rows = [(rank, *Span(*map(operator.index, s))) for rank, spans in enumerate(shards) for s in spans]
-        except TypeError:
-            raise ValueError(
-                f"layout {name!r}: give each rank a list of spans (start, length[, step]), integers"
-            ) from None
-        table = np.array(rows, np.int64).reshape(-1, 4)
+        shards = listed(f"layout {name!r}: shards", shards, "lists of spans, one for each rank")
+        table = np.array([row for rank, spans in enumerate(shards) for row in _table_rows(name, rank, spans)], np.int64)
+        table = table.reshape(-1, 4)
         if (table[:, 1:] < [0, 0, 1]).any():
             raise ValueError(f"layout {name!r}: spans need start >= 0, length >= 0 and step >= 1")
         if len(table) and (last := int(Frame(table[:, 1:]).hull[1].max())) > table[:, 2].sum():
@@ -180,6 +178,24 @@ class Layout:
         return f"Layout({self.name}, seqlen={self.seqlen}, world_size={self.world_size})"
 
 
+def _table_rows(name: str, rank: int, spans: Iterable[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    for i, span in enumerate(listed(f"layout {name!r}: rank {rank}", spans, "spans (start, length[, step])")):
+        try:
+            numbers = integers("span", span, -LARGEST)
+            row = Span(*numbers)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"layout {name!r}: rank {rank}, span {i} is {shown(span)}: give each rank a list of spans "
+                f"(start, length[, step]), integers of at most {LARGEST} (2**40)"
+            ) from None
+        if row.start + max(row.length - 1, 0) * row.step >= CHECKED:
+            raise ValueError(
+                f"layout {name!r}: a span ends at position {row.start + max(row.length - 1, 0) * row.step}: must be "
+                f"below {CHECKED} (2**26), as every position is looked at; name a layout for longer sequences"
+            )
+        yield (rank, *row)
+
+
 def _even(seqlen: int, parts: int) -> Ints:
     """Sizes of ``parts`` parts, the first ones larger by one where the length does not divide."""
     return seqlen // parts + (np.arange(parts, dtype=np.int64) < seqlen % parts)
@@ -235,8 +251,8 @@ LAYOUTS: tuple[Callable[[int, int], Layout], ...] = (contiguous, zigzag, striped
 
 def named(kind: str, name: str, choices: Sequence[str]) -> str:
     """``name`` if it is one of ``choices``, else a ValueError that lists them and names the nearest."""
-    if name in choices:
+    if isinstance(name, str) and name in choices:
         return name
     near = difflib.get_close_matches(str(name), choices, 1, 0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{kind}={name!r} is unknown: choose from {', '.join(choices)}{hint}")
+    raise ValueError(f"{kind}={shown(name)} is unknown: choose from {', '.join(choices)}{hint}")

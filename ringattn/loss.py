@@ -23,9 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from ringattn.arguments import integer, listed, shown
 from ringattn.context import ContextParallel
-from ringattn.masks import at_least, boundaries
+from ringattn.masks import boundaries
+from ringattn.tensors import FLOATS, plain
 
+MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
 IGNORED = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -48,9 +51,10 @@ def shift_labels(tokens: Tensor, *, cu_seqlens: Iterable[int] | None = None, by:
     Raises:
         ValueError: tokens that are not a whole batch of integers, bounds that do not end at ``seqlen``, ``by < 1``.
     """
+    plain("tokens", tokens)
     if tokens.ndim != 2 or tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
         raise ValueError(f"tokens {tuple(tokens.shape)} {tokens.dtype}: must be integers [batch, seqlen], unsharded")
-    seqlen, by = tokens.size(1), at_least("by", by, 1)
+    seqlen, by = tokens.size(1), integer("by", by, 1)
     bounds = (0, seqlen) if cu_seqlens is None else boundaries("cu_seqlens", cu_seqlens)
     if bounds[-1] != seqlen:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]} but tokens has {seqlen} positions: append {seqlen}")
@@ -81,13 +85,14 @@ def count_targets(
         ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
             group, which would count this rank's part alone; a group this rank is not in.
     """
+    _check_context(cp)
     if cp is not None and group is None and cp.world_size > 1:
         raise ValueError(
             f"cp of {cp.world_size} ranks and no group: that would count the targets of this rank's part alone; pass "
             "the group of data x context too"
         )
-    parts = [labels] if isinstance(labels, Tensor) else list(labels)
-    if not parts or any(part.dtype != torch.int64 for part in parts):
+    parts = [labels] if isinstance(labels, Tensor) else listed("labels", labels, "tensors")
+    if not parts or any(plain("labels", part).dtype != torch.int64 or not part.ndim for part in parts):
         raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")
     return sum_over(torch.stack([(_own(part, cp) != IGNORED).sum() for part in parts]).sum(), group)
 
@@ -97,6 +102,7 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
 
     The device must be one whose tensors the group moves. Raises ``ValueError`` for a group this rank is not in.
     """
+    plain("value", value)
     if group is None:
         groups = []
     elif isinstance(group, DeviceMesh):
@@ -104,7 +110,7 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
     elif isinstance(group, dist.ProcessGroup):
         groups = [group]
     else:
-        raise ValueError(f"group={group!r}: pass a ProcessGroup that this rank is in, a DeviceMesh, or None")
+        raise ValueError(f"group={shown(group)}: pass a ProcessGroup that this rank is in, a DeviceMesh, or None")
     total = value.detach().clone()
     for axis in groups:
         dist.all_reduce(total, group=axis)
@@ -159,9 +165,11 @@ def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Co
         Scalar, fp32 or fp64.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or both ``group`` and ``count``.
+        ValueError: shapes or dtypes that do not fit, labels beyond the vocabulary (on the CPU; on other devices
+            looking would wait for the device, and PyTorch's own assertion ends the process), or both ``group`` and
+            ``count``.
     """
-    _check_labels(labels, logits.shape[:-1], "logits")
+    _check_labels(labels, logits, "logits")
     share = _sum(logits.flatten(0, -2), labels.flatten())
     return share / _count(labels, group, count)
 
@@ -198,8 +206,10 @@ def linear_token_mean(
     Raises:
         ValueError: as :func:`token_mean`, or ``chunks < 1``.
     """
-    _check_labels(labels, hidden.shape[:-1], "hidden")
-    chunks = at_least("chunks", chunks, 1)
+    _check_labels(labels, hidden, "hidden")
+    if not callable(head):
+        raise ValueError(f"head={shown(head)}: must be a function from hidden states to logits")
+    chunks = integer("chunks", chunks, 1, MOST_CHUNKS)
 
     def total(rows: Tensor, targets: Tensor) -> Tensor:
         return _sum(head(rows), targets)
@@ -243,12 +253,17 @@ class TokenMeter:
 
         ``tokens`` is ``[batch, local_seqlen]``, or with ``cp`` also ``[batch, seqlen]``, as in :func:`count_targets`.
         """
+        _check_context(cp)
+        if plain("share", share).numel() != 1 or not plain("tokens", tokens).ndim:
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)} and share {tuple(share.shape)}: must be [batch, seqlen] and a scalar"
+            )
         self._local += _own(tokens, cp).numel()
         self._loss = self._loss.to(share.device) + share.detach()
 
     def read(self, steps: int = 1) -> Reading:
         """What was added since the last reading, ``steps`` optimizer steps ago; every rank must call it."""
-        steps = at_least("steps", steps, 1)
+        steps = integer("steps", steps, 1)
         tokens = int(sum_over(torch.tensor(self._local, device=self._loss.device), self.group))
         loss = float(sum_over(self._loss, self.group)) / steps
         now = time.perf_counter()
@@ -270,7 +285,17 @@ def _own(labels: Tensor, cp: ContextParallel | None) -> Tensor:
     )
 
 
-def _check_labels(labels: Tensor, shape: torch.Size, name: str) -> None:
+def _check_context(cp: object) -> None:
+    if cp is not None and not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel or None")
+
+
+def _check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
+    shape = plain(name, rows).shape[:-1]
+    if rows.dtype not in FLOATS or not rows.ndim:
+        raise ValueError(f"{name} {tuple(rows.shape)} {rows.dtype}: must be floats [..., size]")
+    if plain("labels", labels).device != rows.device:
+        raise ValueError(f"labels on {labels.device} and {name} on {rows.device}: must be on one device")
     if labels.dtype != torch.int64 or not labels.ndim or labels.shape != shape:
         raise ValueError(
             f"labels {tuple(labels.shape)} {labels.dtype}: must be int64 {tuple(shape)}, the shape of {name} without "
@@ -285,14 +310,28 @@ def _count(labels: Tensor, group: Group, count: Count) -> int | Tensor:
     if group is not None:
         raise ValueError(f"count={count} and a group: a count is that of all ranks already; pass one of the two")
     if isinstance(count, Tensor):
-        if count.ndim or count.is_floating_point():
+        if plain("count", count).ndim or count.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"count {tuple(count.shape)} {count.dtype}: must be an integer scalar, see count_targets()"
             )
         return count.clamp(min=1)
-    return max(at_least("count", count, 0), 1)
+    return max(integer("count", count), 1)
 
 
 def _sum(logits: Tensor, targets: Tensor) -> Tensor:
+    _check_targets(logits, targets)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _check_targets(logits: Tensor, targets: Tensor) -> None:
+    if plain("logits", logits).ndim != 2 or len(logits) != len(targets) or logits.dtype not in FLOATS:
+        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: must be floats [{len(targets)}, vocabulary]")
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # values of another device would have to be waited for, and are no matter of a graph
+    beyond = targets[(targets != IGNORED) & ((targets < 0) | (targets >= logits.size(1)))]
+    if len(beyond):
+        raise ValueError(
+            f"a label of {int(beyond[0])} ({len(beyond)} in all are beyond the vocabulary): must be from 0 to "
+            f"{logits.size(1) - 1}, an index of the {logits.size(1)} logits, or {IGNORED} for no target"
+        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ringattn.bands import ANY, HI, K_AXIS, LO, Q_AXIS, Bands, areas, concat, regular
+from ringattn.arguments import LARGEST, PAIRS, flag, integer, integers, seed_of, shown
+from ringattn.bands import ANY, HI, K_AXIS, LO, Q_AXIS, Bands, TooManyPieces, areas, at_most, concat, regular
 from ringattn.bands import intersect as _intersect
 from ringattn.bands import subtract as _subtract
 from ringattn.bands import union as _union
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 
-LARGEST = 1 << 40  # of any argument: sums and products of a few stay far inside int64
+TERMS = 256  # masks in one expression: each is evaluated, and an expression nests as deep
+DRAWS = 128  # random blocks of a row that are drawn in the time a piece takes elsewhere; more take it each
+DENSE = 1 << 34  # pairs of a dense mask, a byte each
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,7 @@ class Mask:
     handle: Ints = field(init=False, repr=False, compare=False)  # the digest as int64 ``[1]``
 
     def __hash__(self) -> int:
-        return self._hash  # thousands of document bounds are hashed once, not at every call
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.rule, self.args))
+        return hash(self.digest)  # of thousands of document bounds, and of nested expressions, once
 
     @cached_property
     def digest(self) -> str:
@@ -68,14 +66,19 @@ class Mask:
         # Made at once, not when first asked for: a compiled graph may only read it.
         object.__setattr__(self, "handle", np.frombuffer(bytes.fromhex(self.digest), np.int64).copy())
 
+    @cached_property
+    def terms(self) -> int:
+        """How many masks the expression is made of."""
+        return sum(arg.terms for arg in self.args if isinstance(arg, Mask)) or 1
+
     def __and__(self, other: Mask) -> Mask:
-        return Mask(_both, (self, _checked(other)))
+        return _combined(_both, self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return Mask(_either, (self, _checked(other)))
+        return _combined(_either, self, other)
 
     def __sub__(self, other: Mask) -> Mask:
-        return Mask(_without, (self, _checked(other)))
+        return _combined(_without, self, other)
 
     def __repr__(self) -> str:
         if self.rule in _SIGNS:
@@ -86,28 +89,35 @@ class Mask:
     def bind(self, q_len: int, kv_len: int, q_offset: int = 0) -> BoundMask:
         """The mask over ``q_len`` queries at positions ``q_offset ...`` and ``kv_len`` keys at ``0 ...``.
 
-        Raises ``ValueError`` for lengths the mask does not fit (documents that end elsewhere, global
-        positions beyond the sequence).
+        Raises ``ValueError`` for lengths beyond ``arguments.LARGEST`` and ``arguments.PAIRS``, and for lengths the
+        mask does not fit (documents that end elsewhere, global positions beyond the sequence).
         """
-        for name, value in (("q_len", q_len), ("kv_len", kv_len), ("q_offset", q_offset)):
-            if operator.index(value) < 0:
-                raise ValueError(f"{name}={value}: lengths and offsets are counts of tokens, 0 or more")
-        bound = BoundMask(self, q_len, kv_len, q_offset)
-        bound.bands(q_offset, q_offset)
+        hint = ", a number of tokens"
+        q_len, kv_len = integer("q_len", q_len, hint=hint), integer("kv_len", kv_len, hint=hint)
+        bound = BoundMask(self, q_len, kv_len, integer("q_offset", q_offset, hint=hint))
+        if q_len * kv_len > PAIRS:
+            raise ValueError(
+                f"q_len={q_len} times kv_len={kv_len}: must be at most {PAIRS} (2**62) pairs, what is counted exactly"
+            )
+        bound.bands(bound.q_offset, bound.q_offset)
         return bound
 
     def area(self, q_len: int, kv_len: int, q_offset: int = 0) -> int:
         """The exact number of attending pairs."""
-        bound = self.bind(q_len, kv_len, q_offset)
-        return int(areas(regular(bound.bands(q_offset, q_offset + q_len))).sum())
+        return int(areas(regular(self.bind(q_len, kv_len, q_offset).whole)).sum())
 
     def dense(self, q_len: int, kv_len: int, q_offset: int = 0) -> torch.Tensor:
         """Bool tensor ``[q_len, kv_len]``, True where query ``q_offset + i`` attends key ``j``."""
         import torch  # here alone: geometry itself never needs torch
 
         bound = self.bind(q_len, kv_len, q_offset)
+        if q_len * kv_len > DENSE:
+            raise ValueError(
+                f"q_len={q_len} times kv_len={kv_len}: a dense mask takes as many bytes, at most {DENSE} (2**34); "
+                "take fewer queries, or area() and bind().bands()"
+            )
         out = np.zeros((q_len, kv_len), bool)
-        bands = regular(bound.bands(q_offset, q_offset + q_len))
+        bands = regular(bound.whole)
         for row in bands.data:
             q, k = _positions(bands, row, Q_AXIS), _positions(bands, row, K_AXIS)
             diagonal = k[None, :] - q[:, None]
@@ -125,9 +135,18 @@ class BoundMask:
     q_offset: int = 0
 
     def bands(self, start: int, stop: int) -> Bands:
-        """The bands of queries ``[start, stop)`` (global positions)."""
+        """The bands of queries ``[start, stop)`` (global positions).
+
+        Raises ``ValueError`` where the mask falls into more pieces than can be planned.
+        """
         at = Stretch(start, stop, self.q_offset + self.q_len, self.kv_len)
-        return self.mask.rule(at, *self.mask.args)
+        try:
+            return self.mask.rule(at, *self.mask.args)
+        except TooManyPieces as error:
+            raise ValueError(
+                f"mask {shown(self.mask)} over {self.q_len} queries and {self.kv_len} keys falls into {error}: use "
+                "fewer or larger blocks, chunks or strides, or combine fewer of them"
+            ) from None
 
     @cached_property
     def whole(self) -> Bands:
@@ -144,37 +163,21 @@ def _positions(bands: Bands, row: Ints, axis: tuple[int, ...]) -> Ints:
     return positions[chosen.rank(positions + 1) > chosen.rank(positions)]
 
 
-def _checked(other: object) -> Mask:
-    if not isinstance(other, Mask):
-        raise ValueError(f"{other!r} is not a mask: combine masks with masks, e.g. causal() & documents(...)")
-    return other
+def _combined(rule: Callable[..., Bands], a: Mask, b: object) -> Mask:
+    if not isinstance(b, Mask):
+        raise ValueError(f"{shown(b)} is not a mask: combine masks with masks, e.g. causal() & documents(...)")
+    if a.terms + b.terms > TERMS:
+        raise ValueError(
+            f"a mask of {a.terms + b.terms} terms: must be at most {TERMS}; name many positions in one "
+            "global_tokens(), many documents in one documents()"
+        )
+    return Mask(rule, (a, b))
 
 
 def _brief(arg: object) -> str:
     if isinstance(arg, tuple) and len(arg) > 6:
         return f"({', '.join(map(str, arg[:3]))}, ... {len(arg)} numbers ..., {arg[-1]})"
     return repr(arg)
-
-
-def at_least(name: str, value: object, least: int) -> int:
-    """An integer argument, or a ValueError with the value, the rule and what to pass."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}") from None
-    if number < least:
-        raise ValueError(f"{name}={number}: must be at least {least}")
-    if number > LARGEST:
-        raise ValueError(f"{name}={number}: must be at most {LARGEST} (2**40)")
-    return number
-
-
-def _integers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
-    try:
-        numbers = values.tolist() if hasattr(values, "tolist") else list(values)
-        return tuple(operator.index(v) for v in numbers)
-    except TypeError:
-        raise ValueError(f"{name}={values!r}: must be a sequence of integers") from None
 
 
 # -- combinations -------------------------------------------------------------------------------
@@ -221,14 +224,11 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
 
     Raises ``ValueError`` for a negative side.
     """
-    return Mask(_sliding_window, (_side("left", left), _side("right", right)))
-
-
-def _side(name: str, tokens: int | None) -> int | None:
-    try:
-        return None if tokens is None else at_least(f"sliding_window {name}", tokens, 0)
-    except ValueError as error:
-        raise ValueError(f"{error}; None is unbounded") from None
+    sides = (("left", left), ("right", right))
+    hint = "; None is unbounded"
+    return Mask(
+        _sliding_window, tuple(n if n is None else integer(f"sliding_window {side}", n, hint=hint) for side, n in sides)
+    )
 
 
 def _sliding_window(at: Stretch, left: int | None, right: int | None) -> Bands:
@@ -244,11 +244,11 @@ def global_tokens(count_or_positions: int | Iterable[int]) -> Mask:
     positions, and when bound to a sequence that a position lies beyond.
     """
     if isinstance(count_or_positions, Iterable):
-        positions = tuple(sorted(set(_integers("global_tokens positions", count_or_positions))))
+        positions = tuple(sorted(set(integers("global_tokens positions", count_or_positions, -LARGEST))))
         if positions and positions[0] < 0:
             raise ValueError(f"global_tokens position {positions[0]}: positions count from 0")
         return Mask(_global_positions, (positions,))
-    return Mask(_global_tokens, (at_least("global_tokens count", count_or_positions, 0),))
+    return Mask(_global_tokens, (integer("global_tokens count", count_or_positions),))
 
 
 def _global_tokens(at: Stretch, count: int) -> Bands:
@@ -302,7 +302,8 @@ def contains(wide: Mask, narrow: Mask, seqlen: int) -> bool:
 
 
 def boundaries(name: str, values: Iterable[int]) -> tuple[int, ...]:
-    bounds = _integers(name, values)
+    """The bounds of documents, from 0 on and never falling."""
+    bounds = integers(name, values)
     if not bounds or bounds[0] != 0:
         raise ValueError(f"{name}={_brief(bounds)}: must start with 0, the beginning of the first document")
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):
@@ -334,7 +335,7 @@ def _documents(at: Stretch, q: tuple[int, ...], k: tuple[int, ...] | None = None
 
 def prefix_lm(length: int) -> Mask:
     """``k <= q or k < length``: bidirectional over a prefix, causal after it."""
-    return Mask(_prefix_lm, (at_least("prefix_lm length", length, 0),))
+    return Mask(_prefix_lm, (integer("prefix_lm length", length),))
 
 
 def _prefix_lm(at: Stretch, length: int) -> Bands:
@@ -346,10 +347,11 @@ def _prefix_lm(at: Stretch, length: int) -> Bands:
 
 def chunked(size: int) -> Mask:
     """``k // size == q // size``: attention inside chunks of ``size`` tokens."""
-    return Mask(_chunked, (at_least("chunked size", size, 1),))
+    return Mask(_chunked, (integer("chunked size", size, 1),))
 
 
 def _chunked(at: Stretch, size: int) -> Bands:
+    at_most((at.stop - at.start) // size)
     edges = np.arange(at.start // size, -(-at.stop // size) + 1, dtype=np.int64) * size
     q0, q1 = np.maximum(edges[:-1], at.start), np.minimum(edges[1:], at.stop)
     return Bands.columns(q0, q1 - q0, edges[:-1], np.minimum(edges[1:], at.kv_len) - edges[:-1])
@@ -357,10 +359,18 @@ def _chunked(at: Stretch, size: int) -> Bands:
 
 def strided(stride: int) -> Mask:
     """``(q - k) % stride == 0``."""
-    return Mask(_strided, (at_least("strided stride", stride, 1),))
+    return Mask(_strided, (integer("strided stride", stride, 1),))
 
 
 def _strided(at: Stretch, stride: int, lo: int = -INF, hi: int = INF) -> Bands:
+    # The pairs are those of as many residue classes as the stride, or diagonals a stride apart: whichever are fewer.
+    first = -(min(at.stop - 1, -lo) // stride)
+    last = min(at.kv_len - 1 - at.start, hi) // stride
+    if last - first < stride:
+        at_most(last - first)
+        diagonal = np.arange(first, last + 1, dtype=np.int64) * stride
+        return Bands.columns(at.start, at.stop - at.start, 0, at.kv_len, diagonal, diagonal)
+    at_most(stride)
     residue = np.arange(stride, dtype=np.int64)
     q0 = at.start + (residue - at.start) % stride
     q_count, k_count = -((q0 - at.stop) // stride), -((residue - at.kv_len) // stride)
@@ -369,18 +379,19 @@ def _strided(at: Stretch, stride: int, lo: int = -INF, hi: int = INF) -> Bands:
 
 def dilated(stride: int, window: int) -> Mask:
     """``q - k`` in ``{0, stride, 2 * stride, ..., window * stride}``: a causal window with holes."""
-    return Mask(_dilated, (at_least("dilated stride", stride, 1), at_least("dilated window", window, 0)))
+    return Mask(_dilated, (integer("dilated stride", stride, 1), integer("dilated window", window)))
 
 
 def _dilated(at: Stretch, stride: int, window: int) -> Bands:
-    return _strided(at, stride, -window * stride, 0)
+    return _strided(at, stride, -min(window * stride, INF), 0)
 
 
 def longformer(window: int, global_tokens: int | Iterable[int], causal: bool = True) -> Mask:
     """Longformer (Beltagy et al., arXiv 2004.05150): a window of ``window`` tokens to the left (and,
     unless causal, to the right) plus global tokens; all ``& causal()`` if ``causal``."""
-    local = sliding_window(window, 0 if causal else window)
-    mask = local | _global_mask(global_tokens)
+    causal = flag("longformer causal", causal)
+    window = integer("longformer window", window)
+    mask = sliding_window(window, 0 if causal else window) | _global_mask(global_tokens)
     return mask & _causal_mask() if causal else mask
 
 
@@ -391,45 +402,63 @@ def bigbird(block: int, num_window: int, num_global: int, num_random: int, seed:
     attend and are attended everywhere, ``num_random`` distinct key blocks for every block row (earlier
     blocks only, if ``causal``), which depend on ``(seed, block row)`` alone. ``causal`` adds ``& causal()``.
     """
-    block = at_least("bigbird block", block, 1)
-    if at_least("bigbird num_window", num_window, 1) % 2 == 0:
+    block, causal = integer("bigbird block", block, 1), flag("bigbird causal", causal)
+    if integer("bigbird num_window", num_window, 1) % 2 == 0:
         raise ValueError(f"bigbird num_window={num_window}: must be odd, the query's own block in the middle")
-    reach = num_window // 2
-    mask = Mask(_block_window, (block, reach))
-    mask = mask | global_tokens(at_least("bigbird num_global", num_global, 0) * block)
-    args = (block, at_least("bigbird num_random", num_random, 0), at_least("bigbird seed", seed, 0), bool(causal))
-    mask = mask | Mask(_random_blocks, args)
+    first = integer("bigbird num_global", num_global) * block
+    args = (block, integer("bigbird num_random", num_random), seed_of("bigbird seed", seed), causal)
+    mask = (
+        Mask(_block_window, (block, num_window // 2)) | global_tokens(min(first, LARGEST)) | Mask(_random_blocks, args)
+    )
     return mask & _causal_mask() if causal else mask
 
 
+def _block_rows(at: Stretch, block: int) -> Ints:
+    first, stop = at.start // block, -(-at.stop // block)
+    at_most(stop - first)
+    return np.arange(first, stop, dtype=np.int64)
+
+
 def _block_window(at: Stretch, block: int, reach: int) -> Bands:
-    rows = np.arange(at.start // block, -(-at.stop // block), dtype=np.int64)
+    rows, reach = _block_rows(at, block), min(reach, max(at.q_end, at.kv_len) // block + 1)
     q0, q1 = np.maximum(rows * block, at.start), np.minimum((rows + 1) * block, at.stop)
     k0, k1 = np.maximum((rows - reach) * block, 0), np.minimum((rows + reach + 1) * block, at.kv_len)
     return Bands.columns(q0, q1 - q0, k0, k1 - k0)
 
 
 def _random_blocks(at: Stretch, block: int, number: int, seed: int, causal: bool) -> Bands:
-    rows = np.arange(at.start // block, -(-at.stop // block), dtype=np.int64)
+    rows = _block_rows(at, block)
     pool = rows if causal else np.full_like(rows, -(-at.kv_len // block))
+    drawn = pool > number  # the others take all of their pool
+    row, pick = rows[~drawn], np.zeros((~drawn).sum(), np.int64)
+    width = pool[~drawn]
+    if drawn.any():
+        picks = _picks(rows[drawn], pool[drawn], number, seed)
+        row, pick = np.concatenate((row, np.repeat(rows[drawn], number))), np.concatenate((pick, picks.reshape(-1)))
+        width = np.concatenate((width, np.ones(picks.size, np.int64)))
+    q0, q1 = np.maximum(row * block, at.start), np.minimum((row + 1) * block, at.stop)
+    k0 = pick * block
+    return Bands.columns(q0, q1 - q0, k0, np.minimum(k0 + width * block, at.kv_len) - k0)
+
+
+def _picks(rows: Ints, pool: Ints, number: int, seed: int) -> Ints:
+    """For each row ``number`` of its ``pool`` blocks, which are more, ``[rows, number]``, ascending."""
+    at_most(len(rows) * max(number, number * number // DRAWS))
     picks = np.empty((len(rows), 0), np.int64)
     for draw in range(number):
         # The n-th draw is uniform over the blocks not yet drawn: skip past the earlier ones in order.
-        left = pool - draw
-        pick = (_hash(seed, rows, draw) % np.maximum(left, 1).astype(np.uint64)).astype(np.int64)
-        for earlier in np.sort(picks, 1).T:
-            pick += (pick >= earlier) & (earlier >= 0)
-        picks = np.concatenate((picks, np.where(left > 0, pick, -1)[:, None]), 1)
-    q0, q1 = np.maximum(rows * block, at.start), np.minimum((rows + 1) * block, at.stop)
-    q0, count = np.repeat(q0, number), np.repeat(q1 - q0, number)
-    k0 = picks.reshape(-1) * block
-    return Bands.columns(q0, count, k0, np.where(k0 < 0, 0, np.minimum(k0 + block, at.kv_len) - k0))
+        pick = (_hash(seed, rows, draw) % (pool - draw).astype(np.uint64)).astype(np.int64)
+        pick += (picks - np.arange(draw) <= pick[:, None]).sum(1)
+        picks = np.sort(np.concatenate((picks, pick[:, None]), 1), 1)
+    return picks
 
 
 def _hash(seed: int, rows: Ints, draw: int) -> np.ndarray:
     """splitmix64 (Steele, Lea and Flood, 2014) of ``(seed, row, draw)``, as uint64."""
     with np.errstate(over="ignore"):
-        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed * 1_000_003 + draw + 1)
+        x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            (seed * 1_000_003 + draw + 1) % (1 << 64)
+        )
         for _ in range(2):
             x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

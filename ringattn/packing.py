@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.masks import at_least, boundaries
+from ringattn.arguments import LARGEST, integer, listed, shown
+from ringattn.masks import boundaries
+from ringattn.tensors import fits, plain
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class Packing:
             fill: the value of the tokens that fill up a `multiple`.
 
         Returns `[1, seqlen, ...]` in the dtype and on the device of `x`. Raises `ValueError` if `x` has another
-        number of rows, a row shorter than its documents, or rows that differ in dtype, device or trailing dims.
+        number of rows, a row shorter than its documents, rows that differ in dtype, device or trailing dims, or a
+        `fill` that the dtype cannot hold.
         """
         rows = _rows(x, len(self.lengths))
+        fill = fits(rows[0].dtype, fill)
         for i, (row, length) in enumerate(zip(rows, self.lengths, strict=True)):
             if row.size(0) < length:
                 raise ValueError(
@@ -70,11 +74,12 @@ class Packing:
             fill: the value of the padding.
 
         Returns `[batch, seqlen, ...]` in the dtype and on the device of `y`. Raises `ValueError` if `y` is no packed
-        sequence of this length, or a row has more than `seqlen` tokens.
+        sequence of this length, a row has more than `seqlen` tokens, or the dtype cannot hold `fill`.
         """
-        if y.ndim < 2 or y.shape[:2] != (1, self.seqlen):
+        if plain("y", y).ndim < 2 or y.shape[:2] != (1, self.seqlen):
             raise ValueError(f"y {tuple(y.shape)}: must be the whole packed sequence, [1, {self.seqlen}, ...]")
-        if at_least("unpack() seqlen", seqlen, 0) < max(self.lengths):
+        seqlen, fill = integer("unpack() seqlen", seqlen), fits(y.dtype, fill)
+        if seqlen < max(self.lengths):
             raise ValueError(
                 f"unpack() seqlen={seqlen}: a row has {max(self.lengths)} tokens; pass the length of the padded rows"
             )
@@ -99,12 +104,14 @@ def pack(rows: Iterable[Iterable[int]], multiple: int = 1) -> Packing:
 
     Raises `ValueError` for other bounds and where no row has a token.
     """
-    bounds = [boundaries(f"rows[{i}]", row) for i, row in enumerate(_iterable(rows))]
-    multiple = at_least("multiple", multiple, 1)
+    bounds = [boundaries(f"rows[{i}]", row) for i, row in enumerate(_listed(rows))]
+    multiple = integer("multiple", multiple, 1)
     lengths = tuple(row[-1] for row in bounds)
     starts = itertools.accumulate(lengths, initial=0)
     cu_seqlens = (0, *(start + end for start, row in zip(starts, bounds, strict=False) for end in row[1:]))
     tokens = cu_seqlens[-1]
+    if tokens > LARGEST - multiple:
+        raise ValueError(f"{tokens} tokens in all and multiple={multiple}: must be at most {LARGEST} (2**40) together")
     if not tokens:
         raise ValueError(f"{len(lengths)} rows with no tokens in all: there is nothing to pack; skip this batch")
     if tokens % multiple:
@@ -112,23 +119,21 @@ def pack(rows: Iterable[Iterable[int]], multiple: int = 1) -> Packing:
     return Packing(cu_seqlens, lengths)
 
 
-def _iterable(rows: Any) -> Iterable[Any]:
-    try:
-        return iter(rows)
-    except TypeError:
-        raise ValueError(f"rows={rows!r}: must be a sequence with the document bounds of each batch row") from None
+def _listed(rows: Any) -> list[Any]:
+    return listed("rows", rows, "the document bounds of each batch row", rule="a sequence with")
 
 
 def _rows(x: Tensor | Sequence[Tensor], batch: int) -> Sequence[Tensor]:
     """The rows of `x`, all of a kind. `unbind`, unlike indexing, has a backward of one copy for all rows."""
-    if isinstance(x, Tensor) and x.ndim < 2:
+    if isinstance(x, Tensor) and plain("x", x).ndim < 2:
         raise ValueError(f"x {tuple(x.shape)}: must be [batch, row_seqlen, ...], or a list with a tensor for each row")
-    rows = x.unbind(0) if isinstance(x, Tensor) else x
+    rows = x.unbind(0) if isinstance(x, Tensor) else listed("x", x, "tensors, one for each row")
     if len(rows) != batch:
         raise ValueError(f"x has {len(rows)} rows but the packing {batch}: pass the batch whose bounds were packed")
     for i, row in enumerate(rows):
         if not isinstance(row, Tensor) or not row.ndim:
-            raise ValueError(f"row {i} of x: must be a tensor [row_seqlen, ...]; got {row!r}")
+            raise ValueError(f"row {i} of x: must be a tensor [row_seqlen, ...]; got {shown(row)}")
+        plain(f"row {i} of x", row)
         kinds = [(tuple(r.shape[1:]), r.dtype, r.device) for r in (rows[0], row)]
         if kinds[0] != kinds[1]:
             raise ValueError(

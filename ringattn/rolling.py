@@ -7,7 +7,6 @@ parallelism these may lie on another rank. Only the tokens that cross between sh
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,12 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringattn.arguments import LARGEST, integer, shown
 from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.layouts import Frame, Layout
 from ringattn.link import Link
-from ringattn.masks import LARGEST, boundaries
+from ringattn.masks import boundaries
 from ringattn.spans import Ints, meeting
+from ringattn.tensors import dim_of, fits, plain
 
 
 def roll(
@@ -55,40 +56,27 @@ def roll(
         PeerError: a rank that did not take part within the deadline of the context.
     """
     with together(cp.link.transport, "roll"):
-        dim, by, bounds = _check(cp, local, by, dim, fill, cu_seqlens)
+        dim, by, fill, bounds = _check(cp, local, by, dim, fill, cu_seqlens)
         way = _Way(cp.link, _facts(cp, local, by, dim, fill, bounds), _routes(cp.q_layout, cp.rank, by, bounds))
         return _Roll.apply(local, way, dim, fill)
 
 
 def _check(
     cp: ContextParallel, local: Tensor, by: int, dim: int, fill: float, cu_seqlens: Iterable[int] | None
-) -> tuple[int, int, tuple[int, ...]]:
-    if not -local.ndim <= dim < local.ndim:
-        raise ValueError(f"dim={dim} of a tensor of shape {tuple(local.shape)}: name the dim of the tokens")
+) -> tuple[int, int, float, tuple[int, ...]]:
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
+    dim = dim_of(plain("local", local), dim)
     if local.size(dim) != cp.local_seqlen:
         raise ValueError(
             f"local.size({dim})={local.size(dim)} but local_seqlen={cp.local_seqlen}: roll() takes this rank's shard"
         )
-    try:
-        by = operator.index(by)
-    except TypeError:
-        raise ValueError(f"by={by!r}: must be an integer, a number of tokens") from None
-    if abs(by) > LARGEST:
-        raise ValueError(f"by={by}: must be at most {LARGEST} (2**40) either way")
-    if not _holds(local.dtype, fill):
-        raise ValueError(f"fill={fill!r}: must be a number that {local.dtype} can hold")
+    by = integer("by", by, -LARGEST, hint=", a number of tokens either way")
+    fill = fits(local.dtype, fill)
     bounds = (0, cp.seqlen) if cu_seqlens is None else boundaries("cu_seqlens", cu_seqlens)
     if bounds[-1] != cp.seqlen:
         raise ValueError(f"cu_seqlens ends at {bounds[-1]} but seqlen={cp.seqlen}: append {cp.seqlen}, or leave it out")
-    return dim % local.ndim, by, bounds
-
-
-def _holds(dtype: torch.dtype, fill: float) -> bool:
-    try:
-        kept = torch.full((), fill, dtype=dtype)
-    except (RuntimeError, TypeError):
-        return False
-    return dtype.is_floating_point or dtype.is_complex or kept.item() == fill
+    return dim, by, fill, bounds
 
 
 def _facts(

@@ -17,10 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ringattn.arguments import shown
+from ringattn.tensors import plain
 from ringattn.tiles import Rows
 
 Window = tuple[int | None, int | None]
 WHOLE = slice(None)
+# What scales, softcaps and slopes lie between. fp32 holds numbers up to 2**128 and, in full, down to 2**-126. Of q, k
+# within fp16's range, 2**16, and head sizes up to 2**9, products are below 2**41; times scale / softcap, at most 2**80,
+# they are below 2**121, and so are gradients on their way through a softcap.
+SMALLEST, GREATEST = 2.0**-40, 2.0**40
 FEATURES = frozenset({"softcap", "bias", "alibi", "dropout"})  # what a kernel may have to do beyond band and scale
 
 
@@ -58,22 +64,28 @@ def alibi(slopes: Tensor | Sequence[float]) -> Rule:
     Args:
         slopes: `[num_heads]`, a tensor or numbers. Their gradient is not computed.
 
+    Numbers are kept in fp64. A call takes slopes in the precision that it adds up in, fp32, or fp64 for fp64 inputs.
+
     Raises:
-        ValueError: not one-dimensional, not finite, or a tensor that requires grad.
+        ValueError: not one-dimensional, not finite, beyond 2**40, or a tensor that requires grad.
     """
     if isinstance(slopes, Tensor) and slopes.requires_grad:
         raise ValueError("alibi slopes require grad, and their gradient is not computed: pass slopes.detach()")
     try:
-        slopes = torch.as_tensor(slopes)
-    except (TypeError, RuntimeError, ValueError):
-        raise ValueError(f"alibi slopes={slopes!r}: must be one finite number for each query head") from None
-    if slopes.is_complex():
-        raise ValueError(f"alibi slopes are {slopes.dtype}: must be real numbers")
-    slopes = slopes.to(torch.promote_types(slopes.dtype, torch.float32))
-    finite = torch.compiler.is_compiling() or bool(slopes.isfinite().all())  # values are no matter of a graph
-    if slopes.ndim != 1 or not slopes.numel() or not finite:
-        raise ValueError(f"alibi slopes {tuple(slopes.shape)}: must be one finite number for each query head")
-    return Alibi(slopes)
+        made = torch.as_tensor(slopes)
+        if made.is_floating_point() and not hasattr(slopes, "dtype"):
+            made = torch.as_tensor(slopes, dtype=torch.float64)
+    except (TypeError, RuntimeError, ValueError, OverflowError):
+        raise ValueError(f"alibi slopes={shown(slopes)}: must be one finite number for each query head") from None
+    if plain("alibi slopes", made).is_complex() or made.dtype == torch.bool:
+        raise ValueError(f"alibi slopes are {made.dtype}: must be real numbers")
+    made = made.to(torch.promote_types(made.dtype, torch.float32))
+    fine = torch.compiler.is_compiling() or bool((made.abs() <= GREATEST).all())  # values are no matter of a graph
+    if made.ndim != 1 or not made.numel() or not fine:
+        raise ValueError(
+            f"alibi slopes {tuple(made.shape)}: must be one finite number for each query head, at most 2**40 either way"
+        )
+    return Alibi(made)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ringattn.comm import together
 from ringattn.layouts import Frame, Layout
 from ringattn.link import Link
+from ringattn.tensors import dim_of, plain
 
 GRADIENTS = ("whole", "share")
 
@@ -21,31 +22,22 @@ GRADIENTS = ("whole", "share")
 def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str, grad: str) -> Tensor:
     """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
     with together(link.transport, "shard"):
-        _check_dim(x, dim)
+        at = dim_of(plain("x", x), dim)
         if grad not in GRADIENTS:
             raise ValueError(f"grad={grad!r}: must be one of {', '.join(GRADIENTS)}")
-        if x.size(dim) != layout.seqlen:
-            raise ValueError(
-                f"x.size({dim})={x.size(dim)} but {name}={layout.seqlen}: shard() takes the whole sequence"
-            )
-    return _Shard.apply(x, link, layout, dim % x.ndim, grad)
+        if x.size(at) != layout.seqlen:
+            raise ValueError(f"x.size({dim})={x.size(at)} but {name}={layout.seqlen}: shard() takes the whole sequence")
+    return _Shard.apply(x, link, layout, at, grad)
 
 
 def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
     """The whole tensor from every rank's part along ``dim``."""
     with together(link.transport, "unshard"):
-        _check_dim(local, dim)
+        at = dim_of(plain("local", local), dim)
         size = int(layout.sizes[link.transport.rank])
-        if local.size(dim) != size:
-            raise ValueError(
-                f"local.size({dim})={local.size(dim)} but {name}={size}: unshard() takes this rank's shard"
-            )
-    return _Unshard.apply(local, link, layout, dim % local.ndim)
-
-
-def _check_dim(x: Tensor, dim: int) -> None:
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"dim={dim} of a tensor of shape {tuple(x.shape)}: name the dim of the tokens")
+        if local.size(at) != size:
+            raise ValueError(f"local.size({dim})={local.size(at)} but {name}={size}: unshard() takes this rank's shard")
+    return _Unshard.apply(local, link, layout, at)
 
 
 def position_ids(frame: Frame, offset: int) -> Tensor:
@@ -75,7 +67,7 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
     """Every rank's shard put in global order, the sequence moved to the front for the wire."""
     transport = link.transport
     with together(transport, name):
-        mine = local.movedim(dim, 0).contiguous()
+        mine = local.movedim(dim, 0).resolve_conj().resolve_neg().contiguous()
         what = (layout.digest, tuple(mine.shape[1:]), mine.dtype, dim)
         link.begin(name, what, lambda: dict(zip(_FACTS, map(str, what), strict=True)), mine.device.type)
         others = [r for r in range(transport.world_size) if r != transport.rank]

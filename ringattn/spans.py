@@ -6,7 +6,7 @@ A span is the positions ``start + step * i`` for ``0 <= i < length``, a row of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -74,14 +74,16 @@ class Intervals:
         return np.minimum(x, padded[at])
 
 
-def overlapping(a0: Ints, a1: Ints, b0: Ints, b1: Ints) -> tuple[Ints, Ints]:
+def overlapping(
+    a0: Ints, a1: Ints, b0: Ints, b1: Ints, allow: Callable[[int], None] | None = None
+) -> tuple[Ints, Ints]:
     """All index pairs ``(i, j)`` for which ``[a0[i], a1[i])`` meets ``[b0[j], b1[j])``, i ascending."""
     order = np.argsort(b0, kind="stable")
     starts = b0[order]
     reach = np.maximum.accumulate(b1[order]) if len(order) else b1
     first = np.searchsorted(reach, a0, "right")
     count = np.maximum(np.searchsorted(starts, a1, "left") - first, 0)
-    i, within = expand(count)
+    i, within = expand(count, allow)
     j = order[first[i] + within]
     keep = (b1[j] > a0[i]) & (a1[i] > a0[i])
     return i[keep], j[keep]
@@ -113,8 +115,13 @@ def _laned(spans: Ints, lanes: int, width: int) -> tuple[Ints, Ints]:
     return start + shift, start + np.maximum(length - 1, 0) * step + (length > 0) + shift
 
 
-def expand(count: Ints) -> tuple[Ints, Ints]:
-    """For ``count = [2, 0, 3]``: the row of each copy ``[0, 0, 2, 2, 2]`` and its number ``[0, 1, 0, 1, 2]``."""
+def expand(count: Ints, allow: Callable[[int], None] | None = None) -> tuple[Ints, Ints]:
+    """For ``count = [2, 0, 3]``: the row of each copy ``[0, 0, 2, 2, 2]`` and its number ``[0, 1, 0, 1, 2]``.
+
+    ``allow`` is told their number before they are made, and may raise.
+    """
+    if allow is not None:
+        allow(int(count.sum()))
     rows = np.repeat(np.arange(len(count), dtype=np.int64), count)
     within = np.arange(len(rows), dtype=np.int64) - np.repeat(np.cumsum(count) - count, count)
     return rows, within

@@ -211,7 +211,7 @@ def test_forward_mode_is_refused():
 
 def test_plans_and_trainings_that_differ_are_named():
     mask = ra.longformer(2, 2, causal=False)
-    rates = [ra.Rates(1e5, 1.0, 0.0, 0.0, 0.0), ra.Rates(0.0, 0.0, 1e5, 1e6, 1e6)]
+    rates = [ra.Rates(1e5, 1.0, 0.0, 0.0, 0.0), ra.Rates(1e-6, 0.0, 1e5, 1e6, 1e6)]
 
     def travels(transport):
         options = ra.Options(rates=rates[transport.rank % 2])

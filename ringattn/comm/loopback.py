@@ -11,9 +11,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ringattn.arguments import deadline, integer
 from ringattn.comm.calls import CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, name_ranks
 
+RANKS = 4096  # threads that a process bears
 Result = TypeVar("Result")
 _Address = tuple[int, int, int, int]  # source, destination, epoch, number
 
@@ -38,16 +40,12 @@ class Loopback:
         timeout: seconds, the deadline on every wait of a rank for its peers.
 
     Raises:
-        ValueError: `world_size` or `timeout` is not positive.
+        ValueError: `world_size` is not from 1 to 4096, or `timeout` no deadline.
     """
 
     def __init__(self, world_size: int, timeout: float = 60.0) -> None:
-        if world_size < 1:
-            raise ValueError(f"world_size is {world_size}: a world has at least one rank")
-        if timeout <= 0:
-            raise ValueError(f"timeout is {timeout} seconds: it must be positive")
-        self.world_size = world_size
-        self.timeout = timeout
+        self.world_size = integer("world_size", world_size, 1, RANKS)
+        self.timeout = deadline("timeout", timeout)
 
     def run(self, fn: Callable[[Transport], Result]) -> list[Result]:
         """Calls `fn(transport)` on every rank and returns the results by rank.

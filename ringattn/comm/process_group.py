@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from ringattn.arguments import deadline
 from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
@@ -61,8 +62,7 @@ class ProcessGroupTransport:
                 "init_process_group first, make the transport on the group's own ranks only, and of a "
                 "DeviceMesh take mesh.get_group()"
             )
-        if timeout <= 0:
-            raise ValueError(f"timeout is {timeout} seconds: it must be positive")
+        timeout = deadline("timeout", timeout)
         self.rank: int = dist.get_rank(group)
         self.world_size: int = dist.get_world_size(group)
         self.name: str = group.group_name
