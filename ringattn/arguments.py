@@ -41,9 +41,10 @@ def number(
     name: str, value: Any, least: float, most: float, hint: str = "", also: tuple[type, ...] = (), rule: str = "a"
 ) -> Any:
     """A number from ``least`` to ``most``, as a float; what is one of the types ``also`` is kept as it is."""
-    kinds: tuple[type, ...] = (int, float, np.number, *also)
-    is_number = isinstance(value, kinds) and not isinstance(value, (bool, np.bool_))
-    if not (is_number and least <= value <= most):
+    kinds: Any = (int, float, np.number, *also)
+    if not isinstance(value, kinds) or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}={shown(value)}: must be a number from {least:g} to {most:g}{hint}")
+    if not least <= value <= most:
         raise ValueError(f"{name}={shown(value)}: must be {rule} number from {least:g} to {most:g}{hint}")
     return value if isinstance(value, also) else float(value)
 
