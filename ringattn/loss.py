@@ -12,7 +12,8 @@ of ranks before ``backward()``, or tell the wrapper to sum (FSDP2: ``set_gradien
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ from ringattn.masks import boundaries
 from ringattn.tensors import FLOATS, plain
 
 MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
+REFUSED = -(1 << 50)  # far below any sum of counts, and so is the sum of thousands
+REFUSED_ELSEWHERE = "another rank refused its part of the loss (its own error says why), so there is no count of all"
 IGNORED = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -85,16 +88,23 @@ def count_targets(
         ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
             group, which would count this rank's part alone; a group this rank is not in.
     """
-    _check_context(cp)
-    if cp is not None and group is None and cp.world_size > 1:
-        raise ValueError(
-            f"cp of {cp.world_size} ranks and no group: that would count the targets of this rank's part alone; pass "
-            "the group of data x context too"
-        )
-    parts = [labels] if isinstance(labels, Tensor) else listed("labels", labels, "tensors")
-    if not parts or any(plain("labels", part).dtype != torch.int64 or not part.ndim for part in parts):
-        raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")
-    return sum_over(torch.stack([(_own(part, cp) != IGNORED).sum() for part in parts]).sum(), group)
+    with _told_to_all(group):
+        _check_context(cp)
+        if cp is not None and group is None and cp.world_size > 1:
+            raise ValueError(
+                f"cp of {cp.world_size} ranks and no group: that would count the targets of this rank's part alone; "
+                "pass the group of data x context too"
+            )
+        parts = [labels] if isinstance(labels, Tensor) else listed("labels", labels, "tensors")
+        if not parts or any(plain("labels", part).dtype != torch.int64 or not part.ndim for part in parts):
+            raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")
+        own = torch.stack([(_own(part, cp) != IGNORED).sum() for part in parts]).sum()
+    total = sum_over(own, group)
+    if total.device.type != "cpu":  # reading it would wait for the device
+        torch._assert_async(total >= 0, REFUSED_ELSEWHERE)
+    elif total < 0:
+        raise ValueError(REFUSED_ELSEWHERE)
+    return total
 
 
 def sum_over(value: Tensor, group: Group = None) -> Tensor:
@@ -149,6 +159,19 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: I
         parameter.grad.copy_(sum_over(parameter.grad, group))
 
 
+@contextmanager
+def _told_to_all(group: Group) -> Iterator[None]:
+    """A rank that refuses its part of a count takes part in the sum all the same, with one that tells the others."""
+    try:
+        yield
+    except ValueError:
+        if isinstance(group, DeviceMesh):
+            sum_over(torch.tensor(REFUSED, device=group.device_type), group)
+        elif isinstance(group, dist.ProcessGroup):
+            sum_over(torch.tensor(REFUSED, device=sorted(group._device_types, key=str)[0]), group)
+        raise
+
+
 def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Count = None) -> Tensor:
     """This rank's share of the mean cross-entropy over all targets of all ranks, in nats.
 
@@ -169,8 +192,9 @@ def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Co
             looking would wait for the device, and PyTorch's own assertion ends the process), or both ``group`` and
             ``count``.
     """
-    _check_labels(labels, logits, "logits")
-    share = _sum(logits.flatten(0, -2), labels.flatten())
+    with _told_to_all(group if count is None else None):
+        _check_labels(labels, logits, "logits")
+        share = _sum(logits.flatten(0, -2), labels.flatten())
     return share / _count(labels, group, count)
 
 
@@ -206,10 +230,11 @@ def linear_token_mean(
     Raises:
         ValueError: as :func:`token_mean`, or ``chunks < 1``.
     """
-    _check_labels(labels, hidden, "hidden")
-    if not callable(head):
-        raise ValueError(f"head={shown(head)}: must be a function from hidden states to logits")
-    chunks = integer("chunks", chunks, 1, MOST_CHUNKS)
+    with _told_to_all(group if count is None else None):
+        _check_labels(labels, hidden, "hidden")
+        if not callable(head):
+            raise ValueError(f"head={shown(head)}: must be a function from hidden states to logits")
+        chunks = integer("chunks", chunks, 1, MOST_CHUNKS)
 
     def total(rows: Tensor, targets: Tensor) -> Tensor:
         return _sum(head(rows), targets)

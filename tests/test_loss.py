@@ -284,3 +284,27 @@ def test_the_rate_is_that_since_the_last_reading(monkeypatch):
         meter.add(torch.zeros(1, tokens), torch.tensor(1.0))
         rates.append(meter.read().tokens_per_second)
     assert rates == [15.0, 20.0]
+
+
+def refuse_labels(rank: int, world: int) -> list[str]:
+    """What one rank refuses, in each of the losses, and a loss after it."""
+    logits, labels = torch.zeros(1, 4, 5), torch.tensor([[0, 1, 2, 3]])
+    odd, group, texts = rank == 1, dist.group.WORLD, []
+    calls = (
+        lambda: ra.loss.count_targets(labels.int() if odd else labels, group),
+        lambda: ra.loss.token_mean(logits, labels + 9 * odd, group=group),
+        lambda: ra.loss.linear_token_mean(logits, lambda x: x, labels[:, :3] if odd else labels, group=group),
+    )
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        texts.append(str(caught.value))
+        assert ra.loss.count_targets(labels, group) == 4 * world
+    return texts
+
+
+def test_labels_that_one_rank_refuses_are_refused_by_all():
+    ranks = run_processes(refuse_labels, 3)
+    for texts in (ranks[0], ranks[2]):
+        assert all("another rank refused" in text for text in texts)
+    assert "int64" in ranks[1][0] and "a label of 9" in ranks[1][1] and "must be int64" in ranks[1][2]
