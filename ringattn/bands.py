@@ -29,6 +29,7 @@ Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
 Q_AXIS = (Q0, QN, QS, QSET)
 K_AXIS = (K0, KN, KS, KSET)
 ANY = 0  # the set that holds every position
+COMPARED = 1 << 24  # pairs of bands that one operation may look at: 1 GB
 
 
 class TooManyPieces(ValueError):
@@ -39,6 +40,11 @@ def at_most(count: int) -> None:
     """Raises :class:`TooManyPieces` before so many bands are made."""
     if count > MANY:
         raise TooManyPieces(f"{count:,} pieces (at most {MANY:,}, 2**20)")
+
+
+def _compare_at_most(count: int) -> None:
+    if count > COMPARED:
+        raise TooManyPieces(f"{count:,} pairs of pieces to compare (at most {COMPARED:,}, 2**24)")
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def intersect(a: Bands, b: Bands) -> Bands:
 
 def _meeting(a: Bands, b: Bands) -> tuple[Ints, Ints]:
     """All ``(i, j)`` such that the hulls of the bands ``a[i]`` and ``b[j]`` overlap on both axes."""
-    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS), at_most)
+    i, j = overlapping(*a.hull(Q_AXIS), *b.hull(Q_AXIS), _compare_at_most)
     k0_a, k1_a = a.hull(K_AXIS)
     k0_b, k1_b = b.hull(K_AXIS)
     meet = (k0_a[i] < k1_b[j]) & (k0_b[j] < k1_a[i])

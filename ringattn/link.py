@@ -122,21 +122,27 @@ class Link:
         common.known[signature] = known
         if len(common.known) > REMEMBERED:
             common.known.popitem(last=False)
-        log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode())
-        if device in transport.blind and log.number % self.compare_every == 0:
+        blind = device in transport.blind
+        log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
+        if blind and log.number % self.compare_every == 0:
             calls = {f"call {number}": text for number, text in log.recent}
             agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.chain:x}"})
 
     def _resume(self) -> None:
         """After a call that failed, the ranks go on if it was the same one for all: else some have done more of the
-        program than others, and what they would compute together next would not belong together."""
-        log = self.transport.log
+        program than others, and what they would compute together next would not belong together. Where messages carry
+        no label, nothing may be left of the call that failed either: a transfer without its other end would meet the
+        next one.
+        """
+        log, blind = self.transport.log, self.transport.blind
+        left = {"messages left of the call that failed": f"of {log.posted} batches"} if blind else {}
         try:
-            agree(self.transport, log.ballot(), {"calls made": str(log.made)})
+            agree(self.transport, log.ballot(), {"calls made": str(log.made), **left})
         except CallMismatch as error:
+            group = "a new process group" if blind else "the group"
             log.lost = (
                 f"{error}\nThe call that failed was not the same one on all ranks, so they are at different places of "
-                "the program; make a new context of the group where they meet again"
+                f"the program; make a new context of {group} where they meet again"
             )
             raise CallMismatch(log.lost) from None
 
@@ -147,6 +153,7 @@ class Link:
         """
         transport = self.transport
         if device in transport.blind:
+            transport.log.posted = 0
             return
         rank, world, token, got = transport.rank, transport.world_size, torch.zeros(1), torch.empty(1)
         away = 1

@@ -77,14 +77,22 @@ class Intervals:
 def overlapping(
     a0: Ints, a1: Ints, b0: Ints, b1: Ints, allow: Callable[[int], None] | None = None
 ) -> tuple[Ints, Ints]:
-    """All index pairs ``(i, j)`` for which ``[a0[i], a1[i])`` meets ``[b0[j], b1[j])``, i ascending."""
-    order = np.argsort(b0, kind="stable")
-    starts = b0[order]
-    reach = np.maximum.accumulate(b1[order]) if len(order) else b1
-    first = np.searchsorted(reach, a0, "right")
-    count = np.maximum(np.searchsorted(starts, a1, "left") - first, 0)
-    i, within = expand(count, allow)
-    j = order[first[i] + within]
+    """All index pairs ``(i, j)`` for which ``[a0[i], a1[i])`` meets ``[b0[j], b1[j])``, i ascending, and of one i by
+    where j starts. ``allow`` is told their number before they are made, and may raise."""
+    by_a, by_b = np.argsort(a0, kind="stable"), np.argsort(b0, kind="stable")
+    starts = b0[by_b]
+    # Of two that meet, either the second starts inside the first, or the first inside the second and later.
+    first = np.searchsorted(starts, a0, "left")
+    inside = np.maximum(np.searchsorted(starts, a1, "left") - first, 0)
+    later = np.searchsorted(a0[by_a], starts, "right")
+    around = np.maximum(np.searchsorted(a0[by_a], b1[by_b], "left") - later, 0)
+    if allow is not None:
+        allow(int(inside.sum() + around.sum()))
+    i, within = expand(inside)
+    at, k = expand(around)
+    i, place = np.concatenate((i, by_a[later[at] + k])), np.concatenate((first[i] + within, at))
+    order = np.argsort(i * len(b0) + place)
+    i, j = i[order], by_b[place[order]]
     keep = (b1[j] > a0[i]) & (a1[i] > a0[i])
     return i[keep], j[keep]
 

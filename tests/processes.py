@@ -27,9 +27,14 @@ class ChildError(RuntimeError):
 
 
 def run_processes(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0, casualties: Sequence[int] = ()
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    casualties: Sequence[int] = (),
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Calls `fn(rank, world_size, *args)` in `world_size` processes, inside a gloo group of them all.
+    """Calls `fn(rank, world_size, *args)` in `world_size` processes, inside a group of them all.
 
     `fn` is a function at the top of a module; its results are pickled and returned by rank. The first child
     that fails raises `ChildError` here with its traceback. `casualties` are ranks meant to die: their result
@@ -40,7 +45,7 @@ def run_processes(
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
     children = [
         _CONTEXT.Process(
-            target=_child, args=(fn, rank, world_size, store.port, pipes[rank][1], timeout, args), daemon=True
+            target=_child, args=(fn, rank, world_size, store.port, pipes[rank][1], timeout, backend, args), daemon=True
         )
         for rank in range(world_size)
     ]
@@ -88,21 +93,30 @@ def _child(
     port: int,
     pipe: Connection,
     timeout: float,
+    backend: str,
     args: tuple,
 ) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     deadline = timedelta(seconds=timeout)
+    if backend == "nccl":
+        share_gpus(rank)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=deadline)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=deadline)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=deadline)
         pipe.send_bytes(pickle.dumps((fn(rank, world_size, *args), None)))
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException:
         pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
         os._exit(1)  # a group with a failed peer may not come down cleanly
+
+
+def share_gpus(rank: int) -> None:
+    """Lets NCCL run more ranks than there are GPUs: it takes each process for a host of its own."""
+    os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
 def _die_with_parent() -> None:

@@ -96,6 +96,16 @@ def test_many_strides_are_counted() -> None:
     assert time.monotonic() - start < 2.0
 
 
+def test_many_blocks_are_counted() -> None:
+    start, n, block = time.monotonic(), 1 << 20, 64
+    rows = range(2, n // block)  # the two global ones see and are seen
+    apart = sum(min(row - 2, 1) + min(3, row - 3) for row in rows if row > 2)
+    area = ra.bigbird(block, 3, 2, 3).area(n, n)
+    inside = len(rows) * (block * (block + 1) // 2 + 2 * block * block) + block * (2 * block + 1)
+    assert inside < area <= inside + apart * block * block  # random blocks may be global or in the window
+    assert time.monotonic() - start < 2.0
+
+
 def test_slopes_of_python_numbers_are_exact() -> None:
     q, k, v = torch.randn(3, 1, 8, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
     slopes = torch.tensor([0.1, 0.3], dtype=torch.float64)
@@ -108,13 +118,14 @@ def test_slopes_of_python_numbers_are_exact() -> None:
 
 @pytest.mark.parametrize("softcap", [2.0**-40, 1.0, 2.0**40])
 @pytest.mark.parametrize("scale", [2.0**-40, 0.5, 2.0**20])
-def test_bounds_of_scores_give_right_gradients(scale: float, softcap: float) -> None:
-    leaves = [x.clone().requires_grad_() for x in (Q, Q.flip(1), Q.flip(2))]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bounds_of_scores_give_right_gradients(device: str, scale: float, softcap: float) -> None:
+    leaves = [x.to(device, copy=True).requires_grad_() for x in (Q, Q.flip(1), Q.flip(2))]
     out = ra.attention(*leaves, cp=CP, scale=scale, softcap=softcap)
     grads = torch.autograd.grad(out.sum(), leaves)
     exact = [x.detach().double().transpose(1, 2).requires_grad_() for x in leaves]
     scores = softcap * torch.tanh(scale * (exact[0] @ exact[1].transpose(2, 3)) / softcap)
-    right = scores.masked_fill(~ra.causal().dense(8, 8), -torch.inf).softmax(-1) @ exact[2]
+    right = scores.masked_fill(~ra.causal().dense(8, 8).to(device), -torch.inf).softmax(-1) @ exact[2]
     for a, b in zip(grads, torch.autograd.grad(right.sum(), exact), strict=True):
         size = b.abs().max()
         assert a.isfinite().all() and (a.transpose(1, 2) - b).abs().max() <= 1e-3 * size + 1e-6 * scale

@@ -16,8 +16,13 @@ import torch.distributed as dist
 import ringattn
 from ringattn.comm import ProcessGroupTransport
 
-held, rank, world, path = sys.argv[1:]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=int(rank), world_size=int(world))
+held, rank, world, path, backend = sys.argv[1:]
+if backend == "nccl":
+    from processes import share_gpus
+
+    share_gpus(int(rank))
+    torch.set_default_device("cuda")
+dist.init_process_group(backend, init_method=f"file://{path}", rank=int(rank), world_size=int(world))
 
 
 def use(cp):
@@ -28,7 +33,8 @@ def use(cp):
 
 
 if held != "nothing":
-    cp = ringattn.ContextParallel(dist.group.WORLD, 64)
+    # over NCCL a refusal is heard where calls are compared
+    cp = ringattn.ContextParallel(dist.group.WORLD, 64, options=ringattn.Options(compare_every=1))
     use(cp)
 if held == "closure":
     sys.kept = lambda: cp
@@ -62,11 +68,12 @@ sys.exit(0)
 HELD = ("global", "closure", "model", "graph", "gloo", "exception", "nothing")
 
 
-def exit_codes(held: str, world: int, folder: Path) -> list[int]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def exit_codes(held: str, world: int, folder: Path, backend: str = "gloo") -> list[int]:
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     arguments = [sys.executable, "-c", SCRIPT, held]
     ranks = [
-        subprocess.Popen([*arguments, str(rank), str(world), str(folder / "store")], env=environment)
+        subprocess.Popen([*arguments, str(rank), str(world), str(folder / "store"), backend], env=environment)
         for rank in range(world)
     ]
     try:

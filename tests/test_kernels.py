@@ -439,12 +439,14 @@ def test_triangles_of_every_size(size: int, window: Window) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("seqlen", [1, 2, 4, 8, 15, 16, 24])
-def test_nan_stays_nan_however_few_keys_there_are(dtype, seqlen):
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_stays_nan_however_few_keys_there_are(device, dtype, seqlen):
     """Forward and backward, like dense attention, in q and in every key."""
     for mask in (ringattn.causal(), ringattn.full(), ringattn.sliding_window(3)):
         for spoilt in ("q", "k"):
             generator = torch.Generator().manual_seed(seqlen)
-            q, k, v, dout = (torch.randn(1, seqlen, h, 16, generator=generator).to(dtype) for h in (2, 1, 1, 2))
+            shapes = ((1, seqlen, h, 16) for h in (2, 1, 1, 2))
+            q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
             if spoilt == "q":
                 q[0, seqlen // 2, 1, 3] = torch.nan
             else:
@@ -455,7 +457,7 @@ def test_nan_stays_nan_however_few_keys_there_are(dtype, seqlen):
             found = torch.autograd.grad(out, leaves, dout)
             exact = [x.detach().double().transpose(1, 2).requires_grad_() for x in leaves]
             scores = exact[0] @ exact[1].transpose(2, 3) / 4
-            seen = scores.masked_fill(~mask.dense(seqlen, seqlen), -torch.inf)
+            seen = scores.masked_fill(~mask.dense(seqlen, seqlen).to(device), -torch.inf)
             right = seen.softmax(-1) @ exact[2]
             assert torch.equal(out.isnan(), right.isnan().transpose(1, 2)), (mask, spoilt)
             assert torch.equal(lse.isnan(), seen.logsumexp(-1).isnan()), (mask, spoilt)

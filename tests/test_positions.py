@@ -43,7 +43,7 @@ def expected(model: torch.nn.Module, ids: torch.Tensor, case: str) -> torch.Tens
     return model(input_ids=ids, position_ids=torch.tensor(POSITIONS[case]), attention_mask=bias).logits.detach()
 
 
-def logits(rank: int, world: int) -> dict[tuple[int, str], float]:
+def logits(rank: int, world: int, device: str = "cpu") -> dict[tuple[int, str], float]:
     """The largest difference from Transformers' own."""
     import torch.distributed as dist
 
@@ -52,11 +52,12 @@ def logits(rank: int, world: int) -> dict[tuple[int, str], float]:
         cp = ra.ContextParallel(dist.group.WORLD if world > 1 else None, S)
         for case, positions in POSITIONS.items():
             ids = torch.randint(0, 64, (len(positions), S), generator=torch.Generator().manual_seed(1))
-            right = expected(model, ids, case)
-            register(cp, model)
+            right = expected(model.cpu(), ids, case)
+            register(cp, model.to(device))
             batch = shard_batch(cp, {"input_ids": ids, "position_ids": torch.tensor(positions)})
             length = int(batch["cu_seq_lens_q"][-1])
-            out = model(**batch, use_cache=False).logits.detach()
+            batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+            out = model(**batch, use_cache=False).logits.detach().cpu()
             whole = (cp if length == S else cp.replace(seqlen=length)).unshard(out)
             found[number, case] = float((whole.reshape(right.shape) - right).abs().max())
     return found
@@ -66,6 +67,25 @@ def test_given_positions_are_kept() -> None:
     for world in (1, 2, 3):
         for found in run_processes(logits, world):
             assert max(found.values()) < 1e-5, (world, found)
+
+
+@pytest.mark.gpu
+def test_given_positions_are_kept_on_a_gpu() -> None:
+    assert max(logits(0, 1, "cuda").values()) < 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_restarts_are_seen_in_every_batch(device: str) -> None:
+    model = models()[0].to(device)
+    register(ra.ContextParallel(None, S), model)
+    ids = torch.zeros(2, S, dtype=torch.int64, device=device)
+    for case in ("an offset", "an offset", "rows of their own"):
+        positions = torch.tensor(POSITIONS[case], device=device).expand(2, -1)
+        if case == "an offset":
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+        else:
+            with pytest.raises(ValueError, match="pack them"):
+                model(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def test_rows_with_documents_of_their_own_are_refused_on_one_rank() -> None:

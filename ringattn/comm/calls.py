@@ -80,12 +80,14 @@ _REFUSALS[CallMismatch.__name__] = CallMismatch
 
 class CallLog:
     """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
-    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements;
-    ``current`` is the number of the call that this rank is in, begun or not."""
+    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements, ``posted`` the
+    unlabelled batches of the call under way; ``current`` is the number of the call that this rank is in, begun or
+    not."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.epoch = self.made = 0
+        self.epoch = self.made = self.posted = 0
+        self.labelled = True
         self.lost: str | None = None  # why no call can be made any more
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
@@ -104,10 +106,12 @@ class CallLog:
         self._heard = {epoch: label for epoch, label in self._heard.items() if epoch >= self.epoch}
         self._waiting = {rank: label for rank, label in self._waiting.items() if label.epoch >= self.epoch}
 
-    def begin(self, text: str, digest: bytes) -> None:
-        """Counts a call, whose ``digest`` is that of all that ranks must have alike."""
+    def begin(self, text: str, digest: bytes, labelled: bool) -> None:
+        """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
+        ``labelled`` or not."""
         self.number += 1
         self.made += 1
+        self.posted, self.labelled = 0, labelled
         digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
         self.chain = int.from_bytes(digest, "little")
         self.text = text
@@ -119,7 +123,9 @@ class CallLog:
         return f"{self.epoch}.{self.ballots}"
 
     def label(self, what: str) -> Label:
-        """That of a batch of the call under way. Outside of any call, batches are told apart by their order alone."""
+        """That of the next batch of the call under way. Outside of any call, batches are told apart by their order
+        alone."""
+        self.posted += not self.labelled
         mark = zlib.crc32(what.encode()) if self.number else 0
         return Label(self.epoch, self.number, self.chain, mark, self.rank, Kind.TENSORS, f"{what} of {self.text}")
 
