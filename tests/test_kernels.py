@@ -1,5 +1,6 @@
 """Every kernel against brute force in fp64: values, natural-log lse, gradients, strides, and refusals."""
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
-from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa
+from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa, sdpa_cuda
 from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.merge import Partial
 from ringattn.scores import TileScores
@@ -358,6 +359,26 @@ def test_pieces_cover_the_band_exactly_and_start_new_rows_whole() -> None:
                 covered[piece.rows, piece.cols] += ones
             assert reached == tile[0]
             assert torch.equal(covered, band.int()), (tile, limit, triangle, most)
+
+
+def test_windows_reach_as_far_as_the_gpus_operator_needs() -> None:
+    """It takes a bound of at least nk for none, the absent one of two for nk, and aligns at the bottom right."""
+    bounds = [None, *range(14), 30]
+    for nq, nk, window in itertools.product(range(1, 13), range(1, 13), itertools.product(bounds, bounds)):
+        band = attends(nq, nk, window)
+        if not (band.any(0).all() and band.any(1).all()):
+            continue
+        found = torch.zeros_like(band, dtype=torch.int)
+        for run in sdpa_cuda._runs(TileBand.of(nq, nk, window)):
+            part = found[run.rows, run.cols]
+            assert run.band.nq == part.size(0) and run.band.nk == part.size(1)
+            left, right = (b if 0 <= b < run.band.nk else None for b in sdpa_cuda._flash_window(run.band))
+            if (left, right) != (None, None):
+                left, right = (run.band.nk if bound is None else bound for bound in (left, right))
+            seen = attends(run.band.nq, run.band.nk, (left, right))
+            assert seen.any(1).all(), "no row is empty"
+            part += seen
+        assert torch.equal(found, band.int()), (nq, nk, window)
 
 
 def make_call(**changes: object) -> Call:

@@ -78,6 +78,12 @@ class TileBand:
         return TileBand(nq, nk, lo, hi)
 
     @property
+    def window(self) -> tuple[int | None, int | None]:
+        """The window, as :meth:`of` takes it."""
+        ahead = self.nk - self.nq
+        return None if self.lo is None else ahead - self.lo, None if self.hi is None else self.hi - ahead
+
+    @property
     def width(self) -> int | None:
         """Columns seen by a row that the tile's borders do not clip; None without two bounds."""
         return None if self.lo is None or self.hi is None else self.hi - self.lo + 1
@@ -102,6 +108,16 @@ class TileBand:
             if self.lo is not None and 0 <= a + self.lo < start:
                 yield Piece(slice(a, b - 1), slice(a + self.lo, start), Shape.UPPER)
 
+    def runs(self) -> Iterator[Run]:
+        """The tile cut into rows on which each bound binds for all or for none, with the columns that these see."""
+        for a, b in self._chunks(self.nq):
+            start = 0 if self.lo is None else max(a + self.lo, 0)
+            stop = self.nk if self.hi is None else min(b + self.hi, self.nk)
+            shift, nq, nk = start - a, b - a, stop - start
+            lo = None if self.lo is None or self.lo - shift <= 1 - nq else self.lo - shift
+            hi = None if self.hi is None or self.hi - shift >= nk - 1 else self.hi - shift
+            yield Run(slice(a, b), slice(start, stop), TileBand(nq, nk, lo, hi))
+
     def _chunks(self, height: int) -> Iterator[tuple[int, int]]:
         """Runs of at most `height` rows in which each bound binds on all rows or on none."""
         cuts = {0, self.nq}
@@ -113,3 +129,12 @@ class TileBand:
         for a, b in pairwise(edges):
             for row in range(a, b, height):
                 yield row, min(row + height, b)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows of a tile, the columns that they see, and the band of these."""
+
+    rows: slice
+    cols: slice
+    band: TileBand

@@ -75,7 +75,8 @@ class Sdpa:
         assert not scores.features, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(k):
-            grads.add(*sdpa_cuda.backward(rows, k, v, window, scale))
+            for run, found in sdpa_cuda.backward(rows, k, v, window, scale):
+                grads.tile(run.rows, run.cols).add(*found)
             return
         operator, band = _operator(k), TileBand.of(rows.q.size(1), k.size(1), window)
         if _is_narrow(band, k):

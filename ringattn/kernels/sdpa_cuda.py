@@ -1,12 +1,14 @@
 """PyTorch's fused operators on CUDA: cuDNN, flash and memory-efficient attention.
 
-In fp16 and bf16 a tile is one call: cuDNN, the fastest, where the tile is full or a square below its diagonal,
-and flash, which takes bottom-right aligned windows, elsewhere. In fp32 only the memory-efficient operator
-exists; it offers what the CPU's does. Backward is called with the global out and lse, so the random states of
-the forward calls are neither kept nor read (there is no dropout).
+In fp16 and bf16 a tile is one call, or up to three where flash would be wrong: cuDNN, the fastest, where the tile
+is full or a square below its diagonal, and flash, which takes bottom-right aligned windows, elsewhere. In fp32 only
+the memory-efficient operator exists; it offers what the CPU's does. Backward is called with the global out and lse,
+so the random states of the forward calls are neither kept nor read (there is no dropout).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch.nn.functional import pad
 
 from ringattn.kernels.base import Call, Rows
 from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
-from ringattn.kernels.pieces import TileBand
+from ringattn.kernels.pieces import Run, TileBand
 from ringattn.scores import Window
 
 HALF = (torch.float16, torch.bfloat16)
@@ -25,6 +27,7 @@ LSE_ALIGNMENT = 32
 MASK_ALIGNMENT = 16
 
 aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def takes_windows(x: Tensor) -> bool:
@@ -50,27 +53,50 @@ def refuse(call: Call) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor]:
     """`out` `[B, nq, H, D]` in the inputs' dtype and `lse` `[B, H, nq]` fp32 of a whole tile."""
-    band = TileBand.of(q.size(1), k.size(1), window)
+    parts = [
+        _forward(q[:, run.rows], k[:, run.cols], v[:, run.cols], run.band, scale)
+        for run in _runs(TileBand.of(q.size(1), k.size(1), window))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+
+
+def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float) -> Iterator[tuple[Run, Gradients]]:
+    """`dq, dk, dv` of the parts of a tile, head-major, in the inputs' dtype and with padding columns behind them."""
+    for run in _runs(TileBand.of(rows.q.size(1), k.size(1), window)):
+        yield run, _backward(rows.rows(run.rows), k[:, run.cols], v[:, run.cols], run.band, scale)
+
+
+def _runs(band: TileBand) -> list[Run]:
+    """What flash computes in one call. It takes an absent bound, and one of at least nk, for nk, which does not reach
+    all columns where there are more rows and the bound on the other side binds."""
+    right = band.window[1]
+    if band.nq > band.nk and (band.lo is not None if right is None else right >= band.nk):
+        return list(band.runs())
+    return [Run(slice(0, band.nq), slice(0, band.nk), band)]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, band: TileBand, scale: float) -> tuple[Tensor, Tensor]:
     if _cudnn_takes(band, q.size(-1)):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
         causal = band.hi is not None
         result = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return result[0].transpose(1, 2), result[1].view(q.shape[:3])
-    left, right = _flash_window(window)
-    result = aten._flash_attention_forward(
+    left, right = _flash_window(band)
+    out, lse, *_ = aten._flash_attention_forward(
         q, k, v, None, None, band.nq, band.nk, 0.0, False, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
-    return result[0], result[1]
+    # the operator's lse of a row that sees NaN is inf
+    return out, lse.nan_to_num_(nan=torch.nan, posinf=torch.nan, neginf=-torch.inf)
 
 
-def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq, dk, dv` of a whole tile, head-major, in the inputs' dtype and with padding columns behind them."""
-    band = TileBand.of(rows.q.size(1), k.size(1), window)
+def _backward(rows: Rows, k: Tensor, v: Tensor, band: TileBand, scale: float) -> Gradients:
     query, k, v = carry_dlse(Query.of(rows, lambda x: x.transpose(1, 2)), k.transpose(1, 2), v.transpose(1, 2))
     if _cudnn_takes(band, k.size(-1)):
         return _cudnn_backward(query, k, v, band.hi is not None, scale)
-    return _flash_backward(query, k, v, window, scale)
+    return _flash_backward(query, k, v, band, scale)
 
 
 class Efficient:
@@ -128,7 +154,7 @@ def _cudnn_takes(band: TileBand, head_dim: int) -> bool:
     return (square or full) and fits and torch.backends.cudnn.is_available()
 
 
-def _cudnn_backward(query: Query, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(query: Query, k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
     k, v, lse = k.contiguous(), v.contiguous(), query.lse.contiguous().unsqueeze(-1)
     unused = torch.zeros(1, dtype=torch.int64, device=k.device)
     nq, nk = query.q.size(2), k.size(2)
@@ -152,7 +178,7 @@ def _cudnn_backward(query: Query, k: Tensor, v: Tensor, causal: bool, scale: flo
     )
 
 
-def _flash_backward(query: Query, k: Tensor, v: Tensor, window: Window, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(query: Query, k: Tensor, v: Tensor, band: TileBand, scale: float) -> Gradients:
     """Head-major like its arguments, though the operator is row-major."""
     if query.q.size(-1) > FLASH_HEAD_DIM:
         raise NotImplementedError(
@@ -160,7 +186,7 @@ def _flash_backward(query: Query, k: Tensor, v: Tensor, window: Window, scale: f
             f"{query.q.size(-1) - DLSE_COLUMNS}: kernel='blockwise' computes it, or use the output alone"
         )
     q, k, v, dout, out = (x.transpose(1, 2) for x in (query.q, k, v, query.dout, query.out))
-    left, right = _flash_window(window)
+    left, right = _flash_window(band)
     state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)
     unused = torch.zeros((), dtype=torch.int64, device=q.device).view(torch.uint64)
     lse, nq, nk = query.lse.contiguous(), q.size(1), k.size(1)
@@ -171,8 +197,8 @@ def _flash_backward(query: Query, k: Tensor, v: Tensor, window: Window, scale: f
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def _flash_window(window: Window) -> tuple[int, int]:
-    left, right = window
+def _flash_window(band: TileBand) -> tuple[int, int]:
+    left, right = band.window
     return -1 if left is None else left, -1 if right is None else right
 
 
