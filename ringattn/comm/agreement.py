@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from ringattn.comm.calls import CallMismatch, PeerError
 from ringattn.comm.transport import Transport, name_ranks
 
-_AGREED = json.dumps("agreed")
+AGREED = json.dumps("agreed")
 _SLICE = 0.2  # seconds between looks at what the other ranks say
 
 
@@ -34,7 +34,7 @@ def agree(transport: Transport, call: int | str, facts: Mapping[str, str]) -> No
         return
     ballot = _Ballot(transport, call, facts)
     verdict = ballot.cast()
-    if verdict == _AGREED:
+    if verdict == AGREED:
         ballot.clear()
         return
     kind, text = json.loads(verdict)
@@ -60,7 +60,7 @@ class _Ballot:
         transport = self.transport
         transport.publish(self.facts_keys[transport.rank], self.facts)
         if transport.count(self.alike) == transport.world_size:
-            self._decide(lambda: _AGREED)
+            self._decide(lambda: AGREED)
         # Counted after the line above: if all are alike, that has been decided before the last one is here.
         if transport.count(self.here) == transport.world_size:
             self._decide(lambda: json.dumps(("differ", self._differences())))
