@@ -1,11 +1,20 @@
 """Positions that a batch brings along: kept, sharded like its tokens, and borders only where they start again."""
 
 import copy
+import time
 
 import pytest
 import torch
 from processes import run_processes
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 import ringattn as ra
 from ringattn.integrations.transformers import masks_of, register, shard_batch
@@ -94,6 +103,45 @@ def test_rows_with_documents_of_their_own_are_refused_on_one_rank() -> None:
     positions = torch.tensor(POSITIONS["rows of their own"])
     with pytest.raises(ValueError, match="pack them"):
         model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+
+
+def test_restarts_that_a_layer_is_not_told_of_are_refused() -> None:
+    """Llama 4 keeps position_ids from its attention."""
+    config = Llama4TextConfig(
+        hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, vocab_size=64, head_dim=8,
+        intermediate_size=16, intermediate_size_mlp=16, num_local_experts=2, attention_chunk_size=32, pad_token_id=0,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    ids = torch.arange(S)[None]
+    register(ra.ContextParallel(None, S, mask=masks_of(config)), model)
+    positions = torch.tensor(POSITIONS["a restart"])
+    with pytest.raises(NotImplementedError, match="pass documents as cu_seq_lens_q"):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    model(input_ids=ids, use_cache=False)
+
+
+def refuse_a_cache(rank: int, world: int) -> list[str]:
+    import torch.distributed as dist
+
+    model = models()[0]
+    cp = ra.ContextParallel(dist.group.WORLD, S)
+    register(cp, model)
+    batch = shard_batch(cp, {"input_ids": torch.arange(S)[None]})
+    model(**batch, use_cache=False)
+    earlier = DynamicCache(config=model.config)
+    for layer in range(2):
+        earlier.update(*torch.zeros(2, 1, 1, 3, 8, dtype=torch.float64), layer)
+    start = time.monotonic()
+    with pytest.raises(NotImplementedError) as caught:
+        model(**batch, past_key_values=earlier if rank == 1 else None, use_cache=False)
+    assert time.monotonic() - start < 2.0
+    model(**batch, use_cache=False)
+    return str(caught.value)
+
+
+def test_a_cache_on_one_rank_is_refused_by_all() -> None:
+    texts = run_processes(refuse_a_cache, 2)
+    assert all("KV cache of earlier tokens" in text for text in texts) and "rank 1 refused" in texts[0]
 
 
 def test_positions_of_several_axes_are_cut_like_tokens() -> None:

@@ -66,6 +66,8 @@ class RingAttention:
                     "attention; pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
                 )
             batch = ring.batch(model, query.shape[2], cu_seq_lens_q, cu_seq_lens_k, seq_idx, position_ids)
+            if ring.check_positions:
+                batch.check_positions(structure, position_ids)
             cp, mask = batch.layer(structure)
             out = attention(
                 query.transpose(1, 2),
@@ -126,6 +128,8 @@ def structure_of(
     if given is None:
         is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         return Structure(is_causal, () if width is None else (window(width),), model=model)
+    if given.refusal is not None:
+        raise given.refusal
     if width is not None and window(width) not in given.limits and given.causal:
         raise NotImplementedError(
             f"{model}: a layer asks for sliding_window={width}, but its mask is made of {given.limits or 'no window'}; "

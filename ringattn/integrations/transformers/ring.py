@@ -99,15 +99,13 @@ class Ring:
         seq_idx: Tensor | None,
         position_ids: Tensor | None,
     ) -> Batch:
-        """The batch that a layer's arguments describe, checked."""
+        """The batch that a layer's arguments describe."""
         batch = self._told(model, cu_seq_lens_q, cu_seq_lens_k, seq_idx, position_ids)
         if batch.cp.local_seqlen != local_seqlen:
             raise ValueError(
                 f"{model}: {local_seqlen} tokens on rank {batch.cp.rank}, but {batch.cp!r} has {batch.cp.local_seqlen} "
                 "here; shard every input with the context of its batch: cp.shard(x), ShardingCollator, or use(cp)"
             )
-        if self.check_positions:
-            batch.check_positions(model, position_ids)
         return batch
 
     def _told(self, model: str, cu: Tensor | None, cu_k: Tensor | None, seq_idx: Tensor | None, ids: Any) -> Batch:
@@ -194,13 +192,21 @@ class Batch:
             "pack the rows without it (ringattn.pack, or ShardingCollator, which does)"
         )
 
-    def check_positions(self, model: str, position_ids: Tensor | None) -> None:
+    def check_positions(self, structure: Structure, position_ids: Tensor | None) -> None:
         """Raises `ValueError` unless positions grow along each document, which they do not where a model without
         `position_ids` counts every shard from 0, or where documents start again whose bounds are not known.
 
         Each tensor of positions is looked at once, in the first layer that is given it (on a GPU that waits for it).
         """
-        if self.cp.world_size == 1 or (position_ids is not None and self._checked() is position_ids):
+        model = structure.model
+        if self.cp.world_size == 1:
+            if position_ids is None and structure.jumps and self.bounds is None:
+                raise NotImplementedError(
+                    f"{model} does not hand position_ids to its attention, and they do not count up one by one: pass "
+                    "documents as cu_seq_lens_q and cu_seq_lens_k; positions of one document, check_positions=False"
+                )
+            return
+        if position_ids is not None and self._checked() is position_ids:
             return
         if position_ids is None:
             raise NotImplementedError(

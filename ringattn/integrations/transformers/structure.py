@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ringattn.masks import Mask, causal, chunked, sliding_window
 
+_PACKED = "packed_sequence_mask_function"  # Transformers' guess at documents
 LAYERS = ("full_attention", "chunked_attention", "sliding_attention")  # of Transformers' `layer_types`
 
 
@@ -24,13 +25,16 @@ LAYERS = ("full_attention", "chunked_attention", "sliding_attention")  # of Tran
 class Structure:
     """What a layer may see, apart from documents: keys up to its own position or all of them, within `limits`.
 
-    padding: bool `[batch, seqlen]` as the model was given it, True for real tokens, or None. model: whose it is.
+    padding: bool `[batch, seqlen]` as the model was given it, True for real tokens, or None. jumps: whether
+    Transformers saw positions that do not count up one by one. model: whose it is. refusal: why no layer can have it.
     """
 
     causal: bool
     limits: tuple[Mask, ...] = ()
     padding: Tensor | None = field(default=None, compare=False)
+    jumps: bool = field(default=False, compare=False)
     model: str = field(default="the model", compare=False)
+    refusal: NotImplementedError | None = field(default=None, compare=False)
 
     @cached_property
     def padding_kind(self) -> str:
@@ -54,20 +58,25 @@ def mask_function(
 ) -> Structure:
     """The mask function that is registered under the attention's name; see `transformers.AttentionMaskInterface`.
 
-    Raises `NotImplementedError` for a mask it does not know and for a cache that holds earlier tokens.
+    A mask it does not know, and a cache that holds earlier tokens, are refused where a layer attends, with all ranks.
     """
     model = describe_model(config)
-    check_layers(config, getattr(config, "layer_types", None) or ())
+    try:
+        check_layers(config, getattr(config, "layer_types", None) or ())
+        _check_cache(model, q_offset)
+        is_causal, limits = (True, ()) if mask_function is None else _translate(mask_function, model)
+    except NotImplementedError as error:
+        return Structure(True, model=model, refusal=error)
+    jumps = mask_function is not None and _is_packed(mask_function)
+    return Structure(is_causal, limits, attention_mask, jumps, model)
+
+
+def _check_cache(model: str, q_offset: Any) -> None:
     if not isinstance(q_offset, int) or q_offset:
         raise NotImplementedError(
             f"{model}: a KV cache of earlier tokens (q_offset={q_offset}); sharded attention computes whole sequences, "
             "so pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
         )
-    is_causal: bool = True
-    limits: tuple[Mask, ...] = ()
-    if mask_function is not None:
-        is_causal, limits = _translate(mask_function, model)
-    return Structure(is_causal, limits, attention_mask, model)
 
 
 def describe_model(config: Any) -> str:
@@ -104,12 +113,17 @@ def _translate(function: Callable[..., Any], model: str) -> tuple[bool, tuple[Ma
         # batch; positions that start again without them are refused where the attention sees them.
         case "remap_positions_for_packed_sequence":
             return _translate(inside["mask_function"], model)
-        case "packed_sequence_mask_function":
+        case _ if name == _PACKED:
             return False, ()
     raise NotImplementedError(
         f"{model}: its mask is made of {name}, which is not known here; give that layer another attention, or describe "
         "the mask to the context (ContextParallel(mask=...)) and call ringattn.attention yourself"
     )
+
+
+def _is_packed(function: Callable[..., Any]) -> bool:
+    name, inside = _captured(function)
+    return name == _PACKED or (name == "and_masks" and any(map(_is_packed, inside["mask_functions"])))
 
 
 def _captured(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
