@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import ringattn as ra
-from ringattn.integrations.transformers import masks_of, register, shard_batch
+from ringattn.integrations.transformers import ShardingCollator, masks_of, register, shard_batch
 
 S = 8
 POSITIONS = {
@@ -137,6 +137,32 @@ def refuse_a_cache(rank: int, world: int) -> list[str]:
     assert time.monotonic() - start < 2.0
     model(**batch, use_cache=False)
     return str(caught.value)
+
+
+def refuse_a_batch(rank: int, world: int) -> list[str]:
+    import torch.distributed as dist
+
+    model = models()[0]
+    cp = ra.ContextParallel(dist.group.WORLD, S)
+    register(cp, model)
+    right = {"input_ids": torch.arange(S)[None]}
+    odd = {**right, "position_ids": torch.arange(S - 1)[None]} if rank == 1 else right
+    texts = []
+    for shard in (lambda batch: shard_batch(cp, batch), ShardingCollator(cp, lambda batch: batch[0])):
+        one = isinstance(shard, ShardingCollator)
+        model(**shard([right] if one else right), use_cache=False)
+        start = time.monotonic()
+        with pytest.raises(ValueError) as caught:
+            model(**shard([odd] if one else odd), use_cache=False)
+        assert time.monotonic() - start < 2.0
+        texts.append(str(caught.value))
+        model(**shard([right] if one else right), use_cache=False)
+    return texts
+
+
+def test_a_batch_that_one_rank_refuses_is_refused_by_all() -> None:
+    for rank, texts in enumerate(run_processes(refuse_a_batch, 2)):
+        assert all("position_ids (1, 7)" in text and ("rank 1 refused" in text) == (rank == 0) for text in texts)
 
 
 def test_a_cache_on_one_rank_is_refused_by_all() -> None:

@@ -1,7 +1,7 @@
 """Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing."""
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.calls import CallLog, CallMismatch, Kind, Label, PeerError, together
+from ringattn.comm.calls import CallLog, CallMismatch, Kind, Label, PeerError, together, told
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
@@ -22,5 +22,6 @@ __all__ = [
     "Transport",
     "agree",
     "together",
+    "told",
     "transport_over",
 ]

@@ -208,10 +208,30 @@ def together(transport: Transport, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        log.broken = True
-        if not log.warned:
-            log.warned = True
-            log.made = max(log.made, before + 1)  # a call that is refused before it begins is one, too
-            with suppress(Exception):  # the error itself matters more
-                transport.warn(log.failure(error))
+        _tell(transport, error, before)
         raise
+
+
+@contextmanager
+def told(transport: Transport, what: str) -> Iterator[None]:
+    """What raises in here on one rank, all ranks raise in the call that they make next. For what prepares a call and
+    moves nothing, in any thread."""
+    try:
+        yield
+    except BaseException as error:
+        log = transport.log
+        if transport.world_size > 1 and not log.broken:
+            log.text, log.current = what, log.number + 1
+            _tell(transport, error, log.made)
+        raise
+
+
+def _tell(transport: Transport, error: BaseException, made: int) -> None:
+    """Ends the epoch on this rank, where so many calls had been made before, and warns the others."""
+    log = transport.log
+    log.broken = True
+    if not log.warned:
+        log.warned = True
+        log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
+        with suppress(Exception):  # the error itself matters more
+            transport.warn(log.failure(error))

@@ -6,6 +6,7 @@ or documents of their own are packed into one sequence. Nothing here communicate
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DistributedSampler
 
-from ringattn.comm import Solo
+from ringattn.comm import Solo, told
 from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.ring import batch_context
 from ringattn.loss import IGNORED, shift_labels
@@ -39,13 +40,15 @@ def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int 
     `[batch, local_seqlen]`, or `[1, local_seqlen]` where rows were packed, and `cu_seq_lens_q`, `cu_seq_lens_k`: the
     bounds of the whole sequence.
 
-    Raises `ValueError` for tensors of other shapes.
+    Raises `ValueError` for tensors of other shapes; the other ranks then raise in the call they make next.
     """
+    with told(cp.link.transport, "shard_batch"):
+        return _sharded(cp, batch, multiple)
+
+
+def _sharded(cp: ContextParallel, batch: Mapping[str, Any], multiple: int) -> dict[str, Tensor]:
+    _check(batch)
     ids = batch["input_ids"]
-    rows = [tensor for name, tensor in batch.items() if name not in TOLD]
-    if ids.ndim != 2 or any(not isinstance(x, Tensor) or x.shape[:2] != ids.shape for x in rows):
-        shapes = {name: tuple(getattr(x, "shape", ())) for name, x in batch.items() if name not in TOLD}
-        raise ValueError(f"a batch of {shapes}: every input must be [batch, seqlen], as input_ids; leave others out")
     packing = _packing(batch, multiple)
     whole = {name: _laid(batch, name, packing) for name in batch if name not in TOLD}
     bounds = (0, ids.shape[1]) if packing is None else packing.cu_seqlens
@@ -60,17 +63,28 @@ def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int 
     return {**local, "position_ids": positions, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
 
 
+def _check(batch: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless all inputs have the shape of `input_ids`, or what it takes to tell their structure."""
+    ids = batch.get("input_ids")
+    shapes = {name: tuple(getattr(x, "shape", ())) for name, x in batch.items() if x is not None}
+    odd = [name for name, shape in shapes.items() if name not in TOLD and shape[:2] != shapes.get("input_ids")]
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or odd:
+        raise ValueError(f"a batch of {shapes}: every input must be [batch, seqlen], as input_ids; leave others out")
+    rows, seqlen = ids.shape
+    for name, least, most in (("attention_mask", rows, 2), ("seq_idx", 1, 2), ("position_ids", 1, 3)):
+        shape = shapes.get(name, (rows, seqlen))
+        if not 2 <= len(shape) <= most or shape[-1] != seqlen or shape[-2] not in (least, rows):
+            leading = rows if least == rows else f"1 or {rows}"
+            axes = ", perhaps with axes in front" if most == 3 else ""
+            raise ValueError(f"{name} {shape}: must be [{leading}, {seqlen}]{axes}, as input_ids; or leave them out")
+
+
 def _positions(context: ContextParallel, batch: Mapping[str, Any], packing: Packing | None) -> Tensor:
     """The positions of this rank's tokens, `[..., local_seqlen]`: those given, or counted in each row."""
     given, shape = batch.get("position_ids"), batch["input_ids"].shape
     if given is None:
         counted = context.position_ids if packing is None else context.shard(packing.position_ids, dim=0)
         return counted[None]
-    if given.ndim not in (2, 3) or given.shape[-1] != shape[1] or given.shape[-2] not in (1, shape[0]):
-        raise ValueError(
-            f"position_ids {tuple(given.shape)}: must be [1 or {shape[0]}, {shape[1]}], perhaps with axes in front, as "
-            "input_ids; or leave them out"
-        )
     if packing is None:
         return context.shard(given, dim=given.ndim - 1)
     axes = given.expand(*given.shape[:-2], *shape).reshape(-1, *shape)
@@ -121,7 +135,8 @@ def _laid(batch: Mapping[str, Any], name: str, packing: Packing | None) -> Tenso
 class ShardingCollator:
     """Wraps a collate function: what it makes of the samples is cut to this rank's part by `shard_batch`.
 
-    It needs no group, can be pickled, and so works in a `DataLoader`'s worker processes.
+    It needs no group, can be pickled, and so works in a `DataLoader`'s worker processes. In the process that made it,
+    the other ranks are told what it refuses.
 
     Args:
         cp: the registered context.
@@ -138,13 +153,14 @@ class ShardingCollator:
     ) -> None:
         self._settings, self._rank, self._world_size = cp.binding.settings, cp.rank, cp.world_size
         self._collate, self._multiple = collate, multiple
-        self._context: ContextParallel | None = None
+        self._context: ContextParallel | None = cp
+        self._process = os.getpid()
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         from transformers import default_data_collator
 
-        if self._context is None:
-            self._context = self._plan()
+        if self._context is None or self._process != os.getpid():  # a worker must not touch the group's connections
+            self._context, self._process = self._plan(), os.getpid()
         batch = (self._collate or default_data_collator)(list(samples))
         return shard_batch(self._context, batch, multiple=self._multiple)
 
