@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 TERMS = 256  # masks in one expression: each is evaluated, and an expression nests as deep
-CLASSES = 1024  # residue classes worth a tile each
+CLASSES, FEW = 1024, 4  # residue classes worth a tile each, and queries that make one worth it
 DRAWS = 128  # random blocks of a row that are drawn in the time a piece takes elsewhere; more take it each
 DENSE = 1 << 34  # pairs of a dense mask, a byte each
 
@@ -365,10 +365,10 @@ def strided(stride: int) -> Mask:
 
 def _strided(at: Stretch, stride: int, lo: int = -INF, hi: int = INF) -> Bands:
     # The pairs are those of as many residue classes as the stride, dense, or of diagonals a stride apart: these where
-    # they are fewer and the classes too many.
+    # they are fewer and the classes too many, or of few queries.
     first = -(min(at.stop - 1, -lo) // stride)
     last = min(at.kv_len - 1 - at.start, hi) // stride
-    if last - first < stride and stride > CLASSES:
+    if last - first < stride and (stride > CLASSES or at.stop - at.start < FEW * stride):
         at_most(last - first)
         diagonal = np.arange(first, last + 1, dtype=np.int64) * stride
         return Bands.columns(at.start, at.stop - at.start, 0, at.kv_len, diagonal, diagonal)

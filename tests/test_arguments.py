@@ -96,6 +96,13 @@ def test_many_strides_are_counted() -> None:
     assert time.monotonic() - start < 2.0
 
 
+def test_strides_of_a_few_queries_are_taken_out_in_time() -> None:
+    start = time.monotonic()
+    for mask in (ra.prefix_lm(420) - ra.strided(1024), ra.global_tokens(697) - ra.dilated(600, 0)):
+        assert mask.area(697, 697) == int(mask.dense(697, 697).sum())
+    assert time.monotonic() - start < 1.0
+
+
 def test_many_blocks_are_counted() -> None:
     start, n, block = time.monotonic(), 1 << 20, 64
     rows = range(2, n // block)  # the two global ones see and are seen
