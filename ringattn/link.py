@@ -126,7 +126,11 @@ class Link:
         log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
         if blind and log.number % self.compare_every == 0:
             calls = {f"call {number}": text for number, text in log.recent}
-            agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.chain:x}"})
+            try:
+                agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.chain:x}"})
+            except CallMismatch as error:
+                error.apart = True  # calls since the last comparison have met others
+                raise
 
     def _resume(self) -> None:
         """After a call that failed, the ranks go on if it was the same one for all: else some have done more of the
@@ -136,8 +140,11 @@ class Link:
         """
         log, blind = self.transport.log, self.transport.blind
         left = {"messages left of the call that failed": f"of {log.posted} batches"} if blind else {}
+        place = "another" if log.apart else "the same"
         try:
-            agree(self.transport, log.ballot(), {"calls made": str(log.made), **left})
+            agree(self.transport, log.ballot(), {"calls made": str(log.made), "call that failed": place, **left})
+            if log.apart:
+                raise CallMismatch("the ranks were at calls of different kinds")
         except CallMismatch as error:
             group = "a new process group" if blind else "the group"
             log.lost = (

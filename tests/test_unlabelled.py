@@ -103,7 +103,7 @@ def test_a_skipped_backward_shows_at_the_next_comparison(backend: str, compare_e
         assert first == "right"
         assert text.startswith("CallMismatch") and "call 4: attention forward; " in text, text
         assert "attention backward; " in text, text
-        assert later == ["right", "right"], later
+        assert all("CallMismatch" in one and "a new process group" in one for one in later), later
 
 
 def refuse(rank: int, world: int) -> list[str]:

@@ -37,8 +37,8 @@ def agree(transport: Transport, call: int | str, facts: Mapping[str, str]) -> No
     if verdict == AGREED:
         ballot.clear()
         return
-    kind, text = json.loads(verdict)
-    raise (CallMismatch if kind == "differ" else PeerError)(text)
+    kind, text, apart = json.loads(verdict)
+    raise CallMismatch(text, apart) if kind == "differ" else PeerError(text)
 
 
 class _Ballot:
@@ -63,7 +63,7 @@ class _Ballot:
             self._decide(lambda: AGREED)
         # Counted after the line above: if all are alike, that has been decided before the last one is here.
         if transport.count(self.here) == transport.world_size:
-            self._decide(lambda: json.dumps(("differ", self._differences())))
+            self._decide(lambda: json.dumps(("differ", *self._differences())))
         return self._await_verdict()
 
     def clear(self) -> None:
@@ -82,7 +82,7 @@ class _Ballot:
     def _await_verdict(self) -> str:
         transport = self.transport
         if not self._decided_in_time():
-            self._decide(lambda: json.dumps(("missing", self._missing())))
+            self._decide(lambda: json.dumps(("missing", self._missing(), False)))
             transport.await_key(self.verdict, min(5.0, transport.timeout))
         verdict = transport.lookup(self.verdict)
         if verdict is None:
@@ -111,14 +111,16 @@ class _Ballot:
             f"{self.transport.timeout} s; every rank must make the same calls in the same order, and be alive"
         )
 
-    def _differences(self) -> str:
+    def _differences(self) -> tuple[str, bool]:
+        """Who differs in what, and whether in the kind of call."""
         facts = [json.loads(self.transport.lookup(key) or "{}") for key in self.facts_keys]
         lines = [f"call {self.call}: the ranks disagree; give every rank the same"]
-        for name in sorted(set().union(*facts)):
+        names = sorted(set().union(*facts))
+        for name in names:
             holders: dict[str, list[int]] = {}
             for rank, of_rank in enumerate(facts):
                 holders.setdefault(of_rank.get(name, "(absent)"), []).append(rank)
             if len(holders) > 1:
                 values = "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
                 lines.append(f"  {name}: {values}")
-        return "\n".join(lines)
+        return "\n".join(lines), len({of_rank.get("call") for of_rank in facts}) > 1

@@ -31,7 +31,12 @@ class PeerError(RuntimeError):
 
 
 class CallMismatch(PeerError, ValueError):
-    """The ranks are not at the same call. The text names the calls, or what differs between them."""
+    """The ranks are not at the same call. The text names the calls, or what differs between them. ``apart``: the calls
+    are of different kinds, so that the ranks are at different places of the program."""
+
+    def __init__(self, text: str, apart: bool = False) -> None:
+        super().__init__(text)
+        self.apart = apart
 
 
 class Kind(IntEnum):
@@ -67,6 +72,11 @@ class Label(NamedTuple):
         epoch, number, chain, mark, rank, kind = _NUMBERS.unpack_from(packed)
         return cls(epoch, number, chain, mark, rank, Kind(kind), text)
 
+    @property
+    def call(self) -> str:
+        """The kind of its call."""
+        return self.text.split("; ")[0].partition(" of ")[2]
+
     def fits(self, other: Label) -> bool:
         """Whether the two ends of a transfer belong together."""
         return self[:4] == other[:4]
@@ -75,19 +85,21 @@ class Label(NamedTuple):
 _NUMBERS = struct.Struct("<qqQIiB")
 # What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
 _REFUSALS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, FloatingPointError)}
-_REFUSALS[CallMismatch.__name__] = CallMismatch
+_APART = "CallMismatch apart"
+_REFUSALS |= dict.fromkeys((CallMismatch.__name__, _APART), CallMismatch)
 
 
 class CallLog:
     """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
     others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements, ``posted`` the
     unlabelled batches of the call under way; ``current`` is the number of the call that this rank is in, begun or
-    not."""
+    not. ``apart``: an epoch failed because ranks were at different places of the program."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.epoch = self.made = self.posted = 0
         self.labelled = True
+        self.apart = False
         self.lost: str | None = None  # why no call can be made any more
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
@@ -134,13 +146,14 @@ class CallLog:
         if (heard := self._heard.get(self.epoch)) is not None:
             return heard
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
+        kind = _APART if getattr(error, "apart", False) else kind
         text = f"{kind}\n{self.text}\n{error}"
         return Label(self.epoch, self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
         """What the others are told by a rank that waits for them in an agreement."""
         name = facts.get("call", "a comparison")
-        text = "; ".join([f"first {name} of its kind", *(f"{fact} {value:.100}" for fact, value in facts.items())])
+        text = "; ".join([f"a first comparison of {name}", *(f"{fact} {value:.100}" for fact, value in facts.items())])
         return Label(self.epoch, self.number, self.ballots, 0, self.rank, Kind.AGREEMENT, text)
 
     def hear(self, label: Label) -> None:
@@ -166,7 +179,7 @@ class CallLog:
         kind, call, text = [*label.text.split("\n", 2), "", ""][:3]
         refusal = _REFUSALS.get(kind)
         if refusal is CallMismatch:
-            error: Exception = CallMismatch(text)
+            error: Exception = CallMismatch(text, kind == _APART)
         elif refusal is not None:
             error = refusal(f"rank {label.rank} refused the call: {text}")
         else:
@@ -180,7 +193,7 @@ class CallLog:
         hint = "; the calls before it differ" if same else ""
         ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
         rule = "every rank must make the same calls, with the same settings, in the same order"
-        return CallMismatch(f"{ends}{hint}: {rule}")
+        return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
 
 
 def _beside(one: Label, other: Label) -> str:
@@ -230,6 +243,7 @@ def _tell(transport: Transport, error: BaseException, made: int) -> None:
     """Ends the epoch on this rank, where so many calls had been made before, and warns the others."""
     log = transport.log
     log.broken = True
+    log.apart |= getattr(error, "apart", False)
     if not log.warned:
         log.warned = True
         log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
