@@ -86,7 +86,7 @@ _NUMBERS = struct.Struct("<qqQIiB")
 # What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
 _REFUSALS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, FloatingPointError)}
 _APART = "CallMismatch apart"
-_REFUSALS |= dict.fromkeys((CallMismatch.__name__, _APART), CallMismatch)
+_REFUSALS |= {CallMismatch.__name__: CallMismatch, _APART: CallMismatch}
 
 
 class CallLog:
