@@ -263,5 +263,4 @@ def _begin(name: str, binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tenso
 
 
 def _finish(run: Run, q: Tensor) -> None:
-    if not run.program.alone:
-        run.link.finish(q.device.type)
+    run.link.finish(q.device.type, needed=not run.program.alone)

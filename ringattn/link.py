@@ -153,15 +153,18 @@ class Link:
             )
             raise CallMismatch(log.lost) from None
 
-    def finish(self, device: str) -> None:
+    def finish(self, device: str, needed: bool = True) -> None:
         """Ends a call: waits until every rank has done its part, so that no rank goes on from a call that fails on
         another (a dissemination barrier: Hensgen, Finkel and Manber 1988). Not where messages carry no label, nor for
-        calls in which no rank needs another.
+        calls in which no rank ``needed`` another.
         """
+        transport, log = self.transport, self.transport.log
+        if needed and device not in transport.blind:
+            self._end_together()
+        log.posted, log.finished = 0, True
+
+    def _end_together(self) -> None:
         transport = self.transport
-        if device in transport.blind:
-            transport.log.posted = 0
-            return
         rank, world, token, got = transport.rank, transport.world_size, torch.zeros(1), torch.empty(1)
         away = 1
         while away < world:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 from test_ring import dense_attention
+from torch.utils.checkpoint import checkpoint
 
 import ringattn as ra
 from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, handshake, transport_over
@@ -262,6 +263,25 @@ def test_ranks_at_different_batches_are_never_wrong(make: Any, world: int) -> No
     for outcomes in run_processes(go_on_with_the_next_batch, world, make):
         assert outcomes[0] == "right" and "wrong" not in outcomes, outcomes
         assert "make a new context" in outcomes[3] and "right" not in outcomes[1:], outcomes
+
+
+def recompute(rank: int, world: int, make: Callable[[], Transport]) -> int:
+    """Checkpointing stops the recomputed forward by an exception, once attention has saved what backward wants."""
+    cp = ra.ContextParallel(make(), S, layout="zigzag")
+    for number in range(10):
+        q, k, v, dout = map(cp.shard, inputs_of(number))
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        out = checkpoint(lambda *qkv: ra.attention(*qkv, cp=cp), *leaves, use_reentrant=False)
+        out.backward(dout)
+        for a, b in zip((out.detach(), *(t.grad for t in leaves)), expected(cp, number), strict=True):
+            torch.testing.assert_close(a, b)
+    return cp.link.transport.log.epoch
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_recomputation_that_autograd_stops_is_no_failure(make: Any, world: int) -> None:
+    assert run_processes(recompute, world, make) == [0] * world
 
 
 def refuse(rank: int, world: int, make: Callable[[], Transport]) -> list[tuple[str, str, float]]:

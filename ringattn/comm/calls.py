@@ -84,16 +84,19 @@ class Label(NamedTuple):
 
 _NUMBERS = struct.Struct("<qqQIiB")
 # What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
-_REFUSALS = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, FloatingPointError)}
 _APART = "CallMismatch apart"
-_REFUSALS |= {CallMismatch.__name__: CallMismatch, _APART: CallMismatch}
+_REFUSALS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError, FloatingPointError, CallMismatch)
+}
+_REFUSALS[_APART] = CallMismatch
 
 
 class CallLog:
     """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
     others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements, ``posted`` the
     unlabelled batches of the call under way; ``current`` is the number of the call that this rank is in, begun or
-    not. ``apart``: an epoch failed because ranks were at different places of the program."""
+    not; ``finished``: that it has done its part of that call. ``apart``: an epoch failed because ranks were at
+    different places of the program."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -107,7 +110,7 @@ class CallLog:
 
     def _begin_epoch(self) -> None:
         self.number = self.chain = self.ballots = self.current = 0
-        self.broken = self.warned = False
+        self.broken = self.warned = self.finished = False
         self.text = "no call"
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
 
@@ -123,7 +126,7 @@ class CallLog:
         ``labelled`` or not."""
         self.number += 1
         self.made += 1
-        self.posted, self.labelled = 0, labelled
+        self.posted, self.labelled, self.finished = 0, labelled, False
         digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
         self.chain = int.from_bytes(digest, "little")
         self.text = text
@@ -217,11 +220,12 @@ def together(transport: Transport, what: str) -> Iterator[None]:
         raise CallMismatch(log.lost)
     if log.broken:
         log.renew()
-    log.text, log.current, before = what, log.number + 1, log.made
+    log.text, log.current, before, log.finished = what, log.number + 1, log.made, False
     try:
         yield
     except BaseException as error:
-        _tell(transport, error, before)
+        if not log.finished:  # what comes after, as a recomputation that autograd stops, is no failure of the call
+            _tell(transport, error, before)
         raise
 
 
