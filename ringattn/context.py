@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.arguments import integer, listed, shown
 from ringattn.binding import Load, Options, Settings, Shared, check_names
-from ringattn.comm import Solo, Transport, transport_over
+from ringattn.comm import Meeting, Solo, Transport, told
 from ringattn.describe import describe
 from ringattn.layouts import Layout
 from ringattn.link import Link
@@ -71,37 +71,26 @@ class ContextParallel:
         options: Options = Options(),  # noqa: B008 - frozen
         _shared: Shared | None = None,
     ) -> None:
-        if not isinstance(options, Options):
-            raise ValueError(f"options={shown(options)}: must be a ringattn.Options")
-        if integer("ulysses", ulysses, 1) != 1:
-            raise NotImplementedError(f"ulysses={ulysses}: the head split is not built yet; use ulysses=1")
-        seqlen, kv_seqlen, q_offset = _lengths(seqlen, kv_seqlen, q_offset)
-        self._settings: dict[str, Any] = {
-            "seqlen": seqlen, "mask": _masks(mask), "kv_seqlen": kv_seqlen, "q_offset": q_offset,
-            "layout": layout, "schedule": schedule, "kernel": kernel, "options": options, "ulysses": ulysses,
-        }  # fmt: skip
+        given = dict(
+            seqlen=seqlen, mask=mask, kv_seqlen=kv_seqlen, q_offset=q_offset, layout=layout, schedule=schedule,
+            kernel=kernel, options=options, ulysses=ulysses,
+        )  # fmt: skip
+        self._shared = Shared(_link(group_or_mesh, given)) if _shared is None else _shared
+        with told(self.link.transport, "a new context"):  # what one rank refuses, all of them refuse
+            self._settings = _checked(given)
+            self._settle(**self._settings)
+
+    def _settle(
+        self, seqlen: int, mask: tuple[Mask, ...], kv_seqlen: int | None, q_offset: int, layout: str | Layout,
+        schedule: str, kernel: str, options: Options, ulysses: int,
+    ) -> None:  # fmt: skip
+        """Takes the arguments, which are checked, and plans."""
         self.seqlen, self.kv_seqlen, self.q_offset = seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
-        self.masks: tuple[Mask, ...] = self._settings["mask"]
-        self.options, self.kernel = options, kernel
-        check_names(layout, schedule, kernel)
-        for m in self.masks if _shared is None else ():
-            m.bind(self.seqlen, self.kv_seqlen, q_offset)  # a mask that does not fit says so before anything is sent
-        self._shared = _shared or Shared(Link(_transport(group_or_mesh, options.timeout), options.compare_every))
-        link = self._shared.link
-        transport = link.transport
-        if options.compare_every != link.compare_every:
-            raise ValueError(
-                f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
-                f"together, and the first said {link.compare_every}"
-            )
-        if options.timeout not in (None, transport.timeout):
-            raise ValueError(
-                f"Options.timeout={options.timeout}, but the transport's deadline is {transport.timeout} s: it is set "
-                "when the transport is made; leave Options.timeout out here"
-            )
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.masks, self.options, self.kernel = mask, options, kernel
+        self._check_link()
+        self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
-        settings = Settings(self.seqlen, self.masks, self.kv_seqlen, q_offset, layout, schedule, kernel, options)
+        settings = Settings(seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options)
         self.binding = self._shared.bind(settings)
         self.q_layout, self.k_layout = self.binding.q_layout, self.binding.k_layout
         self.schedules = self.binding.schedules  # best first; a call takes the first whose buffers fit
@@ -109,8 +98,21 @@ class ContextParallel:
         self.local_seqlen = int(self.q_layout.sizes[self.rank])
         self.local_kv_seqlen = int(self.k_layout.sizes[self.rank])
         self.handle = self.binding.handle
-        self.mask_handles = tuple(torch.from_numpy(m.handle) for m in self.masks)
+        self.mask_handles = tuple(torch.from_numpy(m.handle) for m in mask)
         self.position_ids = position_ids(self.q_layout.frame(self.rank), q_offset)
+
+    def _check_link(self) -> None:
+        link, options = self.link, self.options
+        if options.compare_every != link.compare_every:
+            raise ValueError(
+                f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
+                f"together, and the first said {link.compare_every}"
+            )
+        if options.timeout not in (None, link.transport.timeout):
+            raise ValueError(
+                f"Options.timeout={options.timeout}, but the transport's deadline is {link.transport.timeout} s: it is "
+                "set when the transport is made; leave Options.timeout out here"
+            )
 
     def _check_ranks(self, self_attention: bool) -> None:
         if self_attention and self.world_size > self.seqlen:
@@ -124,9 +126,10 @@ class ContextParallel:
 
         Shares transport, buffers and counters with this one; both stay usable.
         """
-        unknown = sorted(set(changes) - set(self._settings))
-        if unknown:
-            raise ValueError(f"replace() cannot change {', '.join(unknown)}; it can: {', '.join(self._settings)}")
+        with told(self.link.transport, "replace()"):
+            unknown = sorted(set(changes) - set(self._settings))
+            if unknown:
+                raise ValueError(f"replace() cannot change {', '.join(unknown)}; it can: {', '.join(self._settings)}")
         return ContextParallel(None, **{**self._settings, **changes}, _shared=self._shared)
 
     # -- what a rank holds ----------------------------------------------------------------------
@@ -202,7 +205,21 @@ class ContextParallel:
         )
 
 
-def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, int | None, int]:
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """A context's arguments, as what they stand for."""
+    if not isinstance(given["options"], Options):
+        raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
+    if integer("ulysses", given["ulysses"], 1) != 1:
+        raise NotImplementedError(f"ulysses={given['ulysses']}: the head split is not built yet; use ulysses=1")
+    lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
+    masks = _masks(given["mask"])
+    check_names(given["layout"], given["schedule"], given["kernel"])
+    for mask in masks:
+        mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
+    return {**given, **lengths, "mask": masks}
+
+
+def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
     hint = ", a number of tokens"
     seqlen, q_offset = (
         integer(name, value, least, hint=hint, rule="an integer of ")
@@ -210,7 +227,7 @@ def _lengths(seqlen: int, kv_seqlen: int | None, q_offset: int) -> tuple[int, in
     )
     if kv_seqlen is not None:
         kv_seqlen = integer("kv_seqlen", kv_seqlen, 1, hint=hint, rule="an integer of ")
-    return seqlen, kv_seqlen, q_offset
+    return {"seqlen": seqlen, "kv_seqlen": kv_seqlen, "q_offset": q_offset}
 
 
 def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
@@ -221,27 +238,38 @@ def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
     return tuple(dict.fromkeys(masks))
 
 
-def _transport(group: Group, timeout: float | None) -> Transport:
-    if isinstance(group, Transport) and not isinstance(group, (dist.ProcessGroup, DeviceMesh)):
-        return group
-    timeout = DEADLINE if timeout is None else timeout
+def _link(group_or_mesh: Group, given: dict[str, Any]) -> Link:
+    """What a first context moves messages with."""
+    group = _group(group_or_mesh)
     if group is None:
-        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if many and dist.is_torchelastic_launched() and not dist.is_initialized():
-            raise ValueError(
-                "group_or_mesh is None under torchrun, before torch.distributed is initialised: this rank would "
-                "attend alone; call init_process_group() first, then pass dist.group.WORLD"
-            )
-        return Solo(timeout)
+        options = _checked(given)["options"]
+        return Link(Solo(options.timeout or DEADLINE), options.compare_every)
+    if isinstance(group, dist.ProcessGroup):
+        with Meeting(group) as meeting:
+            options = _checked(given)["options"]  # what does not fit says so before anything is sent
+            return Link(meeting.transport(options.timeout or DEADLINE), options.compare_every)
+    with told(group, "a new context"):
+        return Link(group, _checked(given)["options"].compare_every)
+
+
+def _group(group: Group) -> dist.ProcessGroup | Transport | None:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise NotImplementedError(
                 f"a {group.ndim}-D mesh {group.mesh_dim_names}: ring x ulysses is not built yet; pass its 1-D "
                 "sub-mesh of the context axis, e.g. mesh['cp']"
             )
-        return transport_over(group.get_group(), timeout)
-    if isinstance(group, dist.ProcessGroup):
-        return transport_over(group, timeout)
-    raise ValueError(
-        f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None"
-    )
+        return group.get_group()
+    if isinstance(group, (dist.ProcessGroup, Transport)):
+        return group
+    if group is not None:
+        raise ValueError(
+            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None"
+        )
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if many and dist.is_torchelastic_launched() and not dist.is_initialized():
+        raise ValueError(
+            "group_or_mesh is None under torchrun, before torch.distributed is initialised: this rank would "
+            "attend alone; call init_process_group() first, then pass dist.group.WORLD"
+        )
+    return None

@@ -147,20 +147,21 @@ class Link:
                 raise CallMismatch("the ranks were at calls of different kinds")
         except CallMismatch as error:
             group = "a new process group" if blind else "the group"
-            log.lost = (
+            log.lose(
                 f"{error}\nThe call that failed was not the same one on all ranks, so they are at different places of "
-                f"the program; make a new context of {group} where they meet again"
+                f"the program; make a new context of {group} where they meet again",
+                group=bool(blind),
             )
-            raise CallMismatch(log.lost) from None
+            raise CallMismatch(str(log.lost)) from None
 
     def finish(self, device: str, needed: bool = True) -> None:
         """Ends a call: waits until every rank has done its part, so that no rank goes on from a call that fails on
-        another (a dissemination barrier: Hensgen, Finkel and Manber 1988). Not where messages carry no label, nor for
-        calls in which no rank ``needed`` another.
+        another (a dissemination barrier: Hensgen, Finkel and Manber 1988). Not where messages carry no label. A call
+        in which no rank ``needed`` another waits for none, and looks what they have told.
         """
         transport, log = self.transport, self.transport.log
-        if needed and device not in transport.blind:
-            self._end_together()
+        if device not in transport.blind:
+            self._end_together() if needed else transport.heed()
         log.posted, log.finished = 0, True
 
     def _end_together(self) -> None:

@@ -12,30 +12,36 @@ of ranks before ``backward()``, or tell the wrapper to sum (FSDP2: ``set_gradien
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ringattn.arguments import integer, listed, shown
 from ringattn.context import ContextParallel
 from ringattn.masks import boundaries
+from ringattn.sums import Group, announce, sum_gradients, sum_over, told_to_all
 from ringattn.tensors import FLOATS, plain
 
 MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
-REFUSED = -(1 << 50)  # far below any sum of counts, and so is the sum of thousands
-REFUSED_ELSEWHERE = "another rank refused its part of the loss (its own error says why), so there is no count of all"
 IGNORED = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
-Group = dist.ProcessGroup | DeviceMesh | None
 Count = int | Tensor | None
+__all__ = [
+    "IGNORED",
+    "Reading",
+    "TokenMeter",
+    "count_targets",
+    "linear_token_mean",
+    "shift_labels",
+    "sum_gradients",
+    "sum_over",
+    "token_mean",
+]
 
 
 def shift_labels(tokens: Tensor, *, cu_seqlens: Iterable[int] | None = None, by: int = 1) -> Tensor:
@@ -88,7 +94,7 @@ def count_targets(
         ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
             group, which would count this rank's part alone; a group this rank is not in.
     """
-    with _told_to_all(group):
+    with told_to_all(group, labels):
         _check_context(cp)
         if cp is not None and group is None and cp.world_size > 1:
             raise ValueError(
@@ -99,77 +105,7 @@ def count_targets(
         if not parts or any(plain("labels", part).dtype != torch.int64 or not part.ndim for part in parts):
             raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")
         own = torch.stack([(_own(part, cp) != IGNORED).sum() for part in parts]).sum()
-    total = sum_over(own, group)
-    if total.device.type != "cpu":  # reading it would wait for the device
-        torch._assert_async(total >= 0, REFUSED_ELSEWHERE)
-    elif total < 0:
-        raise ValueError(REFUSED_ELSEWHERE)
-    return total
-
-
-def sum_over(value: Tensor, group: Group = None) -> Tensor:
-    """The sum of ``value`` over the ranks of ``group``, detached: of shares, the loss to log.
-
-    The device must be one whose tensors the group moves. Raises ``ValueError`` for a group this rank is not in.
-    """
-    plain("value", value)
-    if group is None:
-        groups = []
-    elif isinstance(group, DeviceMesh):
-        groups = group.get_all_groups()
-    elif isinstance(group, dist.ProcessGroup):
-        groups = [group]
-    else:
-        raise ValueError(f"group={shown(group)}: pass a ProcessGroup that this rank is in, a DeviceMesh, or None")
-    total = value.detach().clone()
-    for axis in groups:
-        dist.all_reduce(total, group=axis)
-    return total
-
-
-def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: Iterable[Tensor] = ()) -> None:
-    """Adds up the gradients of shares over the ranks of ``group``, in place: what to do between ``backward()`` and the
-    optimizer where no wrapper (DDP, FSDP) does.
-
-    Args:
-        parameters: the same on all ranks; those without a gradient on some ranks count as zero there, those without
-            one on all ranks stay without.
-        group: data x context (see the module).
-        whole: parameters whose gradient is whole on every rank of the context already, since they went through
-            ``cp.shard(x)`` and nowhere else; these are left alone. (``cp.shard(x, grad="share")`` gives a share.)
-
-    Raises:
-        ValueError: a parameter of FSDP or tensor parallel layers, which sum their own.
-    """
-    alone = {id(parameter) for parameter in whole}
-    shared = [p for p in parameters if p.requires_grad and id(p) not in alone]
-    for parameter in shared:
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum the "
-                "gradients of their parameters themselves; leave these out"
-            )
-    if group is None or not shared:
-        return
-    held = torch.tensor([p.grad is not None for p in shared], dtype=torch.int32, device=shared[0].device)
-    somewhere = [p for p, ranks in zip(shared, sum_over(held, group).tolist(), strict=True) if ranks]
-    for parameter in somewhere:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.copy_(sum_over(parameter.grad, group))
-
-
-@contextmanager
-def _told_to_all(group: Group) -> Iterator[None]:
-    """A rank that refuses its part of a count takes part in the sum all the same, with one that tells the others."""
-    try:
-        yield
-    except ValueError:
-        if isinstance(group, DeviceMesh):
-            sum_over(torch.tensor(REFUSED, device=group.device_type), group)
-        elif isinstance(group, dist.ProcessGroup):
-            sum_over(torch.tensor(REFUSED, device=sorted(group._device_types, key=str)[0]), group)
-        raise
+    return announce("a count of targets", group, own)
 
 
 def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Count = None) -> Tensor:
@@ -192,8 +128,9 @@ def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Co
             looking would wait for the device, and PyTorch's own assertion ends the process), or both ``group`` and
             ``count``.
     """
-    with _told_to_all(group if count is None else None):
+    with told_to_all(group, labels):
         _check_labels(labels, logits, "logits")
+        count = _check_count(count, group)
         share = _sum(logits.flatten(0, -2), labels.flatten())
     return share / _count(labels, group, count)
 
@@ -230,8 +167,9 @@ def linear_token_mean(
     Raises:
         ValueError: as :func:`token_mean`, or ``chunks < 1``.
     """
-    with _told_to_all(group if count is None else None):
+    with told_to_all(group, labels):
         _check_labels(labels, hidden, "hidden")
+        count = _check_count(count, group)
         if not callable(head):
             raise ValueError(f"head={shown(head)}: must be a function from hidden states to logits")
         chunks = integer("chunks", chunks, 1, MOST_CHUNKS)
@@ -288,8 +226,10 @@ class TokenMeter:
 
     def read(self, steps: int = 1) -> Reading:
         """What was added since the last reading, ``steps`` optimizer steps ago; every rank must call it."""
-        steps = integer("steps", steps, 1)
-        tokens = int(sum_over(torch.tensor(self._local, device=self._loss.device), self.group))
+        with told_to_all(self.group, self._loss):
+            steps = integer("steps", steps, 1)
+        local = torch.tensor(self._local, device=self._loss.device)
+        tokens = int(announce("TokenMeter.read()", self.group, local, wait=True))
         loss = float(sum_over(self._loss, self.group)) / steps
         now = time.perf_counter()
         reading = Reading(self._all + tokens, tokens / (now - self._since), loss)
@@ -328,19 +268,23 @@ def _check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
         )
 
 
+def _check_count(count: Any, group: Group) -> Count:
+    if count is None:
+        return None
+    if group is not None:
+        raise ValueError(f"count={shown(count)} and a group: a count is that of all ranks already; pass one of the two")
+    if not isinstance(count, Tensor):
+        return integer("count", count)
+    if plain("count", count).ndim or count.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"count {tuple(count.shape)} {count.dtype}: must be an integer scalar, see count_targets()")
+    return count
+
+
 def _count(labels: Tensor, group: Group, count: Count) -> int | Tensor:
     """What to divide by; at least 1, so that no targets give 0."""
     if count is None:
-        return count_targets(labels, group).clamp_(min=1)
-    if group is not None:
-        raise ValueError(f"count={count} and a group: a count is that of all ranks already; pass one of the two")
-    if isinstance(count, Tensor):
-        if plain("count", count).ndim or count.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"count {tuple(count.shape)} {count.dtype}: must be an integer scalar, see count_targets()"
-            )
-        return count.clamp(min=1)
-    return max(integer("count", count), 1)
+        count = count_targets(labels, group)
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def _sum(logits: Tensor, targets: Tensor) -> Tensor:

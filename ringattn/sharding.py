@@ -27,7 +27,7 @@ def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str, grad: str)
             raise ValueError(f"grad={grad!r}: must be one of {', '.join(GRADIENTS)}")
         if x.size(at) != layout.seqlen:
             raise ValueError(f"x.size({dim})={x.size(at)} but {name}={layout.seqlen}: shard() takes the whole sequence")
-    return _Shard.apply(x, link, layout, at, grad)
+        return _Shard.apply(x, link, layout, at, grad)
 
 
 def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> Tensor:
@@ -78,16 +78,22 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
         )
         link.traffic.count("unshard", sends, recvs)
         link.traffic.wait(transport.post(sends, recvs, "all shards"))
+        whole = _assembled({**parts, transport.rank: mine}, layout)
         link.finish(mine.device.type)
-    parts[transport.rank] = mine
-    whole = mine.new_empty((layout.seqlen, *mine.shape[1:]))
+    return whole.movedim(0, dim)
+
+
+def _assembled(parts: dict[int, Tensor], layout: Layout) -> Tensor:
+    """The shards of all ranks, by rank, tokens first, in global order."""
+    some = next(iter(parts.values()))
+    whole = some.new_empty((layout.seqlen, *some.shape[1:]))
     for rank, part in parts.items():
         at = 0
         for rows in _slices(layout.frame(rank)):
             n = len(range(rows.start, rows.stop, rows.step))
             whole[rows] = part[at : at + n]
             at += n
-    return whole.movedim(0, dim)
+    return whole
 
 
 _FACTS = ("layout", "shape of a token", "dtype", "dim of the tokens")
@@ -104,7 +110,8 @@ class _Shard(torch.autograd.Function):
         if ctx.grad == "whole":
             whole = _gather(grad, ctx.link, ctx.layout, ctx.dim, "backward of shard")
         else:
-            whole = _spread(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.layout.seqlen, ctx.dim)
+            with together(ctx.link.transport, "backward of shard"):
+                whole = _spread(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.layout.seqlen, ctx.dim)
         return whole, None, None, None, None
 
 
@@ -116,4 +123,6 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _pick(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.dim), None, None, None
+        with together(ctx.link.transport, "backward of unshard"):
+            mine = _pick(grad, ctx.layout.frame(ctx.link.transport.rank), ctx.dim)
+        return mine, None, None, None

@@ -3,6 +3,7 @@
 from ringattn.comm.agreement import agree
 from ringattn.comm.calls import CallLog, CallMismatch, Kind, Label, PeerError, together, told
 from ringattn.comm.loopback import Loopback, LoopbackTransport
+from ringattn.comm.meeting import Meeting
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
 from ringattn.comm.transport import Pending, Solo, Transport
@@ -14,6 +15,7 @@ __all__ = [
     "Label",
     "Loopback",
     "LoopbackTransport",
+    "Meeting",
     "PeerError",
     "Pending",
     "ProcessGroupTransport",

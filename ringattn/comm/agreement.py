@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from ringattn.comm.calls import CallMismatch, PeerError
-from ringattn.comm.transport import Transport, name_ranks
+from ringattn.comm.transport import Voters, name_ranks
 
 AGREED = json.dumps("agreed")
 _SLICE = 0.2  # seconds between looks at what the other ranks say
 
 
-def agree(transport: Transport, call: int | str, facts: Mapping[str, str]) -> None:
+def agree(transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
     """Returns when all ranks have come to this call with the same facts; raises on all of them otherwise.
 
     Every rank posts its facts and counts itself on their digest. The rank that completes the count of a
@@ -44,7 +44,7 @@ def agree(transport: Transport, call: int | str, facts: Mapping[str, str]) -> No
 class _Ballot:
     """The store keys of one call, and the one verdict that is reached on it."""
 
-    def __init__(self, transport: Transport, call: int | str, facts: Mapping[str, str]) -> None:
+    def __init__(self, transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
         self.transport = transport
         self.call = call
         self.facts = json.dumps(dict(facts), sort_keys=True)
@@ -93,13 +93,16 @@ class _Ballot:
         return verdict
 
     def _decided_in_time(self) -> bool:
-        deadline, told = time.monotonic() + self.transport.timeout, False
+        begun = time.monotonic()
+        deadline = begun + self.transport.timeout
+        warn_after = 0.0
         while not self.transport.await_key(self.verdict, min(max(deadline - time.monotonic(), 0.0), _SLICE)):
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if waited > self.transport.timeout:
                 return False
-            if not told:
+            if waited > warn_after:  # more than once, as gloo notices a death when it sends something
                 self.transport.warn(self.transport.log.agreement(json.loads(self.facts)))
-                told = True
+                warn_after = 2 * waited
             self.transport.heed()
         return True
 

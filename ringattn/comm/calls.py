@@ -63,7 +63,7 @@ class Label(NamedTuple):
     def pack(self) -> bytes:
         """At most `LABEL_BYTES`; a longer text is cut."""
         numbers = _NUMBERS.pack(*self[:-1])
-        return numbers + self.text.encode()[: LABEL_BYTES - len(numbers)]
+        return numbers + self.text.encode(errors="replace")[: LABEL_BYTES - len(numbers)]
 
     @classmethod
     def unpack(cls, packed: bytes) -> Label:
@@ -104,6 +104,7 @@ class CallLog:
         self.labelled = True
         self.apart = False
         self.lost: str | None = None  # why no call can be made any more
+        self.group_lost = False  # nor one of another transport of the same group
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
         self._begin_epoch()
@@ -113,6 +114,19 @@ class CallLog:
         self.broken = self.warned = self.finished = False
         self.text = "no call"
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
+
+    def lose(self, why: str, group: bool) -> None:
+        """No call can be made from now on; the first reason counts."""
+        self.lost = self.lost or why
+        self.group_lost |= group
+
+    @property
+    def place(self) -> str | None:
+        """Where the next call will be, in words; None while something is amiss with the one before."""
+        sound = not (self.broken or self.lost or self.apart or self.epoch in self._heard)
+        return (
+            f"call {self.number + 1} of epoch {self.epoch} after {self.made}, digest {self.chain:x}" if sound else None
+        )
 
     def renew(self) -> None:
         """Leaves a broken epoch."""
@@ -150,7 +164,7 @@ class CallLog:
             return heard
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
         kind = _APART if getattr(error, "apart", False) else kind
-        text = f"{kind}\n{self.text}\n{error}"
+        text = f"{kind}\n{self.text}\n{_text(error)}"
         return Label(self.epoch, self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
@@ -199,6 +213,14 @@ class CallLog:
         return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
 
 
+def _text(error: BaseException) -> str:
+    """What an error says; its class may be a user's, and unable to."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"(its text cannot be had: {type(other).__name__})"
+
+
 def _beside(one: Label, other: Label) -> str:
     """A label without what the other says too."""
     what, *facts = one.text.split("; ")
@@ -214,14 +236,15 @@ def together(transport: Transport, what: str) -> Iterator[None]:
     if transport.world_size == 1:
         yield
         return
-    transport.check_open()
-    log = transport.log
-    if log.lost is not None:
-        raise CallMismatch(log.lost)
-    if log.broken:
-        log.renew()
-    log.text, log.current, before, log.finished = what, log.number + 1, log.made, False
+    log, before = transport.log, transport.log.made
     try:
+        log.finished = False
+        transport.check_open()
+        if log.lost is not None:
+            raise CallMismatch(log.lost)
+        if log.broken:
+            log.renew()
+        log.text, log.current = what, log.number + 1
         yield
     except BaseException as error:
         if not log.finished:  # what comes after, as a recomputation that autograd stops, is no failure of the call

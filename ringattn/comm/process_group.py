@@ -10,28 +10,26 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from ringattn.arguments import deadline
+from ringattn.comm.board import Board
 from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
-Answer = TypeVar("Answer")
+PAUSE = 0.1  # seconds between two looks at what others have told
 _CPU = torch.device("cpu")
 
 
-class ProcessGroupTransport:
+class ProcessGroupTransport(Board):
     """Moves tensors between the ranks of a process group.
 
     Construction is collective over the group: a small all-reduce on each device type brings the communicators
@@ -56,64 +54,22 @@ class ProcessGroupTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: float = 60.0) -> None:
-        if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(
-                f"group is {group!r}: it must be a process group that this rank is in; call "
-                "init_process_group first, make the transport on the group's own ranks only, and of a "
-                "DeviceMesh take mesh.get_group()"
-            )
-        timeout = deadline("timeout", timeout)
-        self.rank: int = dist.get_rank(group)
-        self.world_size: int = dist.get_world_size(group)
-        self.name: str = group.group_name
-        self.timeout = timeout
+        super().__init__(group)
+        self.timeout = deadline("timeout", timeout)
         self.log = CallLog(self.rank)
-        self._group = weakref.ref(group)
         self._devices = _devices(group)
         self.blind = frozenset(self._devices) - {"cpu"}
-        self._ends: list[Callable[[], None]] = []
         # What gloo may still read or write, of calls that have failed too.
         self._under_way: list[_Batch] = []
-        self._kept: list[tuple[Tensor, dist.Work]] = []
-        self._labels: dict[int, deque[tuple[Tensor, dist.Work]]] = {}  # still to come in this epoch, by peer
+        self._kept: list[_Transfer] = []
+        self._labels: dict[int, deque[_Transfer]] = {}  # still to come in this epoch, by peer
         self._labels_of = 0
-        # The group's own store: every kind of group has one, registered beside its name.
-        store = dist.PrefixStore("ringattn", distributed_c10d._get_process_group_store(group))
-        self._number = self._meet(store.add("transports", 1) if self.rank == 0 else 0)
-        self._store: dist.Store | None = dist.PrefixStore(str(self._number), store)
-        # without a reference to the transport, which lives with contexts
-        weakref.finalize(group, _end, weakref.ref(self)).atexit = False
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group.
-
-        Raises:
-            RuntimeError: it has been destroyed.
-        """
-        group = self._group()
-        if group is None or group not in distributed_c10d._world.pg_map:
-            raise RuntimeError(
-                f"process group '{self.name}' has been destroyed, and this context ended with it: make a new context "
-                "on a new group"
-            )
-        return group
-
-    def check_open(self) -> None:
-        """See `Transport`."""
-        self.group  # noqa: B018 - raises
-
-    def at_end(self, action: Callable[[], None]) -> None:
-        """Does something when the group is no more."""
-        self._ends.append(action)
-
-    def _end(self) -> None:
-        self._store = None
-        self._under_way.clear()
-        self._kept.clear()
-        self._labels.clear()
-        for action in self._ends:
-            action()
+        self._look_after = 0.0  # by the clock
+        self._gone: dict[int, str] = {}  # peers whose connection is broken, and why
+        self._number = self._meet(self.count("transports") if self.rank == 0 else 0)
+        self.keep_apart(self._number)
+        for held in (self._under_way, self._kept, self._labels):
+            self.at_end(held.clear)
 
     def _meet(self, number: int) -> int:
         """Initialises the communicators, and spreads rank 0's `number`."""
@@ -133,12 +89,6 @@ class ProcessGroupTransport:
             f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its "
             f"transport within {self.timeout} s ({error})"
         )
-
-    @property
-    def _board(self) -> dist.Store:
-        self.check_open()
-        assert self._store is not None, "it lives as long as the group"
-        return self._store
 
     @property
     def devices(self) -> set[str]:
@@ -172,7 +122,9 @@ class ProcessGroupTransport:
         if not parts:
             return Done()
         batch = _Batch(who, self, parts)
-        self._under_way.append(batch)
+        self._under_way.append(batch)  # before anything moves: an interrupt must not free what is under way
+        for part in parts:
+            part.start()
         return batch
 
     def done(self, batch: _Batch) -> None:
@@ -188,33 +140,46 @@ class ProcessGroupTransport:
         """See `Transport`. The store tells those that wait in an agreement, labels those that wait for messages."""
         packed = label.pack()
         if label.kind is Kind.FAILURE:
-            self._board.set(_failed(label.epoch), packed.hex())
+            self.publish(_failed(label.epoch), packed.hex())
         if "cpu" not in self._devices:
             return
-        group, note = self.group, _note(packed)
+        group = self.group
         for peer in (rank for rank in range(self.world_size) if rank != self.rank):
-            with suppress(RuntimeError):  # it may be the one that has died
-                self._kept.append((note, group.send([note], peer, self.tag(label.epoch))))
+            note = _Transfer(_note(packed))
+            self._kept.append(note)
+            try:
+                note.begin(group.send, peer, self.tag(label.epoch))
+            except RuntimeError as error:  # it may be the one that has died
+                self.lose(peer, error)
+
+    def lose(self, peer: int, error: RuntimeError) -> str:
+        """Notes that the connection with a peer is broken, for good; what to say of it."""
+        # gloo's texts start with a source line and end with advice
+        self._gone[peer] = text = re.sub(r"^\[\S*\] ", "", str(error)).split(". ")[0]
+        self.log.lose(
+            f"the connection of rank {self.rank} with rank {peer} is broken ({text}), and gloo mends none; make a new "
+            "process group of the ranks that are alive, and a new context of it",
+            group=True,
+        )
+        return text
 
     def expect_label(self, peer: int) -> None:
         """Makes room for the next label of a peer."""
         if self._labels_of != self.log.epoch:
             self._kept += [waiting for labels in self._labels.values() for waiting in labels]
-            self._labels, self._labels_of = {}, self.log.epoch
-        arriving = torch.zeros(LABEL_BYTES, dtype=torch.uint8)
-        work = self.group.recv([arriving], peer, self.tag(self.log.epoch))
-        self._labels.setdefault(peer, deque()).append((arriving, work))
+            self._labels.clear()
+            self._labels_of = self.log.epoch
+        arriving = _Transfer(torch.zeros(LABEL_BYTES, dtype=torch.uint8))
+        self._labels.setdefault(peer, deque()).append(arriving)
+        arriving.begin(self.group.recv, peer, self.tag(self.log.epoch))
 
     def next_label(self, peer: int, deadline: float) -> Label:
         """Waits for the next label of a peer that is about tensors, and heeds the others."""
         while True:
-            arriving, work = self._labels[peer].popleft()
-            try:
-                _wait(work, deadline - time.monotonic(), arriving.device)
-            except BaseException:
-                self._kept.append((arriving, work))
-                raise
-            label = Label.unpack(arriving.numpy().tobytes())
+            arriving = self._labels[peer][0]
+            arriving.wait(deadline)
+            self._labels[peer].popleft()
+            label = Label.unpack(arriving.tensor.numpy().tobytes())
             if label.kind is Kind.TENSORS:
                 return label
             self.log.hear(label)
@@ -222,51 +187,15 @@ class ProcessGroupTransport:
             self.log.check()
 
     def heed(self) -> None:
-        """See `Transport`."""
-        packed = self.lookup(_failed(self.log.epoch))
-        if packed is not None:
-            self.log.hear(Label.unpack(bytes.fromhex(packed)))
-            self.log.check()
-
-    def publish(self, key: str, value: str) -> None:
-        """See `Transport`."""
-        self._ask(lambda: self._board.set(key, value))
-
-    def lookup(self, key: str) -> str | None:
-        """See `Transport`."""
-        # get() alone would block on an absent key
-        return self._ask(lambda: self._board.get(key).decode() if self._board.check([key]) else None)
-
-    def count(self, key: str) -> int:
-        """See `Transport`."""
-        return self._ask(lambda: self._board.add(key, 1))
-
-    def await_key(self, key: str, timeout: float) -> bool:
-        """See `Transport`. Asks again and again: a store's own wait logs a warning when its time is over."""
-        deadline, pause = time.monotonic() + timeout, 0.0005
-        while not self._ask(lambda: self._board.check([key])):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, 0.05)
-        return True
-
-    def forget(self, key: str) -> None:
-        """See `Transport`."""
-        try:
-            self._ask(lambda: self._board.delete_key(key))
-        except NotImplementedError:
-            return
-
-    def _ask(self, question: Callable[[], Answer]) -> Answer:
-        try:
-            return question()
-        except dist.DistError as error:
-            raise PeerError(
-                f"rank {self.rank}: the store of group '{self.name}' does not answer, the process that hosts "
-                f"it may have died ({error})"
-            ) from error
+        """See `Transport`. Asks the store only now and then: it may be far, and serve many."""
+        if time.monotonic() > self._look_after:
+            packed = self.lookup(_failed(self.log.epoch))
+            self._look_after = time.monotonic() + PAUSE
+            if packed is not None:
+                self.log.hear(Label.unpack(bytes.fromhex(packed)))
+        self.log.check()
+        if self._gone:
+            raise in_vain(f"rank {self.rank} of group '{self.name}'", time.monotonic(), self.timeout, self._gone)
 
 
 class _Batch:
@@ -293,13 +222,30 @@ class _Batch:
         for part in self._parts:
             errors |= part.wait(start + timeout)
         if errors:
-            # gloo's texts start with a source line and end with advice
-            texts = {peer: re.sub(r"^\[\S*\] ", "", str(e)).split(". ")[0] for peer, e in errors.items()}
+            texts = {peer: self._transport.lose(peer, error) for peer, error in errors.items()}
             raise in_vain(self._who, start, timeout, texts) from next(iter(errors.values()))
         self._parts = []
 
 
 _Tensors = dict[int, list[Tensor]]  # by peer
+
+
+class _Transfer:
+    """A tensor that goes to a peer or comes from it between CPUs. Whoever needs it keeps it before it begins."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._work: list[dist.Work] = []
+
+    def begin(self, move: Callable[..., dist.Work], peer: int, tag: int) -> None:
+        """Starts it, with the group's send or recv."""
+        # One step for Python, which no signal's handler comes between: what is started is kept.
+        self._work.extend(map(move, ([self.tensor],), (peer,), (tag,)))
+
+    def wait(self, deadline: float) -> None:
+        """Waits until it is over; raises RuntimeError where it cannot be."""
+        for work in self._work:
+            _wait(work, deadline - time.monotonic(), _CPU)
 
 
 class _Labelled:
@@ -308,18 +254,24 @@ class _Labelled:
     def __init__(
         self, transport: ProcessGroupTransport, group: dist.ProcessGroup, label: Label, out: _Tensors, back: _Tensors
     ) -> None:
-        self.transport, self.label = transport, label
-        self.held = out, back, _note(label.pack())
+        self.transport, self.group, self.label = transport, group, label
         self.peers = sorted(out.keys() | back.keys())
-        self.works: list[tuple[int, dist.Work]] = []
+        self.notes = {peer: _Transfer(_note(label.pack())) for peer in self.peers}
+        self.out, self.back = ({peer: [_Transfer(tensor) for tensor in of[peer]] for peer in of} for of in (out, back))
         self.errors: dict[int, RuntimeError] = {}
-        labels, tensors = transport.tag(label.epoch), transport.tag(label.epoch, label.chain)
+
+    def start(self) -> None:
+        """Starts all of them, those of a broken connection in vain."""
+        group, label = self.group, self.label
+        labels, tensors = self.transport.tag(label.epoch), self.transport.tag(label.epoch, label.chain)
         for peer in self.peers:
             try:
-                transport.expect_label(peer)
-                self.works.append((peer, group.send([self.held[2]], peer, labels)))
-                self.works += [(peer, group.send([tensor], peer, tensors)) for tensor in out.get(peer, [])]
-                self.works += [(peer, group.recv([tensor], peer, tensors)) for tensor in back.get(peer, [])]
+                self.transport.expect_label(peer)
+                for transfer in self.out.get(peer, []):
+                    transfer.begin(group.send, peer, tensors)
+                for transfer in self.back.get(peer, []):
+                    transfer.begin(group.recv, peer, tensors)
+                self.notes[peer].begin(group.send, peer, labels)  # last: who has a label can count on the rest
             except RuntimeError as error:  # a connection known to be broken; wait() reports it
                 self.errors[peer] = error
 
@@ -333,10 +285,11 @@ class _Labelled:
         for peer in self.peers:
             if peer not in self.errors:
                 self._meet(peer, deadline)
-        for peer, work in self.works:
+        for peer in self.peers:
             if peer not in self.errors:
                 try:
-                    _wait(work, deadline - time.monotonic(), _CPU)
+                    for transfer in (self.notes[peer], *self.out.get(peer, []), *self.back.get(peer, [])):
+                        transfer.wait(deadline)
                 except RuntimeError as error:
                     self.errors[peer] = error
         return self.errors
@@ -358,19 +311,20 @@ class _Fused:
     """The transfers between GPUs, started as one, so that NCCL fuses them."""
 
     def __init__(
-        self, transport: ProcessGroupTransport, group: dist.ProcessGroup, label: Label, out: _Tensors, back: _Tensors
+        self, _: ProcessGroupTransport, group: dist.ProcessGroup, __: Label, out: _Tensors, back: _Tensors
     ) -> None:
         transfers: list[tuple[Callable[..., Any], Tensor, int]]
         transfers = [(dist.isend, tensor, peer) for peer, tensors in out.items() for tensor in tensors]
         transfers += [(dist.irecv, tensor, peer) for peer, tensors in back.items() for tensor in tensors]
         self.peers = sorted(out.keys() | back.keys())
-        self.held = transfers
+        self.held = [dist.P2POp(move, tensor, group=group, group_peer=peer) for move, tensor, peer in transfers]
         self.works: list[dist.Work] = []
         self.errors: dict[int, RuntimeError] = {}
+
+    def start(self) -> None:
+        """Starts all of them."""
         try:
-            self.works = dist.batch_isend_irecv(
-                [dist.P2POp(move, tensor, group=group, group_peer=peer) for move, tensor, peer in transfers]
-            )
+            self.works = dist.batch_isend_irecv(self.held)
         except RuntimeError as error:
             self.errors = dict.fromkeys(self.peers, error)
 
@@ -396,11 +350,6 @@ def _note(packed: bytes) -> Tensor:
 
 def _failed(epoch: int) -> str:
     return f"failed in {epoch}"
-
-
-def _end(transport: weakref.ref[ProcessGroupTransport]) -> None:
-    if (alive := transport()) is not None:
-        alive._end()
 
 
 def _wait(work: dist.Work, seconds: float, device: torch.device) -> None:

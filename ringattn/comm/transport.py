@@ -25,39 +25,20 @@ class Pending(Protocol):
         """
 
 
-@runtime_checkable
-class Transport(Protocol):
-    """The ranks of one group, and what they can do together.
+class Voters(Protocol):
+    """The ranks of one group, and how they can agree.
 
     Attributes:
         rank: this rank, counted within the group.
         world_size: ranks in the group.
-        name: equal on all ranks of the group, different from other groups' names.
         timeout: seconds, the deadline on every wait.
         log: which call this rank is at.
-        blind: types of device between which transfers carry no label, so that ranks have to compare their logs.
     """
 
     rank: int
     world_size: int
-    name: str
     timeout: float
     log: CallLog
-    blind: frozenset[str]
-
-    def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
-        """Starts one batch of transfers, in the given order, and returns at once.
-
-        Args:
-            sends: contiguous tensors with the group rank each goes to; not to be written before `wait()`.
-            recvs: contiguous tensors with the group rank each comes from; not to be read before `wait()`.
-                Between two ranks, the n-th receive of an epoch takes the n-th send, of the same dtype and number of
-                elements, if their labels fit. An empty batch is legal, a transfer from a rank to itself is not.
-            what: names the batch, alike at both of its ends ("forward step 3").
-        """
-
-    def check_open(self) -> None:
-        """Raises RuntimeError if the ranks' group has been destroyed."""
 
     def warn(self, label: Label) -> None:
         """Tells every rank, without waiting, of a failure, or that this rank waits for them in an agreement: what waits
@@ -80,6 +61,33 @@ class Transport(Protocol):
 
     def forget(self, key: str) -> None:
         """Frees `key`, which no rank will use again. A store that cannot may keep it."""
+
+
+@runtime_checkable
+class Transport(Voters, Protocol):
+    """What moves tensors between the ranks of one group.
+
+    Attributes:
+        name: equal on all ranks of the group, different from other groups' names.
+        blind: types of device between which transfers carry no label, so that ranks have to compare their logs.
+    """
+
+    name: str
+    blind: frozenset[str]
+
+    def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
+        """Starts one batch of transfers, in the given order, and returns at once.
+
+        Args:
+            sends: contiguous tensors with the group rank each goes to; not to be written before `wait()`.
+            recvs: contiguous tensors with the group rank each comes from; not to be read before `wait()`.
+                Between two ranks, the n-th receive of an epoch takes the n-th send, of the same dtype and number of
+                elements, if their labels fit. An empty batch is legal, a transfer from a rank to itself is not.
+            what: names the batch, alike at both of its ends ("forward step 3").
+        """
+
+    def check_open(self) -> None:
+        """Raises RuntimeError if the ranks' group has been destroyed."""
 
 
 def check_batch(transport: Transport, sends: Parcels, recvs: Parcels) -> None:

@@ -1,0 +1,87 @@
+"""The meeting: how the ranks of a process group come to the transport that their contexts use.
+
+Contexts of one group with one deadline share a transport, and with it the count of calls: ranks that call two contexts
+in different orders are then at different calls, which their messages tell. Ranks meet whenever they make a context;
+what one of them refuses before it comes, all do.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from ringattn.comm.agreement import agree
+from ringattn.comm.board import Board
+from ringattn.comm.calls import CallLog, CallMismatch, Label, PeerError
+from ringattn.comm.shared_memory import transport_over
+from ringattn.comm.transport import Transport
+
+_NEW = "a new one"
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[float, tuple[int, Transport]]] = WeakKeyDictionary()
+
+
+class Meeting(Board):
+    """One meeting of a group's ranks, which each rank counts. What raises between `with` and `transport()` on one rank
+    raises on all that come."""
+
+    timeout = 0.0
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.log = CallLog(self.rank)
+        self._number = self.count(f"meetings of rank {self.rank}")
+        self._refused = f"meeting {self._number} refused"
+        self._over = self.world_size == 1
+
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and not self._over:
+            self.log.text = "a new context"
+            self.publish(self._refused, self.log.failure(error).pack().hex())
+
+    def transport(self, timeout: float) -> Transport:
+        """The transport of all ranks' contexts, made if they have none that all can go on with. Collective.
+
+        Raises:
+            PeerError: a rank did not come within ``timeout`` seconds.
+            CallMismatch: (a ValueError) transfers of this group were left without their other ends.
+        """
+        known = _known.setdefault(self.group, {})
+        made, shared = known.get(timeout, (0, None))
+        if shared is not None and shared.log.group_lost:
+            raise CallMismatch(str(shared.log.lost))
+        place = None if shared is None else shared.log.place
+        self.timeout = timeout
+        if self._all_at(_NEW if place is None else f"that of meeting {made}, {place}") == _NEW or shared is None:
+            shared = transport_over(self.group, timeout)
+            known[timeout] = self._number, shared
+        return shared
+
+    def _all_at(self, place: str) -> str:
+        """Waits for all ranks; the place, if all are at it."""
+        try:
+            agree(self, f"meeting {self._number}", {"transport": place})
+        except CallMismatch:
+            place = _NEW
+        except PeerError as error:
+            raise PeerError(
+                f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its context within "
+                f"{self.timeout} s ({error})"
+            ) from error
+        finally:
+            self._over = True
+        return place
+
+    def warn(self, label: Label) -> None:
+        """Nobody has to be told that this rank waits: none can be at a later place."""
+
+    def heed(self) -> None:
+        """Raises what a rank has refused."""
+        refused = self.lookup(self._refused)
+        if refused is not None:
+            self.log.hear(Label.unpack(bytes.fromhex(refused)))
+            self.log.check()

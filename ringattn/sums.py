@@ -1,0 +1,150 @@
+"""Sums over the ranks among which data is split.
+
+A plain all-reduce adds up what comes, whatever it is, and waits for who does not come. So the first message of every
+sum says what its rank sums, in numbers of one size whatever that is, and a rank that refuses its part of a sum sends
+one that says so: ranks that differ are told, all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ringattn.arguments import shown
+from ringattn.tensors import plain
+
+REFUSED = "another rank refused its part of the sum (its own error says why)"
+DIFFER = "every rank must call the same function with tensors of the same shapes and dtypes, and other ranks do not"
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+def sum_over(value: Tensor, group: Group = None) -> Tensor:
+    """The sum of ``value`` over the ranks of ``group``, detached: of shares, the loss to log.
+
+    The device must be one whose tensors the group moves. Raises ``ValueError`` for a group this rank is not in, and
+    where ranks differ in shape or dtype (on a GPU, which would have to be waited for, by PyTorch's own assertion).
+    """
+    with told_to_all(group, value):
+        plain("value", value)
+    what = f"sum_over() of {tuple(value.shape)} {value.dtype} on {value.device.type}"
+    announce(what, group, torch.zeros((), dtype=torch.int64, device=value.device))
+    return _reduced(value.detach().clone(), group)
+
+
+def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: Iterable[Tensor] = ()) -> None:
+    """Adds up the gradients of shares over the ranks of ``group``, in place: what to do between ``backward()`` and the
+    optimizer where no wrapper (DDP, FSDP) does.
+
+    Args:
+        parameters: the same on all ranks; those without a gradient on some ranks count as zero there, those without
+            one on all ranks stay without.
+        group: data x context (see :mod:`ringattn.loss`).
+        whole: parameters whose gradient is whole on every rank of the context already, since they went through
+            ``cp.shard(x)`` and nowhere else; these are left alone. (``cp.shard(x, grad="share")`` gives a share.)
+
+    Raises:
+        ValueError: a parameter of FSDP or tensor parallel layers, which sum their own, or ranks whose parameters differ
+            (in number, shape or dtype, or in which of them require a gradient).
+    """
+    with told_to_all(group):
+        alone = {id(parameter) for parameter in whole}
+        shared = [p for p in parameters if plain("a parameter", p).requires_grad and id(p) not in alone]
+        for parameter in shared:
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum "
+                    "the gradients of their parameters themselves; leave these out"
+                )
+    device = shared[0].device if shared else device_of(group)
+    sizes = [(*p.shape, p.dtype, p.device.type) for p in shared]
+    announce(f"sum_gradients() of {len(sizes)} parameters {sizes}", group, torch.zeros((), device=device), wait=True)
+    if group is None or not shared:
+        return
+    held = torch.tensor([p.grad is not None for p in shared], dtype=torch.int32, device=device)
+    somewhere = [p for p, ranks in zip(shared, _reduced(held, group).tolist(), strict=True) if ranks]
+    for parameter in somewhere:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        _reduced(parameter.grad, group)
+
+
+def announce(what: str, group: Group, number: Tensor, *, wait: bool = False) -> Tensor:
+    """The first message of a sum: compares over all ranks ``what`` it is, and sums up an integer with it.
+
+    Args:
+        what: in words, the same on every rank.
+        group: data x context.
+        number: scalar, on the device over which the message goes.
+        wait: for a device that is not the CPU, so that ranks that differ raise here and not by an assertion there.
+
+    Returns:
+        The sum, int64.
+
+    Raises:
+        ValueError: a rank refused its part, or ranks differ in ``what``.
+    """
+    if not _axes(group):
+        return number.to(torch.int64)
+    digest = hashlib.sha256(what.encode()).digest()
+    marks = [int.from_bytes(digest[at : at + 2], "little") for at in (0, 2)]
+    message = torch.tensor([0, 0, *marks, *(mark * mark for mark in marks)]).to(number.device, non_blocking=True)
+    message[0] = number
+    total, refusals, *sums = _reduced(message, group).unbind()
+    # By Cauchy and Schwarz equal only if all marks are; below 2**63 for 2**15 ranks.
+    ranks = math.prod(axis.size() for axis in _axes(group))
+    alike = [ranks * squares == s * s for s, squares in zip(sums[:2], sums[2:], strict=True)]
+    if message.device.type != "cpu" and not wait:
+        torch._assert_async((refusals == 0) & alike[0] & alike[1], f"{REFUSED}, or {DIFFER}")
+    elif refusals:
+        raise ValueError(REFUSED)
+    elif not all(alike):
+        raise ValueError(f"this rank is in {what[:300]}: {DIFFER}")
+    return total
+
+
+@contextmanager
+def told_to_all(group: Group, on: object = None) -> Iterator[None]:
+    """A rank that raises in here takes part in the sum all the same, with a message that tells the others. It goes over
+    the device of the tensor ``on``."""
+    try:
+        yield
+    except Exception:
+        if isinstance(group, (DeviceMesh, dist.ProcessGroup)):
+            device = on.device if isinstance(on, Tensor) and on.device.type != "meta" else device_of(group)
+            with suppress(RuntimeError):  # the error itself matters more
+                _reduced(torch.tensor([0, 1, 0, 0, 0, 0]).to(device), group)
+        raise
+
+
+def device_of(group: Group) -> torch.device:
+    """Where what a group sums lies, if nothing else says so."""
+    if isinstance(group, DeviceMesh):
+        return torch.device(group.device_type)
+    kinds = {str(device) for device in group._device_types} if isinstance(group, dist.ProcessGroup) else set()
+    return torch.device("cuda" if "cuda" in kinds and torch.cuda.is_available() else "cpu")
+
+
+def _reduced(value: Tensor, group: Group) -> Tensor:
+    """Summed over the axes of a group, in place."""
+    for axis in _axes(group):
+        dist.all_reduce(value, group=axis)
+    return value
+
+
+def _axes(group: Group) -> list[dist.ProcessGroup]:
+    if group is None:
+        return []
+    if isinstance(group, DeviceMesh):
+        return list(group.get_all_groups())
+    if isinstance(group, dist.ProcessGroup):
+        return [group]
+    raise ValueError(f"group={shown(group)}: pass a ProcessGroup that this rank is in, a DeviceMesh, or None")
