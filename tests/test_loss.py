@@ -1,5 +1,7 @@
 """The loss over data x context ranks against one process: values, every rank's gradients, counts, and the meter."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -308,3 +310,82 @@ def test_labels_that_one_rank_refuses_are_refused_by_all():
     for texts in (ranks[0], ranks[2]):
         assert all("another rank refused" in text for text in texts)
     assert "int64" in ranks[1][0] and "a label of 9" in ranks[1][1] and "must be int64" in ranks[1][2]
+
+
+def sum_apart(rank: int, world: int) -> list[tuple[str, str, float]]:
+    """Sums in which one rank is not like the others: what it raises and they, and how long that takes."""
+    logits, labels = torch.zeros(1, 4, 5), torch.tensor([[0, 1, 2, 3]])
+    odd, group = rank == 1, dist.group.WORLD
+    meter = TokenMeter(group)
+
+    def exhausted():
+        yield labels
+        raise KeyError("the loader's file is gone")
+
+    def parameters(*sizes, frozen=False):
+        made = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+        for parameter in made:
+            parameter.grad = torch.ones_like(parameter)
+        made[0].requires_grad_(not frozen)
+        return made
+
+    def no_room(*_):
+        raise MemoryError("no room for logits")
+
+    def lossy():
+        kept = ra.loss._sum
+        ra.loss._sum = no_room if odd else kept
+        try:
+            token_mean(logits, labels, group=group)
+        finally:
+            ra.loss._sum = kept
+
+    ways = {
+        "one of the two": lambda: token_mean(logits, labels, group=group, count=4 if odd else None),
+        "MemoryError": lossy,
+        "the loader's file": lambda: count_targets(exhausted() if odd else [labels], group),
+        "steps=0": lambda: meter.read(0 if odd else 1),
+        "value is a list": lambda: sum_over([1.0] if odd else torch.ones(()), group),
+        "chunks=0": lambda: linear_token_mean(logits, torch.nn.Identity(), labels, group=group, chunks=0 if odd else 1),
+        "is an int": lambda: ra.loss.sum_gradients([7] if odd else parameters(3), group),
+        "sum_over() of (4,)": lambda: sum_over(torch.ones(4 if odd else 2), group),
+        "float16": lambda: sum_over(torch.ones(4, dtype=torch.float16 if odd else torch.float32), group),
+        "a count of targets": lambda: count_targets(labels, group) if odd else sum_over(torch.ones(()), group),
+        "of 1 parameters": lambda: ra.loss.sum_gradients(parameters(3, 2, frozen=odd), group),
+        "(5, torch.float32": lambda: ra.loss.sum_gradients(parameters(5 if odd else 3), group),
+        "of 0 parameters": lambda: ra.loss.sum_gradients(parameters(3, frozen=odd), group),
+    }
+    found = []
+    for name, way in ways.items():
+        start = time.monotonic()
+        try:
+            way()
+            text = "nothing"
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        found.append((name, text, time.monotonic() - start))
+        assert sum_over(torch.full((2,), rank + 1.0), group).tolist() == [world * (world + 1) / 2] * 2
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_sum_that_ranks_do_not_make_alike_is_refused_by_all(world):
+    ranks = run_processes(sum_apart, world)
+    for outcomes in zip(*ranks, strict=True):
+        name, odd, seconds = outcomes[1]
+        assert name in odd and seconds < 2.0, outcomes
+        for _, text, seconds in (outcomes[0], *outcomes[2:]):
+            assert text.startswith("ValueError") and seconds < 2.0, outcomes
+            assert "another rank refused" in text or "and other ranks do not" in text, outcomes
+
+
+def test_gradients_are_summed_where_some_ranks_have_none():
+    assert run_processes(sum_some_gradients, 3) == [[[6.0], [2.0], None]] * 3
+
+
+def sum_some_gradients(rank: int, world: int) -> list[list[float] | None]:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    parameters[0].grad = torch.tensor([rank + 1.0])
+    parameters[1].grad = torch.tensor([2.0]) if rank == 2 else None
+    ra.loss.sum_gradients(parameters, dist.group.WORLD)
+    return [None if p.grad is None else p.grad.tolist() for p in parameters]
