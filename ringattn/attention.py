@@ -86,7 +86,10 @@ def attention(
         raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
     arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed
     if torch.compiler.is_compiling():
-        out, lse = _attend(*arguments)
+        try:
+            out, lse = _attend(*arguments)
+        except (ValueError, TypeError, NotImplementedError) as error:  # to be raised when the graph runs, on all ranks
+            out, lse = torch.ops.ringattn.refused_attention(q, cp.handle, type(error).__name__, error.args[0])
     else:
         with together(cp.link.transport, "attention"):  # what one rank refuses, all of them refuse
             return_lse = flag("return_lse", return_lse)
@@ -182,7 +185,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}: must be [batch, tokens, heads, head_dim]")
+            raise ValueError(f"{name} has shape {_sizes(t)}: must be [batch, tokens, heads, head_dim]")
         if t.dtype not in FLOATS:
             raise ValueError(f"{name} is {t.dtype}: must be float16, bfloat16, float32 or float64")
     for what, of in (
@@ -191,19 +194,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         ("batch", lambda t: t.shape[0]),
     ):
         if not of(q) == of(k) == of(v):
-            raise ValueError(f"{what} differs: q {of(q)}, k {of(k)}, v {of(v)}; give all three the same")
+            found = [int(x) if what == "batch" else x for x in map(of, (q, k, v))]
+            raise ValueError(f"{what} differs: q {found[0]}, k {found[1]}, v {found[2]}; give all three the same")
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)}: must agree in batch, length and heads")
+        raise ValueError(f"k {_sizes(k)} and v {_sizes(v)}: must agree in batch, length and heads")
     if not q.shape[-1] or not v.shape[-1]:
-        raise ValueError(f"head_dim is {q.shape[-1]} and v_head_dim {v.shape[-1]}: must be at least 1")
+        raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"head_dim of q is {q.shape[-1]} and of k {k.shape[-1]}: must be equal")
+        raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
     if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} heads over {k.shape[2]} KV heads: num_kv_heads must divide num_heads")
+        raise ValueError(f"{int(q.shape[2])} heads over {int(k.shape[2])} KV heads: num_kv_heads must divide num_heads")
     if q.shape[1] != cp.local_seqlen:
         raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
     if k.shape[1] != cp.local_kv_seqlen:
         raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
+
+
+def _sizes(x: Tensor) -> str:
+    """A shape whose sizes are plain numbers also while a compiler traces: the text of an error must be a constant."""
+    return "(" + ", ".join([f"{int(n)}" for n in x.shape]) + (",)" if x.ndim == 1 else ")")
 
 
 def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParallel) -> ValueError:
@@ -211,7 +220,7 @@ def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParal
         f"; its dims must be [batch, tokens, heads, head_dim], and dim 2 has {local}" if x.shape[2] == local else ""
     )
     return ValueError(
-        f"{name} has {x.shape[1]} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
+        f"{name} has {int(x.shape[1])} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
         f"(layout {cp.q_layout.name}); shard with cp.shard{'_kv' if name == 'k' else ''}(){turned}"
     )
 
@@ -228,7 +237,7 @@ def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
 
 
 def _check_extras(bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, q: Tensor, cp: ContextParallel) -> None:
-    heads = q.shape[2]
+    heads = int(q.shape[2])
     if bias is not None:
         _check_bias(bias, q, cp)
     if rule is not None and getattr(rule, "name", None) not in RULES:
@@ -239,7 +248,7 @@ def _check_extras(bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, 
         )
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in FLOATS or sinks.device != q.device):
         raise ValueError(
-            f"sinks {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
+            f"sinks {_sizes(sinks)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
         )
 
 
@@ -248,8 +257,9 @@ def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
     fits = bias.ndim == 4 and bias.shape[0] in (1, shape[0]) and bias.shape[1] in (1, shape[1])
     if not fits or bias.shape[2:] != shape[2:] or bias.dtype not in FLOATS or bias.device != q.device:
         raise ValueError(
-            f"bias {tuple(bias.shape)} {bias.dtype} on {bias.device}: must be floats [1 or {shape[0]}, "
-            f"1 or {shape[1]}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, all keys in global order"
+            f"bias {_sizes(bias)} {bias.dtype} on {bias.device}: must be floats "
+            f"[1 or {int(shape[0])}, 1 or {int(shape[1])}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, "
+            "all keys in global order"
         )
 
 

@@ -112,6 +112,22 @@ def _(dout, dlse, q, k, v, out, lse, bias, rule, rule_params, sinks, *others):  
     return [torch.empty_like(x) for x in wanted]
 
 
+@torch.library.custom_op("ringattn::refused_attention", mutates_args=())
+def refused_attention_operator(q: Tensor, context: Tensor, kind: str, text: str) -> tuple[Tensor, Tensor]:
+    """Stands in a compiled graph for a call that was refused while it was traced, which no other rank would hear of."""
+    refusals: dict[str, type[Exception]] = {"TypeError": TypeError, "NotImplementedError": NotImplementedError}
+    with together(find(context).link.transport, FORWARD):
+        raise refusals.get(kind, ValueError)(text)
+
+
+@refused_attention_operator.register_fake
+def _(q, context, kind, text):  # type: ignore[no-untyped-def]
+    return torch.empty_like(q), torch.empty_like(q)
+
+
+refused_attention_operator.register_autograd(lambda ctx, *_: (None,) * 4)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, rule, rule_params, sinks, context, mask, scale, softcap, dropout_p, _, _ = inputs
     out, lse, seed = output

@@ -234,3 +234,31 @@ def test_handles_follow_from_the_settings():
     assert a.masks[0].handle == ra.sliding_window(5).handle and not torch.equal(a.handle, b.handle)
     pairs = itertools.combinations([LOCAL, ra.causal(), ra.full(), documents(3)], 2)
     assert not any(x.handle == y.handle for x, y in pairs)
+
+
+def refuse_while_tracing(rank, world):
+    """Calls that one rank's compiler refuses to trace; what all ranks are told of it."""
+    cp = ra.ContextParallel(dist.group.WORLD, S, layout="zigzag", options=ra.Options(timeout=20.0))
+    q, k, v = map(cp.shard, tensors()[:3])
+    compiled = torch.compile(lambda *t, **more: ra.attention(*t, cp=cp, **more), fullgraph=True, backend="aot_eager")
+    texts = []
+    for arguments, more in (
+        ((q[:, 1:], k, v), {}),
+        ((q[0], k, v), {}),
+        ((q, k, v[..., :0]), {}),
+        ((q, k.float(), v), {}),
+        ((q, k, v), {"softcap": -1.0}),
+        ((q, k, v), {"bias": q}),
+    ):
+        with pytest.raises(ValueError) as caught:
+            compiled(*(arguments if rank else (q, k, v)), **(more if rank else {}))
+        texts.append(str(caught.value))
+        torch.testing.assert_close(compiled(q, k, v), ra.attention(q, k, v, cp=cp))
+    return texts
+
+
+def test_what_one_rank_refuses_to_trace_is_refused_by_all():
+    told, own = run_processes(refuse_while_tracing, 2)
+    assert all(text == f"rank 1 refused the call: {said}" for text, said in zip(told, own, strict=True)), (told, own)
+    for text, name in zip(own, ("tokens", "must be [batch", "v_head_dim 0", "dtype", "softcap", "bias"), strict=True):
+        assert name in text, own
