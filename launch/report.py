@@ -141,7 +141,8 @@ class Report:
         yield self.baseline[0], f"{self.baseline[1]:.3f} nats a target"
         if self.records[-1].accuracy is not None:
             yield "length reached", f"{self.records[-1].seqlen:,} of {self.config.seqlen:,} tokens"
-        yield "time", f"{seconds:.0f} s for {len(done)} steps, {seconds / len(done):.2f} s a step"
+        steps = f"{len(done)} step{'s' if len(done) > 1 else ''}{f' since step {self.first}' if self.first else ''}"
+        yield "time", f"{seconds:.0f} s for {steps}, {seconds / len(done):.2f} s a step"
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
         yield "K/V and gradients received", f"{mebibytes(received)}; the masks require {mebibytes(required)}"

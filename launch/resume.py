@@ -98,7 +98,7 @@ def changes(saved: Saved, config: Config) -> list[str]:
     """What may change in the middle of a run and did, a line each."""
     before, now = saved.manifest.settings, settings_of(config)
     names = [name for name in now if name in before and name not in FIXED and before[name] != now[name]]
-    return [f"other than before: {_difference(name, before[name], now[name])}" for name in names]
+    return [f"from here on: {_difference(name, now[name], before[name])}" for name in names]
 
 
 def _difference(name: str, was: Any, now: Any) -> str:

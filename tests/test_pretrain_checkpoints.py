@@ -375,7 +375,7 @@ def test_what_may_change_is_said(saved_run: tuple[Any, Path], capsys: pytest.Cap
     config, run = saved_run
     optimizer = dataclasses.replace(config.optimizer, lr=0.005)
     assert resumed_at(0, 1, dataclasses.replace(config, optimizer=optimizer), run) == 5
-    assert capsys.readouterr().out.splitlines() == ["other than before: optimizer.lr = 0.01, not 0.005"]
+    assert capsys.readouterr().out.splitlines() == ["from here on: optimizer.lr = 0.005, not 0.01"]
 
 
 def test_settings_in_a_checkpoint_are_json(saved_run: tuple[Any, Path]) -> None:

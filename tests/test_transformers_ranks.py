@@ -116,7 +116,9 @@ def train(rank: int, world_size: int, folder: Path, data: int, options: dict[str
     trainer = ShardedTrainer(
         model, arguments, train_dataset=Rows(), eval_dataset=Rows(4), ring=ring, data=mesh["dp"] if data > 1 else None
     )
-    trainer.train()
+    figures = trainer.train().metrics
+    samples = figures["train_samples_per_second"] * figures["train_runtime"]
+    assert samples == pytest.approx(3 * 4, rel=0.2), "each is read by all ranks of a context, and counts once"
     log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
     return log, trainer.evaluate()["eval_loss"]
 

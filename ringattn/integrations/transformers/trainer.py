@@ -84,6 +84,10 @@ class ShardedTrainerMixin:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)  # type: ignore[misc]
 
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """See `Trainer`. The ranks of a context are no replicas: they read the same samples."""
+        return super().get_total_train_batch_size(args) // self._ring.cp.world_size  # type: ignore[misc,no-any-return]
+
     def get_train_dataloader(self) -> DataLoader:
         """See `Trainer`."""
         trainer: Any = self
