@@ -167,3 +167,56 @@ def test_a_fault_on_one_rank_of_a_gpu_group_is_heard_by_all() -> None:
 @pytest.mark.parametrize("held", ["global", "closure", "model", "graph", "exception", "nothing"])
 def test_a_right_run_on_gpus_ends_as_one(held: str, tmp_path: Any) -> None:
     assert exit_codes(held, 2, tmp_path, "nccl") == [0, 0]
+
+
+def make_contexts(rank: int, world: int) -> list[str]:
+    """Contexts made on the group itself: one that a rank refuses, two called in different orders, one after that."""
+    group, options = dist.group.WORLD, ra.Options(timeout=DEADLINE)
+    found = []
+    try:
+        ra.ContextParallel(group, -1 if rank else S, options=options)
+    except ValueError as error:
+        found.append(str(error))
+    training = ra.ContextParallel(group, S, options=options)
+    evaluation = ra.ContextParallel(group, S, options=options, mask=ra.full())
+    assert training.link.transport is evaluation.link.transport
+    inputs = tensors(training, 1)
+    try:
+        train(training if rank else evaluation, inputs)
+    except ValueError as error:
+        found.append(str(error))
+    return [*found, step(training, 2), step(evaluation, 3)]
+
+
+@pytest.mark.gpu
+def test_contexts_of_a_gpu_group_are_made_and_called_by_all() -> None:
+    for rank, found in enumerate(run_processes(make_contexts, 2, backend="nccl")):
+        assert ("rank 1 refused" in found[0]) != rank and "seqlen=-1" in found[0], found
+        assert "mask: " in found[1] and found[2:] == ["right", "right"], found
+
+
+def sum_on_gpus(rank: int, world: int) -> list[str]:
+    group, labels = dist.group.WORLD, torch.tensor([[1, -100, 2]], device="cuda")
+    assert int(ra.loss.count_targets(labels, group)) == 2 * world
+    assert ra.loss.sum_over(torch.full((2,), rank + 1.0, device="cuda"), group).tolist() == [3.0, 3.0]
+    parameters = [torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(2)]
+    parameters[0].grad = torch.full((3,), rank + 1.0, device="cuda")
+    ra.loss.sum_gradients(parameters, group)
+    assert parameters[0].grad.tolist() == [3.0] * 3 and parameters[1].grad is None
+    meter = ra.loss.TokenMeter(group)
+    meter.add(labels, torch.tensor(0.5, device="cuda"))
+    assert meter.read().loss == 1.0 and meter.read().tokens == 3 * world
+    texts = []
+    for way in (lambda: meter.read(rank), lambda: ra.loss.sum_gradients(parameters[rank:], group)):
+        try:
+            way()
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+@pytest.mark.gpu
+def test_sums_over_gpus_are_right_or_refused_by_all() -> None:
+    first, second = run_processes(sum_on_gpus, 2, backend="nccl")
+    assert "steps=0" in first[0] and "another rank refused" in second[0]
+    assert "sum_gradients() of 2" in first[1] and "sum_gradients() of 1" in second[1]
