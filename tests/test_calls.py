@@ -107,6 +107,40 @@ def step(cp: ra.ContextParallel, number: int) -> str:
     return "right"
 
 
+def end_slowly(rank: int, _: int) -> list[str]:
+    """Ranks 0 and 2 end their group and make one more call, while the others still are in the last act of the one
+    before."""
+    transport = shared_memory()
+    cp = ra.ContextParallel(transport, S)
+    x = cp.shard(torch.ones(1, S, 2))
+    cp.unshard(x)
+    post = transport.post
+
+    def dawdle(sends: Any, recvs: Any, what: str) -> Any:
+        pending = post(sends, recvs, what)
+        if rank % 2 and what.startswith("end, 2"):
+            time.sleep(rank / 2)  # rank 1 then waits for rank 3, and hears the others
+        return pending
+
+    transport.post = dawdle  # type: ignore[method-assign]
+    found = []
+    for group in ("there", "gone"):
+        if group == "gone":
+            dist.destroy_process_group()
+        try:
+            cp.unshard(x)
+            found.append("right")
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_fails_after_a_call_leaves_it_right_on_ranks_that_are_slower() -> None:
+    for right, refused in run_processes(end_slowly, 4):
+        assert right == "right"
+        assert "has been destroyed" in refused
+
+
 def fail_everywhere(rank: int, world: int, make: Callable[[], Transport], culprit: int) -> list[list[str]]:
     """A fault at every batch and wait of a step, in turn; what became of that step and of the two after it."""
 

@@ -135,6 +135,10 @@ class CallLog:
         self._heard = {epoch: label for epoch, label in self._heard.items() if epoch >= self.epoch}
         self._waiting = {rank: label for rank, label in self._waiting.items() if label.epoch >= self.epoch}
 
+    def approach(self, what: str) -> None:
+        """This rank is at its next call, which has not begun yet."""
+        self.text, self.current, self.finished = what, self.number + 1, False
+
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
         ``labelled`` or not."""
@@ -238,13 +242,13 @@ def together(transport: Transport, what: str) -> Iterator[None]:
         return
     log, before = transport.log, transport.log.made
     try:
-        log.finished = False
+        log.approach(what)
         transport.check_open()
         if log.lost is not None:
             raise CallMismatch(log.lost)
         if log.broken:
             log.renew()
-        log.text, log.current = what, log.number + 1
+            log.approach(what)
         yield
     except BaseException as error:
         if not log.finished:  # what comes after, as a recomputation that autograd stops, is no failure of the call
