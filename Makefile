@@ -8,6 +8,7 @@ CONSTRAINTS ?= constraints.txt
 CONFIG ?= cpu-128k
 NPROC ?= 2
 THREADS ?= 1
+WORKERS ?= 2
 ARGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -38,14 +39,13 @@ pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--
 	OMP_NUM_THREADS=$(THREADS) $(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) \
 	  -m launch.pretrain $(if $(findstring --resume,$(ARGS)),,--config $(CONFIG)) $(ARGS)
 
-test: $(SETUP) ## the tests, without the slow ones
-	$(PYTHON) -m pytest $(ARGS)
+test: $(SETUP) ## the tests, without the slow ones, in two processes: WORKERS=2
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-slow: $(SETUP) ## the slow tests alone
+test-slow: $(SETUP) ## the slow tests alone, one by one
 	$(PYTHON) -m pytest --run-slow -m slow $(ARGS)
 
-test-all: $(SETUP) ## all tests
-	$(PYTHON) -m pytest --run-slow $(ARGS)
+test-all: test test-slow ## all tests
 
 lint: $(SETUP) ## ruff: rules and format
 	$(PYTHON) -m ruff check .

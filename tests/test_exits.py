@@ -10,14 +10,28 @@ from pathlib import Path
 
 import pytest
 
-# Every rank is forked where the imports are done, and then ends as an interpreter does.
-SCRIPT = """
-import os
-import sys
+USE = """
+def use(cp):
+    q, k, v = (torch.randn(1, cp.local_seqlen, 2, 8, requires_grad=True) for _ in range(3))
+    out = ringattn.attention(q, k, v, cp=cp)
+    out.sum().backward()
+    return cp.unshard(out.detach())
+"""
+DESTROY = """
 from pathlib import Path
 
+dist.destroy_process_group()
+# one that is left may meet the end of the interpreter, which aborts the process
+threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads
+"""
+# Every rank is forked where the imports are done, and then ends as an interpreter does.
+SCRIPT = f"""
+import os
+import sys
+
 import torch
-import torch._dynamo  # what init_process_group would import on every rank
+import torch._dynamo  # what the first call of each rank would import
 import torch.distributed as dist
 
 import ringattn
@@ -47,15 +61,10 @@ if backend == "nccl":
 
     share_gpus(rank)
     torch.set_default_device("cuda")
-dist.init_process_group(backend, init_method=f"file://{folder}/{number}", rank=rank, world_size=int(world))
+dist.init_process_group(backend, init_method="file://%s/%d" % (folder, number), rank=rank, world_size=int(world))
 
 
-def use(cp):
-    q, k, v = (torch.randn(1, cp.local_seqlen, 2, 8, requires_grad=True) for _ in range(3))
-    out = ringattn.attention(q, k, v, cp=cp)
-    out.sum().backward()
-    return cp.unshard(out.detach())
-
+{USE}
 
 if held != "nothing":
     # over NCCL a refusal is heard where calls are compared
@@ -80,11 +89,7 @@ elif held == "exception":
         sys.kept = error
     else:
         raise AssertionError("rank 1 refuses, and so all do")
-dist.destroy_process_group()
-# one that is left may meet the end of the interpreter, which aborts the process
-threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-assert not any("gloo" in name for name in threads), threads
-if held != "nothing":
+{DESTROY}if held != "nothing":
     try:
         use(cp)
     except RuntimeError as error:
@@ -116,6 +121,29 @@ def exit_codes(held: Sequence[str], world: int, folder: Path, backend: str = "gl
 
 def test_right_runs_end_as_such(tmp_path: Path) -> None:
     assert exit_codes(("gloo", "exception"), 2, tmp_path) == [[0, 0]] * 2
+
+
+@pytest.mark.parametrize("first", ["import ringattn", "import torch"])
+def test_what_calls_import_keeps_no_group(first: str) -> None:
+    """The library itself imported before the group is made, or after that; nothing else imported before."""
+    script = f"""
+{first}
+import sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import ringattn
+
+assert "torch._dynamo" not in sys.modules, "a call would not import it"
+{USE}
+cp = ringattn.ContextParallel(dist.group.WORLD, 64)
+use(cp)
+assert "torch._dynamo" in sys.modules
+{DESTROY}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert not ended.returncode, ended.stderr
 
 
 @pytest.mark.slow

@@ -423,6 +423,7 @@ def grown(rank, world):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(310)
 def test_memory_is_flat_over_ten_thousand_batches():
     """In a process of its own: other tests leave a heap full of holes."""
     ((size, objects),) = run_processes(grown, 1, timeout=300)

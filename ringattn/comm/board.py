@@ -15,6 +15,21 @@ from ringattn.comm.calls import PeerError
 Answer = TypeVar("Answer")
 
 
+def _import_without_group() -> None:
+    """Imports a module of PyTorch's that keeps the default group of that moment for ever, as the default of arguments
+    (None stands for it as well). The first call of any operator of ours would import it, through torch._dynamo, and
+    a gloo group that is still there when the interpreter ends may abort the process."""
+    world = dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        import torch.distributed.nn.functional  # noqa: F401
+    finally:
+        dist.group.WORLD = world
+
+
+_import_without_group()
+
+
 class Board:
     """A rank's view of a process group and its store.
 
