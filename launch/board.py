@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from launch.stopping import StopSignal
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 3.0  # without one, once something has failed: six beats
 PATIENCE = 2 * GRACE  # without one, once the launcher wants this rank to stop
-TIMEOUT = 300.0  # until the config says otherwise
+TIMEOUT = 60.0  # until the config says otherwise
 
 LOST_CODE = 5  # exit code
 REFUSED, FAILED, LOST, DONE = "refused", "failed", "lost", "done"
@@ -227,14 +228,46 @@ def connect(stop: StopSignal | None) -> Board:
     """The board of the processes that torchrun has started. A restarted attempt has keys of its own, because the
     launcher's store outlives attempts and holds the addresses of dead ranks."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_launcher = _outlives_attempts()
     store = new_store(host=rank == 0 and not by_launcher)
     return Board(dist.PrefixStore("board", store), rank, size, hosts=not by_launcher, stop=stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which `launch` of the launcher a process belongs to, and how often it has begun this job anew."""
+
+    launch: str = ""
+    restarts: int = 0
+
+
+ALONE = Attempt()
+
+
+def find_attempt() -> Attempt:
+    """This process's, for all that it can tell alone. The name of the launch is drawn by the first process that asks,
+    where the launcher's store outlives attempts; else it is the launcher's own, which others may have too."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if _outlives_attempts():
+        drawn = _launchers_store(False, TIMEOUT).compare_set("ringattn/launch", "", uuid.uuid4().hex)
+        name = f"{name} {drawn.decode()}"
+    return Attempt(name, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+
 def new_store(host: bool = False, timeout: float = TIMEOUT) -> dist.Store:
     """A connection to the store of this attempt. Each holds up its callers one by one."""
-    store = dist.TCPStore(
+    store = _launchers_store(host, timeout)
+    # a store of its own is made for each attempt, and agents of several machines count attempts each for itself
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(attempt, store) if _outlives_attempts() else store
+
+
+def _outlives_attempts() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _launchers_store(host: bool, timeout: float) -> dist.Store:
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
@@ -243,6 +276,3 @@ def new_store(host: bool = False, timeout: float = TIMEOUT) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # a store of its own is made for each attempt, and agents of several machines count attempts each for itself
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if shared else store

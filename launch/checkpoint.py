@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from launch.tasks import Progress
 
 NO_PROGRESS: Progress = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}
 KEPT = 2
-STEP, SAVING = re.compile(r"step-\d{8,}"), re.compile(r"saving-\d{8,}")
+STEP, SAVING = re.compile(r"step-([0-9]{8,})"), re.compile(r"saving-[0-9]{8,}")
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
@@ -48,13 +49,21 @@ def find(run: Path) -> tuple[list[Saved], list[str]]:
     found, skipped = [], []
     for folder in sorted(_entries(run), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
-            if STEP.fullmatch(folder.name):
-                found.append(Saved(folder, manifest.load(folder)))
+            if name := STEP.fullmatch(folder.name):
+                found.append(Saved(folder, _load_manifest(folder, int(name[1]))))
             elif not SAVING.fullmatch(folder.name):
                 skipped.append(f"{folder} is skipped: it is no checkpoint of this job")
         except Damaged as error:
             skipped.append(f"checkpoint {folder} is skipped: {error}")
     return found, skipped
+
+
+def _load_manifest(folder: Path, step: int) -> Manifest:
+    """That of a folder which is named for `step`; renamed, it might pass for a newer one. Raises Damaged."""
+    found = manifest.load(folder)
+    if found.progress["step"] != step:
+        raise Damaged(f"it is that of step {found.progress['step']}, under another name")
+    return found
 
 
 def holds_any(run: Path) -> bool:
@@ -172,14 +181,15 @@ def discard(run: Path, keep: tuple[Path, ...] = ()) -> None:
     there."""
     for folder in _entries(run):
         if folder not in keep and (STEP.fullmatch(folder.name) or SAVING.fullmatch(folder.name)):
-            (folder / manifest.NAME).unlink(missing_ok=True)  # first: half a checkpoint is none
-            shutil.rmtree(folder)
+            _remove(folder / manifest.NAME)  # first: half a checkpoint is none
+            _remove(folder)
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """A file that is there in full, or as it was before, whenever the machine stops."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    _remove(partial)  # a link would be followed, a pipe waited for
+    with open(partial, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -192,9 +202,16 @@ def _entries(run: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if folder.is_dir() else []
 
 
+def _remove(path: Path) -> None:
+    """Whatever is there, if anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _begin(saving: Path) -> None:
-    if saving.exists():
-        shutil.rmtree(saving)
+    _remove(saving)
     saving.mkdir(parents=True)
 
 
@@ -226,11 +243,13 @@ def _assemble(
 def _finish(saving: Path, path: Path, whole: Manifest, good: list[Path]) -> None:
     """The manifest, the name, and then the end of the oldest."""
     write_durably(saving / manifest.NAME, manifest.dump(whole).encode())
-    if path.exists():  # one of the same step that was skipped
-        shutil.rmtree(path)
+    _remove(path)  # one of the same step that was skipped
     saving.rename(path)
     _sync(path.parent)
-    discard(path.parents[1], tuple(good[-KEPT:]))
+    try:
+        discard(path.parents[1], tuple(good[-KEPT:]))
+    except OSError as error:  # no reason to end what has just been saved
+        print(f"an older checkpoint stays: {error}", file=sys.stderr, flush=True)
 
 
 def _sync(folder: Path) -> None:

@@ -276,7 +276,7 @@ def load(path: Path) -> Config:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"{path.stat().st_size:,} bytes are no config; give a file of at most {LARGEST_FILE:,}")
-        return _build(Config, _parse(path.read_text(encoding="utf-8")), "")
+        return _build(Config, _parse(path.read_text(encoding="utf-8-sig")), "")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the config as UTF-8") from None
     except ValueError as error:

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from launch.rules import shown
 from ringattn.loss import IGNORED
 
 VOCABULARY = 256
+LOOK, LOOKS = 4096, 1024  # bytes that tell a text from another: how many at a place, and at how many places
 # Not the library's own sources, missing on some systems, or (pydoc_data) one generated file as long as six steps.
 LIBRARY_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 
@@ -43,9 +45,15 @@ class Text:
         sizes = np.array([path.stat().st_size for path in self.files], dtype=np.int64)
         self.ends = np.cumsum(sizes)
         self.size = int(self.ends[-1])
-        # names and sizes in order; contents are read only when their turn comes
+        self.digest = self._digest(sizes)
+
+    def _digest(self, sizes: np.ndarray) -> str:
+        """Of names and sizes in order, and of what is read at evenly spaced places: all of a text of 4 MiB."""
         listing = "\n".join(f"{path.name} {size}" for path, size in zip(self.files, sizes, strict=True))
-        self.digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
+        for start in range(0, self.size, max(LOOK, -(-self.size // LOOKS))):
+            digest.update(self.read(start, min(LOOK, self.size - start))[0].tobytes())
+        return digest.hexdigest()[:16]
 
     def read(self, position: int, length: int) -> tuple[np.ndarray, list[int]]:
         """uint8 [length] from absolute byte `position` on, and where in it files end."""
@@ -145,11 +153,32 @@ def _files(path: Path) -> list[Path]:
         if not path.stat().st_size:
             raise ValueError(f"data file {name} is empty; give a file with text in it")
         return [path]
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-    found = [file for file in found if file.stat().st_size]
+    try:
+        found = [file for file in _walk(path) if not file.name.startswith(".") and _holds_text(file)]
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} in the data cannot be read ({error.strerror}); check its permissions"
+        ) from None
     if not found:
         raise ValueError(f"data directory {name} holds no file with text in it; give one that does")
     return found
+
+
+def _walk(path: Path) -> list[Path]:
+    """All that lies below a directory, in order. Raises OSError for one that cannot be looked into."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    return sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+
+
+def _holds_text(file: Path) -> bool:
+    try:
+        found = file.stat()
+    except FileNotFoundError:  # a link to nothing
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
 
 def _standard_library() -> list[Path]:

@@ -48,19 +48,21 @@ def perform(request: Request, stop: StopSignal | None) -> int:
 def _perform(request: Request, world: World, stop: StopSignal | None) -> int:
     world.at("reading the config, the text and the model")
     prepared: list[Job] = []
-    world.together(lambda: prepared.append(_prepare(request, world.restarts)))
+    world.together(lambda: prepared.append(_prepare(request, world)))
     (job,) = prepared
     join(world, job.config.device, job.config.timeout)
     return run_job(job, world, request.check, stop)
 
 
-def _prepare(request: Request, restarts: int) -> Job:
+def _prepare(request: Request, world: World) -> Job:
     """All that a process can check alone."""
     if request.resume is not None and (request.out is not None or request.overwrite):
         raise ValueError("--resume goes on in its own directory; leave out --out and --overwrite")
     settings = choose(request)
+    if world.board is not None:
+        world.board.timeout = settings.timeout
     run = request.resume or request.out or Path("runs") / settings.name
-    return prepare(settings, run, request.resume is not None, request.overwrite, restarts)
+    return prepare(settings, run, request.resume is not None, request.overwrite, world.attempt)
 
 
 def choose(request: Request) -> Config:
@@ -70,6 +72,8 @@ def choose(request: Request) -> Config:
     if not path.is_file():
         raise ValueError(f"{resume} is no run's directory: it has no config.toml; give the directory of a run")
     given = dict(request.changes)
+    if "" in request.data:
+        raise ValueError("--data '' names nothing; give a file or directory, . for this one")
     if request.data:
         given["data"] = request.data
     if request.model is not None:

@@ -14,7 +14,8 @@ Masks = tuple[ringattn.Mask, ...]
 
 
 def check_memory(parameters: int) -> None:
-    """Raises ValueError where the weights alone are more than this machine holds: each rank makes all of them."""
+    """Raises ValueError where the weights alone are more than this machine holds: each rank makes all of them. (With
+    FSDP only they are held whole; gradients and moments take three times as much in all.)"""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed, there = 4 * parameters * ranks, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:

@@ -67,9 +67,9 @@ def dump(manifest: Manifest) -> str:
 def load(folder: Path) -> Manifest:
     """The manifest of a checkpoint's folder, whose files are there in full length. Raises Damaged."""
     path = folder / NAME
-    if not path.is_file():
-        raise Damaged(f"it has no {NAME}, so it was not finished, or is of another version")
     try:
+        if not path.is_file():
+            raise Damaged(f"it has no {NAME}, so it was not finished, or is of another version")
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path.stat().st_size:,} bytes")
         whole = json.loads(path.read_bytes())
@@ -85,6 +85,8 @@ def load(folder: Path) -> Manifest:
         for piece in (piece for _, pieces in manifest.tensors.values() for piece in pieces):
             if piece.file not in manifest.files:
                 raise ValueError(f"it names no file {piece.file}")
+    except Damaged:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         said = " ".join(str(error).split())[:100] or type(error).__name__
         raise Damaged(f"its {NAME} is damaged ({said})") from None

@@ -1,7 +1,7 @@
 """The picture of a run: loss and throughput over steps, as PNG."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from launch.report import Record
 
 
-def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, path: Path) -> None:
-    """Writes the plot: the loss above, with the line a model must get below to have learned anything from context
+def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str) -> bytes:
+    """The plot as PNG: the loss above, with the line a model must get below to have learned anything from context
     (its name, and nats a target); in recall the share of right answers and the
     length of the sequences; the throughput."""
     steps = [record.step + 1 for record in records]  # as they are counted on the console
@@ -22,7 +22,7 @@ def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, p
     axes[0].plot(steps, [record.loss for record in records], marker=".", color="tab:blue", label="loss")
     axes[0].axhline(baseline[1], color="tab:gray", linestyle="--", label=f"{baseline[0]} {baseline[1]:.3f}")
     axes[0].set_ylabel("nats per target")
-    axes[0].set_title(title)
+    axes[0].set_title(title, parse_math=False)
     axes[0].legend()
     if answers:
         axes[1].plot(steps, answers, marker=".", color="tab:orange")
@@ -39,4 +39,6 @@ def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str, p
     axes[-1].set_xlabel("step")
     for one_of in axes:
         one_of.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

@@ -17,19 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from launch.board import DONE, Board, connect, new_store
+from launch.board import ALONE, DONE, Attempt, Board, connect, find_attempt, new_store
 from launch.stopping import StopSignal
 from ringattn.integrations.fsdp import data_context_mesh
 
 # what a rank refuses in one line; an error of another kind is a fault in the program
-REFUSALS = (ValueError, NotImplementedError, ImportError, OSError)
+REFUSALS = (ValueError, NotImplementedError, ImportError, OSError, MemoryError)
 
 
 @dataclass(slots=True)
 class World:
     """The processes of a run as seen by one of them. `group` is None for a single one; `mesh` is data x context once
-    they are `split`; `board` is what they tell each other beside the group. `restarts`: how often the launcher has
-    begun this job anew; `step`: the one that is under way."""
+    they are `split`; `board` is what they tell each other beside the group; `step` is the one that is under way."""
 
     rank: int = 0
     size: int = 1
@@ -37,7 +36,7 @@ class World:
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
     board: Board | None = None
-    restarts: int = 0
+    attempt: Attempt = ALONE
     step: int | None = None
 
     def at(self, phase: str) -> None:
@@ -172,12 +171,12 @@ def meet(world: World, stop: StopSignal | None) -> None:
     """Lets the processes that torchrun describes in the environment tell each other things; they have no group yet.
     Without torchrun there is one."""
     world.size = int(os.environ.get("WORLD_SIZE", "1"))
-    world.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    world.attempt = find_attempt()
     if world.size > 1:
         world.board = connect(stop)
         world.rank = world.board.rank
         # agents of several machines count restarts each for itself
-        world.restarts = max(world.board.gather(world.restarts))
+        world.attempt = Attempt(world.attempt.launch, max(world.board.gather(world.attempt.restarts)))
 
 
 def join(world: World, device: str, timeout: float) -> None:

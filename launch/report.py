@@ -4,6 +4,7 @@ JSON lines, a plot, and a closing summary. Rank 0 has one."""
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Self
 
@@ -17,10 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from launch.checkpoint import write_durably
 from launch.config import Config, dump
 from launch.recall import Answers
+from launch.rules import shown
 from launch.training import Counters
 
 FINAL_STEPS = 4  # single steps scatter with the text
@@ -76,7 +79,7 @@ class Report:
         write_durably(run / "metrics.jsonl", kept.encode())
         self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -118,10 +121,10 @@ class Report:
 
         self.progress.stop()
         title = f"{self.config.name}: sequences of {self.config.seqlen:,} tokens on {len(ranks)} ranks"
-        draw(self.records, self.baseline, title, self.run / "plot.png")
-        table = Table(title=title, show_header=False)
+        write_durably(self.run / "plot.png", draw(self.records, self.baseline, title))
+        table = Table(title=Text(title), show_header=False)
         for name, value in self._rows(ranks):
-            table.add_row(name, value)
+            table.add_row(name, Text(value))
         for answer in answers:
             table.add_row(answer.name, f"{100 * answer.right:.1f} % of {answer.count} questions answered right")
         self.console.print(table)
@@ -159,6 +162,15 @@ def _read(path: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        return [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
-    except (TypeError, ValueError) as error:
+        if not path.is_file():
+            raise ValueError("it is no file")
+        found = [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+        for record in found:
+            for name, value in asdict(record).items():
+                if type(value) not in (int, float) and (name, value) != ("accuracy", None):
+                    raise ValueError(f"{name} is {shown(value)}")
+        if any(after.step <= before.step for before, after in pairwise(found)):
+            raise ValueError("its steps do not rise")
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or of another version ({error}); move it away to go on") from None
+    return found

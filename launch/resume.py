@@ -1,12 +1,12 @@
 """Where a run begins: at its start, or at its newest whole checkpoint; and what must not have changed since."""
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import checkpoint
+from launch.board import Attempt
 from launch.checkpoint import Saved
 from launch.config import Config
 from launch.processes import World
@@ -27,21 +27,20 @@ def settings_of(config: Config) -> dict[str, Any]:
     return settings
 
 
-def began_here(run: Path) -> bool:
+def began_here(run: Path, attempt: Attempt) -> bool:
     """Whether the job that the launcher has begun anew has written to `run` before: what it did is then gone on with,
     whatever it was started with."""
     try:
         mark = json.loads((run / MARK).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return bool(mark == {"job": os.environ.get("TORCHELASTIC_RUN_ID")})
+    return bool(attempt.restarts and mark == {"job": attempt.launch})
 
 
-def take_over(run: Path) -> None:
+def take_over(run: Path, attempt: Attempt) -> None:
     """Marks `run` as this job's."""
     run.mkdir(parents=True, exist_ok=True)
-    mark = {"job": os.environ.get("TORCHELASTIC_RUN_ID")}
-    checkpoint.write_durably(run / MARK, json.dumps(mark).encode())
+    checkpoint.write_durably(run / MARK, json.dumps({"job": attempt.launch}).encode())
 
 
 def point(job: "Job", world: World) -> Saved | None:
@@ -76,6 +75,8 @@ def check(job: "Job", saved: Saved) -> None:
                 f"checkpoint {path} was made with {_difference(name, before[name], now[name])}; resume with that, or "
                 "start a new run with --out"
             )
+    if config.recall is None and there["length"] != fresh["length"]:
+        raise ValueError(f"checkpoint {path} is of sequences of {there['length']} tokens, not {fresh['length']}")
     if job.restarted:
         return
     if there["step"] >= config.steps:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from launch import checkpoint, huggingface, model, resume
-from launch.config import Config
+from launch.board import ALONE, Attempt
+from launch.config import Config, dump
 from launch.data import Sample
 from launch.engine import distribute
 from launch.language import Language, Objective
@@ -19,6 +20,7 @@ from launch.mask_text import parse_mask
 from launch.processes import World, check_device
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
+from launch.rules import shown
 from launch.stopping import StopSignal
 from launch.tasks import Progress, RecallTask, Task, make_task
 from launch.training import Outcome, Trainer, make_context
@@ -28,13 +30,15 @@ from ringattn.check.huggingface import allow_double
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a process knows, and has checked, before it talks to any other. `resume`: whether to go on from the newest
-    whole checkpoint; `restarted`: because the launcher has begun this very job anew. `progress` says which step and
-    which position of the task's stream come next, `good` which checkpoints are known to be whole, the newest last."""
+    whole checkpoint; `restarted`: because the launcher has begun this very job anew, in `attempt`. `progress` says
+    which step and which position of the task's stream come next, `good` which checkpoints are known to be whole, the
+    newest last."""
 
     config: Config
     run: Path
     resume: bool
     restarted: bool
+    attempt: Attempt
     progress: Progress
     task: Task
     language: Language
@@ -73,6 +77,9 @@ def build(config: Config) -> Language:
     fit together."""
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    for text in config.masks:
+        if not parse_mask(text).area(config.seqlen, config.seqlen):
+            raise ValueError(f"mask {shown(text)} lets no token attend to any; name another")
     if config.model is not None:
         language = model.decoder(config.model, tuple(map(parse_mask, config.masks)), config.recompute)
     else:
@@ -83,14 +90,12 @@ def build(config: Config) -> Language:
     return language
 
 
-def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, restarts: int = 0) -> Job:
+def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: Attempt = ALONE) -> Job:
     """Checks all that a process can check alone. Raises ValueError with the value, the rule and the
     remedy."""
     check_device(config.device)
-    place = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"{run} cannot be written: {place} is a file, or not yours to write in; set --out")
-    restarted, there = restarts > 0 and resume.began_here(run), checkpoint.holds_any(run)
+    _check_place(config, run)
+    restarted, there = resume.began_here(run, attempt), checkpoint.holds_any(run)
     if go_on and not restarted and not there:
         raise ValueError(f"no checkpoint under {run / 'checkpoint'}; start without --resume")
     if there and not (go_on or overwrite or restarted):
@@ -107,7 +112,23 @@ def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, restarts: i
         "model": huggingface.digest(Path(config.hf)) if config.hf else "",
         "length": task.first_length(),
     }
-    return Job(config, run, go_on or restarted, restarted, progress, task, language)
+    return Job(config, run, go_on or restarted, restarted, attempt, progress, task, language)
+
+
+def _check_place(config: Config, run: Path) -> None:
+    """Raises ValueError where `run` cannot be this job's directory."""
+    try:
+        dump(config).encode()
+        place = next(path for path in (run, *run.absolute().parents) if path.exists())
+    except UnicodeEncodeError:
+        raise ValueError("the config has a path that is no UTF-8 text, and could not be saved; rename it") from None
+    except OSError as error:
+        raise ValueError(f"{shown(str(run))} is no possible directory ({error.strerror}); set --out") from None
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{run} cannot be written: {place} is a file, or not yours to write in; set --out")
+    folder = run / "checkpoint"
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ValueError(f"{folder} is no directory, and checkpoints could not be saved in it; move it away")
 
 
 def start(job: Job, world: World) -> Trainer:
@@ -154,7 +175,7 @@ def begin(job: Job, afresh: bool) -> None:
     """Makes the run's directory this job's. From here on a restarted attempt goes on with what it finds there."""
     if afresh:
         checkpoint.discard(job.run)
-    resume.take_over(job.run)
+    resume.take_over(job.run, job.attempt)
 
 
 def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
@@ -186,12 +207,19 @@ def _save(job: Job, trainer: Trainer) -> Path:
     world, settings = trainer.world, resume.settings_of(job.config)
     world.step = None
     world.at(f"saving after step {job.progress['step']}")
-    return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress, settings, job.good, world)
+    try:
+        return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress, settings, job.good, world)
+    except OSError as error:
+        raise OSError(
+            f"step {job.progress['step']} could not be saved: {error}; {checkpoint.remaining(job.run)}; make room, or "
+            f"mend that, and go on with --resume {job.run}"
+        ) from None
 
 
 def _open_report(job: Job, trainer: Trainer) -> Report:
     config, world = job.config, trainer.world
     tokens = config.steps * config.seqlen * world.replicas * config.accumulate
+    world.at("counting bytes")
     report = Report(job.run, config, job.task.baseline(tokens), job.progress["step"])
     if world.size > 1:
         report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context)")

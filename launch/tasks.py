@@ -14,6 +14,7 @@ from launch.data import Sample, Text, open_text
 from ringattn.loss import IGNORED
 
 Progress = dict[str, Any]  # step, position (of the stream, in tokens), digests of text and model, length, accuracy
+COUNTED = 1 << 28  # bytes of a text that the others wait for while they are counted
 LATEST = 128  # answers that the running accuracy looks back on
 
 
@@ -65,7 +66,9 @@ class TextTask:
 
     def baseline(self, tokens: int) -> tuple[str, float]:
         """The entropy of the bytes that are read."""
-        return "unigram entropy", self.text.unigram_entropy(0, min(self.text.size, tokens))
+        read, counted = min(self.text.size, tokens), min(self.text.size, tokens, COUNTED)
+        of = "" if counted == read else f" of the first {COUNTED >> 20} MiB"
+        return f"unigram entropy{of}", self.text.unigram_entropy(0, counted)
 
     def first_length(self) -> int:
         """All sequences are of one length."""

@@ -19,6 +19,7 @@ from test_pretrain import StopAt, config_file, records_of, refusal, run_until, t
 from test_pretrain import text as text  # the fixture
 
 from launch import checkpoint, manifest, resume
+from launch.board import Attempt
 from launch.config import dump
 from launch.processes import World
 from launch.run import _save, prepare, start, train
@@ -199,6 +200,54 @@ def test_strays_are_named_and_left_alone(saved_run: tuple[Any, Path], capsys: py
     assert {"notes", "step-zzz", "step-00000005", "step-00000006"} == set(names(run))  # 99 was none of any use
     checkpoint.discard(run)
     assert names(run) == ["notes", "step-zzz"]
+
+
+@pytest.mark.parametrize("name", ["step-00000009", "step-٠٠٠٠٠٠٠٩"])
+def test_a_checkpoint_under_another_name_is_none(
+    name: str, saved_run: tuple[Any, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = saved_run
+    shutil.copytree(run / "checkpoint" / "step-00000004", run / "checkpoint" / name)
+    assert resumed_at(0, 1, config, run) == 5
+    assert f"{name} is skipped" in capsys.readouterr().out
+    (run / "checkpoint" / "step-00000005").rename(run / "checkpoint" / "step-00000006")
+    run_until(0, 1, config, run, True, -1)
+    assert resumed_at(0, 1, dataclasses.replace(config, steps=7), run) == 6
+
+
+def occupy_by_file(path: Path) -> None:
+    path.write_text("")
+
+
+def occupy_by_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def occupy_by_folders(path: Path) -> None:
+    (path / "manifest.json").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("occupy", [occupy_by_file, occupy_by_link, occupy_by_folders])
+@pytest.mark.parametrize("name", ["step-00000006", "saving-00000006", "step-00000001"])
+def test_what_lies_in_the_way_stops_no_save(
+    occupy: Callable[[Path], None], name: str, saved_run: tuple[Any, Path]
+) -> None:
+    config, run = saved_run
+    occupy(run / "checkpoint" / name)
+    for planted in ("config.toml.partial", "metrics.jsonl.partial", "job.json.partial", "plot.png"):
+        (run / planted).unlink(missing_ok=True)
+        (run / planted).symlink_to(run / "precious")
+    (run / "precious").write_text("keep")
+    run_until(0, 1, config, run, True, -1)
+    assert resumed_at(0, 1, dataclasses.replace(config, steps=7), run) == 6
+    assert (run / "precious").read_text() == "keep"
+
+
+def test_where_no_checkpoint_can_be_is_refused_at_the_start(saved_run: tuple[Any, Path]) -> None:
+    _, run = saved_run
+    shutil.rmtree(run / "checkpoint")
+    (run / "checkpoint").symlink_to("nowhere")
+    assert "move it away" in refusal("--config", run / "config.toml", "--out", run)
 
 
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
@@ -388,20 +437,16 @@ def test_settings_in_a_checkpoint_are_json(saved_run: tuple[Any, Path]) -> None:
 # -- a job that the launcher begins anew ----------------------------------------------------------
 
 
-def test_a_restarted_job_goes_on_with_what_it_began(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restarted_job_goes_on_with_what_it_began(text: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tiny(text, save_every=2)
 
-    def attempt(restarts: int, stop: int = -1, **flags: Any) -> tuple[int, bool]:
-        job = prepare(config, run, **{"go_on": False, "overwrite": False, "restarts": restarts} | flags)
+    def attempt(restarts: int, stop: int = -1, launch: str = "this job", overwrite: bool = False) -> tuple[int, bool]:
+        job = prepare(config, run, False, overwrite, Attempt(launch, restarts))
         trainer = start(job, World())
         first = job.progress["step"]
         return first, train(job, trainer, StopAt(job, World(), stop))
 
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "an earlier job")
-    assert attempt(0, stop=1) == (0, False)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this job")
+    assert attempt(0, stop=1, launch="an earlier job") == (0, False)
     with pytest.raises(ValueError, match="holds a checkpoint"):  # died before it began: nothing there is its own
         attempt(1)
     assert attempt(1, overwrite=True, stop=3) == (0, False)
