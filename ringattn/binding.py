@@ -224,5 +224,7 @@ def check_names(layout: str | Layout, schedule: str, kernel: str) -> None:
     """Raises ``ValueError`` for a name that does not exist, with those that do."""
     named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
     named("schedule", schedule, ["auto", *(known.name for known in SCHEDULES)])
-    if not isinstance(layout, Layout):
+    if isinstance(layout, Layout):
+        layout.check()
+    else:
         named("layout", layout, PLACEMENTS)

@@ -7,6 +7,7 @@ the mask are named by handles, tensors whose values no graph is specialised on.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -139,10 +140,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        with together(ctx.binding.link.transport, BACKWARD):
+    # a graph that is traced knows no ranks
+    with nullcontext() if ctx.binding is None else together(ctx.binding.link.transport, BACKWARD):
+        if torch.is_grad_enabled():
             raise RuntimeError("attention() is differentiable once: leave out create_graph=True")
-    q, k, v, out, lse, bias, rule_params, sinks, context, mask, seed = ctx.saved_tensors
+        q, k, v, out, lse, bias, rule_params, sinks, context, mask, seed = ctx.saved_tensors
     rule, scale, softcap, dropout_p = ctx.numbers
     wants_dbias = bias is not None and ctx.needs_input_grad[3]
     wants_dsinks = sinks is not None and ctx.needs_input_grad[6]

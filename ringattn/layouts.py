@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ringattn.arguments import LARGEST, integers, listed, shown
+from ringattn.arguments import LARGEST, integer, integers, listed, shown
 from ringattn.spans import Ints, cross_spans, expand, overlapping
 
 CHECKED = 1 << 26  # positions of a given layout: all are looked at, which takes half a second for as many
@@ -115,22 +115,45 @@ class Layout:
         shards = listed(f"layout {name!r}: shards", shards, "lists of spans, one for each rank")
         table = np.array([row for rank, spans in enumerate(shards) for row in _table_rows(name, rank, spans)], np.int64)
         table = table.reshape(-1, 4)
-        if (table[:, 1:] < [0, 0, 1]).any():
-            raise ValueError(f"layout {name!r}: spans need start >= 0, length >= 0 and step >= 1")
-        if len(table) and (last := int(Frame(table[:, 1:]).hull[1].max())) > table[:, 2].sum():
+        layout = Layout(name, int(table[:, 2].sum()), len(shards), table)
+        layout.check()
+        return layout
+
+    def check(self) -> None:
+        """Raises ``ValueError`` unless the table is one, and every position belongs to exactly one rank."""
+        self._checked  # noqa: B018 - raises
+
+    @cached_property
+    def _checked(self) -> None:
+        table, rule = self.table, "make it with Layout.from_spans()"
+        if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] != 4 or table.dtype != np.int64:
+            raise ValueError(f"layout {shown(self.name)}: its table is {shown(table)}: must be int64 [n, 4]; {rule}")
+        integer("the layout's seqlen", self.seqlen, 0, LARGEST)
+        integer("the layout's world_size", self.world_size, 1)
+        ranks = table[:, 0]
+        if (np.diff(ranks) < 0).any() or (ranks < 0).any() or (ranks >= self.world_size).any():
+            raise ValueError(f"layout {shown(self.name)}: ranks must rise, within 0..{self.world_size - 1}; {rule}")
+        self._check_spans(Frame(table[:, 1:]))
+
+    def _check_spans(self, whole: Frame) -> None:
+        name = shown(self.name)
+        if (whole.spans < [0, 0, 1]).any():
+            raise ValueError(f"layout {name}: spans need start >= 0, length >= 0 and step >= 1")
+        last = int(whole.hull[1].max(initial=0))
+        if last > whole.size or whole.size != self.seqlen:
             raise ValueError(
-                f"layout {name!r}: a span ends at position {last - 1}, but the shards hold {table[:, 2].sum()} in all; "
-                "they must hold each position from 0 on exactly once"
+                f"layout {name}: a span ends at position {last - 1}, but the shards hold {whole.size} in all, and the "
+                f"sequence {self.seqlen}; they must hold each position from 0 on exactly once"
             )
-        positions = Frame(table[:, 1:]).positions()
-        times = np.bincount(positions, minlength=len(positions))
+        if whole.size >= CHECKED:
+            return  # of a name, or refused by from_spans
+        times = np.bincount(whole.positions(), minlength=whole.size)
         wrong = np.flatnonzero(times != 1)
         if len(wrong):
             raise ValueError(
-                f"layout {name!r}: position {int(wrong[0])} is held {int(times[wrong[0]])} times; "
-                f"the shards must hold each position 0..{len(positions) - 1} exactly once"
+                f"layout {name}: position {int(wrong[0])} is held {int(times[wrong[0]])} times; "
+                f"the shards must hold each position 0..{whole.size - 1} exactly once"
             )
-        return Layout(name, len(positions), len(shards), table)
 
     @cached_property
     def _edges(self) -> Ints:

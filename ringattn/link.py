@@ -166,7 +166,12 @@ class Link:
 
     def _end_together(self) -> None:
         transport = self.transport
-        rank, world, token, got = transport.rank, transport.world_size, torch.zeros(1), torch.empty(1)
+        rank, world, token, got = (
+            transport.rank,
+            transport.world_size,
+            torch.zeros(1, dtype=torch.uint8),
+            torch.empty(1, dtype=torch.uint8),
+        )
         away = 1
         while away < world:
             to, source = (rank + away) % world, (rank - away) % world

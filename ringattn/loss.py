@@ -174,13 +174,12 @@ def linear_token_mean(
             raise ValueError(f"head={shown(head)}: must be a function from hidden states to logits")
         chunks = integer("chunks", chunks, 1, MOST_CHUNKS)
 
-    def total(rows: Tensor, targets: Tensor) -> Tensor:
-        return _sum(head(rows), targets)
+        def total(rows: Tensor, targets: Tensor) -> Tensor:
+            return _sum(head(rows), targets)
 
-    number = _count(labels, group, count)
-    parts = zip(hidden.flatten(0, -2).tensor_split(chunks), labels.flatten().tensor_split(chunks), strict=True)
-    sums = [checkpoint(total, rows, targets, use_reentrant=False) for rows, targets in parts]
-    return torch.stack(sums).sum() / number
+        parts = zip(hidden.flatten(0, -2).tensor_split(chunks), labels.flatten().tensor_split(chunks), strict=True)
+        share = torch.stack([checkpoint(total, rows, targets, use_reentrant=False) for rows, targets in parts]).sum()
+    return share / _count(labels, group, count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ def roll(
         ValueError: an argument that does not fit, or (at the first call of each kind) ranks that disagree.
         PeerError: a rank that did not take part within the deadline of the context.
     """
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
     with together(cp.link.transport, "roll"):
         dim, by, fill, bounds = _check(cp, local, by, dim, fill, cu_seqlens)
         way = _Way(cp.link, _facts(cp, local, by, dim, fill, bounds), _routes(cp.q_layout, cp.rank, by, bounds))
@@ -64,8 +66,6 @@ def roll(
 def _check(
     cp: ContextParallel, local: Tensor, by: int, dim: int, fill: float, cu_seqlens: Iterable[int] | None
 ) -> tuple[int, int, float, tuple[int, ...]]:
-    if not isinstance(cp, ContextParallel):
-        raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
     dim = dim_of(plain("local", local), dim)
     if local.size(dim) != cp.local_seqlen:
         raise ValueError(

@@ -37,7 +37,7 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
         plain("value", value)
     what = f"sum_over() of {tuple(value.shape)} {value.dtype} on {value.device.type}"
     announce(what, group, torch.zeros((), dtype=torch.int64, device=value.device))
-    return _reduced(value.detach().clone(), group)
+    return _reduced(value.detach().clone(memory_format=torch.contiguous_format), group)
 
 
 def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: Iterable[Tensor] = ()) -> None:
@@ -64,17 +64,52 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: I
                     f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum "
                     "the gradients of their parameters themselves; leave these out"
                 )
+            _check_gradient(parameter)
     device = shared[0].device if shared else device_of(group)
-    sizes = [(*p.shape, p.dtype, p.device.type) for p in shared]
+    sizes = [(*p.shape, _gradient_dtype(p), p.device.type) for p in shared]
     announce(f"sum_gradients() of {len(sizes)} parameters {sizes}", group, torch.zeros((), device=device), wait=True)
     if group is None or not shared:
         return
-    held = torch.tensor([p.grad is not None for p in shared], dtype=torch.int32, device=device)
-    somewhere = [p for p, ranks in zip(shared, _reduced(held, group).tolist(), strict=True) if ranks]
-    for parameter in somewhere:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        _reduced(parameter.grad, group)
+    held = torch.tensor([[_is(p, torch.strided), _is(p, torch.sparse_coo)] for p in shared], dtype=torch.int32)
+    for parameter, (dense, sparse) in zip(shared, _reduced(held.to(device), group).tolist(), strict=True):
+        if dense or sparse:
+            parameter.grad = _reduced(_alike(parameter, sparse=not dense), group)
+
+
+def _check_gradient(parameter: Tensor) -> None:
+    """Raises ValueError for a gradient that could not be summed with those of other ranks."""
+    grad = parameter.grad
+    if grad is None:
+        return
+    if grad.layout not in (torch.strided, torch.sparse_coo) or grad.dtype != _gradient_dtype(parameter):
+        raise ValueError(
+            f"a gradient of {grad.dtype}, {grad.layout}, for a parameter of shape {tuple(parameter.shape)} "
+            f"{parameter.dtype}: must be of its dtype (or of its grad_dtype), dense or sparse COO; convert it"
+        )
+
+
+def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
+
+
+def _is(parameter: Tensor, layout: torch.layout) -> bool:
+    return parameter.grad is not None and parameter.grad.layout is layout
+
+
+def _alike(parameter: Tensor, sparse: bool) -> Tensor:
+    """The gradient as all ranks can sum it: sparse where none is dense, in the memory format that all have."""
+    grad = parameter.grad
+    if grad is None:
+        rows = torch.zeros(1, 0, dtype=torch.int64, device=parameter.device)
+        dtype = _gradient_dtype(parameter)
+        if sparse:
+            return torch.sparse_coo_tensor(
+                rows, parameter.new_zeros(0, *parameter.shape[1:], dtype=dtype), parameter.shape
+            )
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+    if sparse:
+        return grad
+    return grad.to_dense() if grad.is_sparse else grad.contiguous()
 
 
 def announce(what: str, group: Group, number: Tensor, *, wait: bool = False) -> Tensor:

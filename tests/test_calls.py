@@ -409,3 +409,25 @@ def test_a_failure_in_a_loopback_world_is_one_on_all_ranks() -> None:
 
     for rank, texts in enumerate(Loopback(3, timeout=20).run(one_rank)):
         assert all("softcap=-1.0" in text and (rank == 1 or "rank 1 refused" in text) for text in texts)
+
+
+def change_in_place(rank: int, _: int) -> list[str]:
+    """What rank 1 keeps for backward is not what it was."""
+    cp = ra.ContextParallel(shared_memory(), S)
+    leaves = [cp.shard(x).requires_grad_() for x in inputs_of(1)[:3]]
+    changed = leaves[0] * 1
+    out = ra.attention(changed, *leaves[1:], cp=cp)
+    if rank == 1:
+        changed.detach().add_(1)
+        changed.add_(1)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        out.sum().backward()
+    assert time.monotonic() - start < 2.0
+    return [str(caught.value), step(cp, 2)]
+
+
+def test_what_backward_cannot_have_on_one_rank_is_told_to_all() -> None:
+    for rank, (text, after) in enumerate(run_processes(change_in_place, 3)):
+        assert "inplace operation" in text and after == "right", text
+        assert rank == 1 or "rank 1 failed" in text, text

@@ -1,5 +1,6 @@
 """Bad input: a clear error with the value, the rule and the remedy, before anything moves."""
 
+import numpy as np
 import pytest
 import torch
 from test_ring import Rank
@@ -232,3 +233,18 @@ def test_plans_and_trainings_that_differ_are_named():
 def test_an_empty_batch_moves_nothing_and_needs_no_room():
     cp = ra.ContextParallel(None, 8, options=ra.Options(kv_bytes=100))
     assert ra.attention(*qkv(batch=0), cp=cp).shape == (0, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        (np.array([[0, 0, 4, 1]]), "a span ends at position 3, but the shards hold 4 in all, and the sequence 8"),
+        (np.array([[0, 0, 4, 1], [1, 0, 4, 1]]), "position 0 is held 2 times"),
+        (np.array([[1, 0, 4, 1], [0, 4, 4, 1]]), "ranks must rise"),
+        (np.array([[0, 0, 4, 1], [2, 4, 4, 1]]), "ranks must rise"),
+        ("y", "must be int64"),
+    ],
+)
+def test_a_layout_made_by_hand_is_looked_at(table, text):
+    with pytest.raises(ValueError, match=text):
+        ra.ContextParallel(Rank(0, 2), 8, layout=ra.Layout("x", 8, 2, table))

@@ -347,6 +347,9 @@ def sum_apart(rank: int, world: int) -> list[tuple[str, str, float]]:
         "steps=0": lambda: meter.read(0 if odd else 1),
         "value is a list": lambda: sum_over([1.0] if odd else torch.ones(()), group),
         "chunks=0": lambda: linear_token_mean(logits, torch.nn.Identity(), labels, group=group, chunks=0 if odd else 1),
+        "a label of 99": lambda: linear_token_mean(
+            logits, torch.nn.Identity(), torch.full_like(labels, 99) if odd else labels, group=group
+        ),
         "is an int": lambda: ra.loss.sum_gradients([7] if odd else parameters(3), group),
         "sum_over() of (4,)": lambda: sum_over(torch.ones(4 if odd else 2), group),
         "float16": lambda: sum_over(torch.ones(4, dtype=torch.float16 if odd else torch.float32), group),
@@ -389,3 +392,44 @@ def sum_some_gradients(rank: int, world: int) -> list[list[float] | None]:
     parameters[1].grad = torch.tensor([2.0]) if rank == 2 else None
     ra.loss.sum_gradients(parameters, dist.group.WORLD)
     return [None if p.grad is None else p.grad.tolist() for p in parameters]
+
+
+def sum_odd_gradients(rank: int, world: int) -> list[list[float]]:
+    """Of ranks that hold equal tensors in other memory formats: transposed, expanded, sparse."""
+    group, numbers = dist.group.WORLD, torch.arange(12.0).view(3, 4)
+    other = numbers.t().contiguous().t() if rank else numbers
+    transposed, expanded = torch.nn.Parameter(other), torch.nn.Parameter(torch.zeros(3, 4))
+    (transposed * numbers).sum().backward()
+    expanded.grad = torch.ones(1, 4).expand(3, 4)
+    tables = [torch.nn.Embedding(3, 2, sparse=sparse) for sparse in (True, True, rank == 0)]
+    for table in tables[:1] if rank else tables:
+        table(torch.tensor([0, 2])).sum().backward()
+    tables[2](torch.tensor([1])).sum().backward()
+    ra.loss.sum_gradients([transposed, expanded, *(table.weight for table in tables)], group)
+    found = [sum_over(other, group), transposed.grad, expanded.grad, *(table.weight.grad for table in tables)]
+    assert found[3].is_sparse and found[4].is_sparse and not found[5].is_sparse
+    return [x.to_dense().flatten().tolist() for x in found]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_sums_are_of_numbers_and_not_of_memory(world):
+    numbers = [float(world * i) for i in range(12)]
+    rows = [[float(world)] * 2 + [0.0] * 2 + [float(world)] * 2, [1.0] * 2 + [0.0] * 2 + [1.0] * 2]
+    mixed = [1.0] * 2 + [float(world)] * 2 + [1.0] * 2
+    want = [numbers, numbers, [float(world)] * 12, *rows, mixed]
+    assert run_processes(sum_odd_gradients, world) == [want] * world
+
+
+def sum_another_dtype(rank: int, world: int) -> str:
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    if rank:
+        parameter.grad_dtype = None  # any
+    parameter.grad = torch.zeros(2, dtype=torch.float32 if rank else torch.bfloat16)
+    with pytest.raises(ValueError) as raised:
+        ra.loss.sum_gradients([parameter], dist.group.WORLD)
+    return str(raised.value)
+
+
+def test_a_gradient_of_another_dtype_is_refused_by_all():
+    told, own = run_processes(sum_another_dtype, 2)
+    assert "another rank refused" in told and "must be of its dtype" in own

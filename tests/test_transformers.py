@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_models import FAMILIES, VOCABULARY, WINDOW, build, configs
 from torch import Tensor, nn
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import ringattn
 from ringattn.integrations.transformers import Ring, ShardingCollator, masks_of, register, shard_batch
@@ -409,3 +410,15 @@ def test_a_collator_works_without_the_group() -> None:
     labels = torch.cat([part["shift_labels"] for part in parts], 1)
     assert (labels == IGNORED).sum() == 3  # one a row, however many shards
     assert sum(p["input_ids"].shape[1] for p in parts) == SEQLEN
+
+
+def test_a_model_that_attends_by_itself_is_refused() -> None:
+    def attend_alone(transport: Any) -> str:
+        config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512)
+        model, cp = OpenAIGPTLMHeadModel(config), ringattn.ContextParallel(transport, SEQLEN)
+        register(cp, model)
+        with pytest.raises(NotImplementedError) as caught:
+            model(**shard_batch(cp, {"input_ids": tokens()}))
+        return str(caught.value)
+
+    assert all("computes its attention itself" in text for text in ringattn.Loopback(2).run(attend_alone))

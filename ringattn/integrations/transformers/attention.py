@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -178,4 +179,22 @@ def register(
     else:
         registered.bind(model, ring)
         model.set_attn_implementation(name)  # type: ignore[operator]
+        _expect_attention(model, ring)
     return ring
+
+
+def _expect_attention(model: nn.Module, ring: Ring) -> None:
+    """Raises at the end of the model's first forward if none of its layers has asked for attention."""
+
+    def check(*_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not ring.asked:
+            raise NotImplementedError(
+                f"{type(model).__name__} computes its attention itself, without asking Transformers' registry, so each "
+                "rank attended to its own shard alone: nothing of this result is right; take a model that supports "
+                "attn_implementation, or call ringattn.attention in its layers yourself"
+            )
+        handle.remove()
+
+    handle = model.register_forward_hook(check)

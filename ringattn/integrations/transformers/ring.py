@@ -63,6 +63,11 @@ class Ring:
         self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
         self._latest: tuple[Any, Batch] | None = None  # the cu_seq_lens tensor last seen, and its batch
 
+    @property
+    def asked(self) -> bool:
+        """Whether a layer has asked for attention since `cp` was taken."""
+        return bool(self._batches)
+
     def layer_seed(self, model: str, layer: int | None, dropout: float) -> int | None:
         """The seed of a layer's dropout."""
         if not dropout or self.seed is None:
