@@ -21,7 +21,7 @@ from launch.stopping import StopSignal
 BEAT = 0.5  # seconds between two signs of life
 GRACE = 3.0  # without one, once something has failed: six beats
 PATIENCE = 2 * GRACE  # without one, once the launcher wants this rank to stop
-TIMEOUT = 60.0  # until the config says otherwise
+TIMEOUT = 300.0  # until the config says otherwise
 
 LOST_CODE = 5  # exit code
 REFUSED, FAILED, LOST, DONE = "refused", "failed", "lost", "done"
