@@ -422,3 +422,11 @@ def test_a_model_that_attends_by_itself_is_refused() -> None:
         return str(caught.value)
 
     assert all("computes its attention itself" in text for text in ringattn.Loopback(2).run(attend_alone))
+
+
+def test_a_model_may_be_registered_again_before_its_first_forward() -> None:
+    model, cp = build(configs()["llama"]), ringattn.ContextParallel(None, SEQLEN)
+    register(cp, model)
+    ring = register(ringattn.ContextParallel(None, SEQLEN), model)
+    model(**shard_batch(cp, {"input_ids": tokens()}))
+    assert ring.asked

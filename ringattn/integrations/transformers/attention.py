@@ -101,6 +101,22 @@ class RingAttention:
         for module in model.modules():
             self.of_layer[module] = ring
 
+    def expect(self, model: nn.Module) -> None:
+        """Raises at the end of the model's first forward if none of its layers has asked for attention."""
+
+        def check(*_: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            if not self.of_layer[model].asked:  # the ring of its last registration
+                raise NotImplementedError(
+                    f"{type(model).__name__} computes its attention itself, without asking Transformers' registry, so "
+                    "each rank attended to its own shard alone: nothing of this result is right; take a model that "
+                    "supports attn_implementation, or call ringattn.attention in its layers yourself"
+                )
+            handle.remove()
+
+        handle = model.register_forward_hook(check)
+
 
 def refuse_others(model: str, others: dict[str, Any]) -> None:
     """Raises for an argument that is set and that attention here would have to drop."""
@@ -179,22 +195,5 @@ def register(
     else:
         registered.bind(model, ring)
         model.set_attn_implementation(name)  # type: ignore[operator]
-        _expect_attention(model, ring)
+        registered.expect(model)
     return ring
-
-
-def _expect_attention(model: nn.Module, ring: Ring) -> None:
-    """Raises at the end of the model's first forward if none of its layers has asked for attention."""
-
-    def check(*_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if not ring.asked:
-            raise NotImplementedError(
-                f"{type(model).__name__} computes its attention itself, without asking Transformers' registry, so each "
-                "rank attended to its own shard alone: nothing of this result is right; take a model that supports "
-                "attn_implementation, or call ringattn.attention in its layers yourself"
-            )
-        handle.remove()
-
-    handle = model.register_forward_hook(check)
