@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.comm import CallMismatch, Pending, Transport, agree
+from ringattn.comm import TORN, CallMismatch, Pending, Transport, agree
 from ringattn.version import VERSION
 
 REMEMBERED = 4096  # kinds of calls that the ranks have compared
@@ -113,6 +113,7 @@ class Link:
         if transport.world_size == 1:
             return
         log, known = transport.log, common.known.pop(signature, None)
+        log.check_process()
         if known is None:
             made = facts()
             if log.epoch and not log.number:
@@ -133,23 +134,27 @@ class Link:
                 raise
 
     def _resume(self) -> None:
-        """After a call that failed, the ranks go on if it was the same one for all: else some have done more of the
-        program than others, and what they would compute together next would not belong together. Where messages carry
-        no label, nothing may be left of the call that failed either: a transfer without its other end would meet the
-        next one.
+        """After a call that failed, the ranks go on if it was the same one for all, and their connections are whole:
+        else some have done more of the program than others, and what they would compute together next would not belong
+        together. Where messages carry no label, nothing may be left of the call that failed either: a transfer without
+        its other end would meet the next one.
         """
         log, blind = self.transport.log, self.transport.blind
         left = {"messages left of the call that failed": f"of {log.posted} batches"} if blind else {}
-        place = "another" if log.apart else "the same"
+        place, connections = "another" if log.apart else "the same", TORN if log.torn else "whole"
+        alike = {"calls made": str(log.made), "call that failed": place, "connections": connections, **left}
         try:
-            agree(self.transport, log.ballot(), {"calls made": str(log.made), "call that failed": place, **left})
+            agree(self.transport, log.ballot(), alike)
+            if log.torn:
+                raise CallMismatch(f"the connections between the ranks are {TORN}")
             if log.apart:
                 raise CallMismatch("the ranks were at calls of different kinds")
         except CallMismatch as error:
             group = "a new process group" if blind else "the group"
             log.lose(
-                f"{error}\nThe call that failed was not the same one on all ranks, so they are at different places of "
-                f"the program; make a new context of {group} where they meet again",
+                f"{error}\nThe ranks cannot go on after the call that failed, which was not the same one on all of "
+                f"them or tore what connects them; make a new context of {group} where they are at the same place of "
+                "the program again",
                 group=bool(blind),
             )
             raise CallMismatch(str(log.lost)) from None

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ringattn.arguments import integer, listed, shown
 from ringattn.context import ContextParallel
 from ringattn.masks import boundaries
-from ringattn.sums import Group, announce, sum_gradients, sum_over, told_to_all
+from ringattn.sums import Group, Part, add_up, check_group, sum_gradients, sum_over, taking_part
 from ringattn.tensors import FLOATS, plain
 
 MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
@@ -94,18 +94,21 @@ def count_targets(
         ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
             group, which would count this rank's part alone; a group this rank is not in.
     """
-    with told_to_all(group, labels):
+    with taking_part(group, labels) as part:
         _check_context(cp)
         if cp is not None and group is None and cp.world_size > 1:
             raise ValueError(
                 f"cp of {cp.world_size} ranks and no group: that would count the targets of this rank's part alone; "
                 "pass the group of data x context too"
             )
-        parts = [labels] if isinstance(labels, Tensor) else listed("labels", labels, "tensors")
-        if not parts or any(plain("labels", part).dtype != torch.int64 or not part.ndim for part in parts):
-            raise ValueError(f"labels of {[part.dtype for part in parts]}: must be int64, one tensor or several")
-        own = torch.stack([(_own(part, cp) != IGNORED).sum() for part in parts]).sum()
-    return announce("a count of targets", group, own)
+        return _counted([labels] if isinstance(labels, Tensor) else listed("labels", labels, "tensors"), cp, part)
+
+
+def _counted(labels: Sequence[Tensor], cp: ContextParallel | None, part: Part) -> Tensor:
+    if not labels or any(plain("labels", x).dtype != torch.int64 or not x.ndim for x in labels):
+        raise ValueError(f"labels of {[x.dtype for x in labels]}: must be int64, one tensor or several")
+    own = torch.stack([(_own(x, cp) != IGNORED).sum() for x in labels]).sum()
+    return part.sum("a count of targets", own, lambda total: total)
 
 
 def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Count = None) -> Tensor:
@@ -128,11 +131,11 @@ def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Co
             looking would wait for the device, and PyTorch's own assertion ends the process), or both ``group`` and
             ``count``.
     """
-    with told_to_all(group, labels):
+    with taking_part(group, labels) as part:
         _check_labels(labels, logits, "logits")
         count = _check_count(count, group)
         share = _sum(logits.flatten(0, -2), labels.flatten())
-    return share / _count(labels, group, count)
+        return share / _count(labels, count, part)
 
 
 def linear_token_mean(
@@ -167,7 +170,7 @@ def linear_token_mean(
     Raises:
         ValueError: as :func:`token_mean`, or ``chunks < 1``.
     """
-    with told_to_all(group, labels):
+    with taking_part(group, labels) as part:
         _check_labels(labels, hidden, "hidden")
         count = _check_count(count, group)
         if not callable(head):
@@ -179,7 +182,7 @@ def linear_token_mean(
 
         parts = zip(hidden.flatten(0, -2).tensor_split(chunks), labels.flatten().tensor_split(chunks), strict=True)
         share = torch.stack([checkpoint(total, rows, targets, use_reentrant=False) for rows, targets in parts]).sum()
-    return share / _count(labels, group, count)
+        return share / _count(labels, count, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +209,7 @@ class TokenMeter:
     """
 
     def __init__(self, group: Group = None) -> None:
+        check_group(group)
         self.group = group
         self._all, self._local, self._loss = 0, 0, torch.zeros(())
         self._since = time.perf_counter()
@@ -225,13 +229,13 @@ class TokenMeter:
 
     def read(self, steps: int = 1) -> Reading:
         """What was added since the last reading, ``steps`` optimizer steps ago; every rank must call it."""
-        with told_to_all(self.group, self._loss):
+        with taking_part(self.group, self._loss) as part:
             steps = integer("steps", steps, 1)
-        local = torch.tensor(self._local, device=self._loss.device)
-        tokens = int(announce("TokenMeter.read()", self.group, local, wait=True))
-        loss = float(sum_over(self._loss, self.group)) / steps
+            local, loss = torch.tensor(self._local, device=self._loss.device), self._loss.clone()
+            what = f"TokenMeter.read() on {loss.device.type} of {loss.dtype}"
+            tokens, loss = part.sum(what, local, lambda tokens: (tokens, add_up(loss, self.group)), wait=True)
         now = time.perf_counter()
-        reading = Reading(self._all + tokens, tokens / (now - self._since), loss)
+        reading = Reading(self._all + int(tokens), int(tokens) / (now - self._since), float(loss) / steps)
         self._all, self._local, self._loss, self._since = reading.tokens, 0, torch.zeros_like(self._loss), now
         return reading
 
@@ -279,10 +283,10 @@ def _check_count(count: Any, group: Group) -> Count:
     return count
 
 
-def _count(labels: Tensor, group: Group, count: Count) -> int | Tensor:
+def _count(labels: Tensor, count: Count, part: Part) -> int | Tensor:
     """What to divide by; at least 1, so that no targets give 0."""
     if count is None:
-        count = count_targets(labels, group)
+        count = _counted([labels], None, part)
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 

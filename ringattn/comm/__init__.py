@@ -1,7 +1,7 @@
 """Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing."""
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.calls import CallLog, CallMismatch, Kind, Label, PeerError, together, told
+from ringattn.comm.calls import TORN, CallLog, CallMismatch, Kind, Label, PeerError, together, told
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.meeting import Meeting
 from ringattn.comm.process_group import ProcessGroupTransport
@@ -9,6 +9,7 @@ from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
 from ringattn.comm.transport import Pending, Solo, Transport
 
 __all__ = [
+    "TORN",
     "CallLog",
     "CallMismatch",
     "Kind",

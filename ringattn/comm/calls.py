@@ -10,6 +10,7 @@ whose first act is an agreement; what is left of the epoch before is dropped by 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import zlib
 from collections import deque
@@ -18,11 +19,16 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from torch.utils.checkpoint import _StopRecomputationError
+
+from ringattn.shield import shield
+
 if TYPE_CHECKING:
     from ringattn.comm.transport import Transport
 
 LABEL_BYTES = 2048  # a label with its text
 RECENT = 64  # calls whose texts are kept
+TORN = "torn, by an exception in the middle of a transfer"
 
 
 class PeerError(RuntimeError):
@@ -96,13 +102,14 @@ class CallLog:
     others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements, ``posted`` the
     unlabelled batches of the call under way; ``current`` is the number of the call that this rank is in, begun or
     not; ``finished``: that it has done its part of that call. ``apart``: an epoch failed because ranks were at
-    different places of the program."""
+    different places of the program; ``torn``: a connection can move no more messages."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self._process = os.getpid()
         self.epoch = self.made = self.posted = 0
         self.labelled = True
-        self.apart = False
+        self.apart = self.torn = False
         self.lost: str | None = None  # why no call can be made any more
         self.group_lost = False  # nor one of another transport of the same group
         self._heard: dict[int, Label] = {}  # failures by epoch
@@ -114,6 +121,19 @@ class CallLog:
         self.broken = self.warned = self.finished = False
         self.text = "no call"
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
+
+    @property
+    def in_child(self) -> bool:
+        """Whether this is a copy in a process forked from the rank's."""
+        return os.getpid() != self._process
+
+    def check_process(self) -> None:
+        """Raises RuntimeError in a copy: calls are the rank's own."""
+        if self.in_child:
+            raise RuntimeError(
+                f"a call in process {os.getpid()}, a child of process {self._process}, which is rank {self.rank}: only "
+                "the process that has made a context can call it; a child (a DataLoader's worker) may shard"
+            )
 
     def lose(self, why: str, group: bool) -> None:
         """No call can be made from now on; the first reason counts."""
@@ -241,7 +261,7 @@ def together(transport: Transport, what: str) -> Iterator[None]:
         yield
         return
     log, before = transport.log, transport.log.made
-    try:
+    with _telling(transport, before), _telling(transport, before):  # two, for interrupts that come together
         log.approach(what)
         transport.check_open()
         if log.lost is not None:
@@ -250,9 +270,16 @@ def together(transport: Transport, what: str) -> Iterator[None]:
             log.renew()
             log.approach(what)
         yield
+
+
+@contextmanager
+def _telling(transport: Transport, made: int) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
-        if not log.finished:  # what comes after, as a recomputation that autograd stops, is no failure of the call
-            _tell(transport, error, before)
+        stopped = transport.log.finished and isinstance(error, _StopRecomputationError)
+        if not stopped:  # as activation checkpointing ends a forward of which it needs no more
+            _tell(transport, error, made)
         raise
 
 
@@ -273,10 +300,19 @@ def told(transport: Transport, what: str) -> Iterator[None]:
 def _tell(transport: Transport, error: BaseException, made: int) -> None:
     """Ends the epoch on this rank, where so many calls had been made before, and warns the others."""
     log = transport.log
-    log.broken = True
+    if log.in_child:
+        return
+
     log.apart |= getattr(error, "apart", False)
-    if not log.warned:
-        log.warned = True
-        log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
-        with suppress(Exception):  # the error itself matters more
-            transport.warn(log.failure(error))
+    if log.broken and log.warned:
+        return
+
+    def tell() -> None:
+        log.broken = True
+        if not log.warned:
+            log.warned = True
+            log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
+            with suppress(Exception):  # the error itself matters more
+                transport.warn(log.failure(error))
+
+    shield(tell)

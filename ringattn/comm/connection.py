@@ -12,19 +12,22 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from ringattn.comm.calls import LABEL_BYTES, CallLog, Label
+from ringattn.comm.calls import LABEL_BYTES, TORN, CallLog, Label, PeerError
 
 TENSORS_OF_A_NOTE = 1000  # notes must fit a socket's buffer
 CLOSED = "its connection is closed: the process has ended, dropped its context, or gave up waiting for this rank"
+P = ParamSpec("P")
+Result = TypeVar("Result")
 _NO_ARENA = -1  # in place of an arena's number
 
 
@@ -52,13 +55,30 @@ class _Arrival(NamedTuple):
     label: Label
 
 
+def _whole(step: Callable[Concatenate[Connection, P], Result]) -> Callable[Concatenate[Connection, P], Result]:
+    """A step after which both ends count alike: what is raised in the middle of it (by a signal's handler, at any
+    place) leaves the connection torn."""
+
+    @wraps(step)
+    def watched(self: Connection, *args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            return step(self, *args, **kwargs)
+        except BaseException:
+            self.torn = self._log.torn = True
+            raise
+
+    return watched
+
+
 class Connection:
     """Counts since its beginning: notes `sent` and of those `answered`, tensors `received`. `why` says why it is
-    closed, and `undelivered` that tensors for the peer were then lost; `stranger` is the label of a message of another
-    call than the one that was expected."""
+    closed, and `undelivered` that tensors for the peer were then lost; `torn`: the ends do not count alike any more, so
+    that only warnings are sent and taken in; `stranger` is the label of a message of another call than the one that was
+    expected."""
 
     def __init__(self, connection: socket.socket, log: CallLog) -> None:
         self.sent = self.answered = self.received = 0
+        self.torn = False
         self.why: str | None = None
         self.undelivered = False
         self.stranger: Label | None = None
@@ -75,20 +95,27 @@ class Connection:
         """Nothing more goes to this peer or comes from it, but for what has arrived."""
         if self.why is None:
             self.why = why
-            while self.outbox:
-                note = self.outbox.popleft()
-                self.undelivered |= note.mail
-                if note.handle is not None:
-                    os.close(note.handle)
+            self.undelivered |= any(note.mail for note in self.outbox)
+            self._empty()
             with suppress(OSError):
-                self.socket.shutdown(socket.SHUT_RDWR)  # also for children that have inherited it
+                if not self._log.in_child:
+                    self.socket.shutdown(socket.SHUT_RDWR)  # also for children that have inherited it
             self.socket.close()
 
     def __del__(self) -> None:
         self.close("dropped")
 
+    def _empty(self) -> None:
+        while self.outbox:
+            note = self.outbox.popleft()
+            if note.handle is not None:
+                os.close(note.handle)
+
+    @_whole
     def send(self, tensors: Sequence[Tensor], label: Label) -> None:
         """Copies tensors into arenas and tells the peer."""
+        if self.torn:
+            raise PeerError(f"a message of {label.text} on a connection that is {TORN}")
         self.read()  # answers free arenas
         packed = label.pack()
         for first in range(0, len(tensors), TENSORS_OF_A_NOTE):
@@ -109,9 +136,12 @@ class Connection:
 
     def warn(self, label: Label) -> None:
         """Tells the peer what concerns it without any tensors."""
+        if self.torn:  # what waits may have gone already
+            self._empty()
         self.outbox.append(_Note(_pack(_NO_ARENA) + label.pack()))
         self.flush()
 
+    @_whole
     def flush(self) -> None:
         """Sends the notes for which the socket has room."""
         while self.outbox and self.why is None:
@@ -148,6 +178,7 @@ class Connection:
         self._arenas[free[0]] = arena
         return free[0], handle
 
+    @_whole
     def expect(self, tensors: Sequence[Tensor], label: Label) -> int:
         """Queues tensors to be filled; how many will then have been received in all."""
         self._leave_old_epochs()
@@ -156,6 +187,7 @@ class Connection:
         self._deliver()
         return last
 
+    @_whole
     def read(self) -> None:
         """Takes in all notes that have come."""
         self._leave_old_epochs()
@@ -171,6 +203,8 @@ class Connection:
                 self.close(CLOSED)
                 return
             (number,) = _INTEGER.unpack_from(note)
+            if self.torn and number != _NO_ARENA:
+                continue
             if len(note) == _INTEGER.size:
                 self._arenas[number].busy = False
                 self.answered += 1
