@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from launch import checkpoint
 from launch.board import Attempt
 from launch.checkpoint import Saved
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 # the loss curve would break without a word; a Transformers config is compared by its text
 FIXED = ("model", "seqlen", "masks", "documents", "lengths", "recall", "seed")
-MARK = "job.json"
+MARK, LOCK = "job.json", ".lock"
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -37,9 +39,22 @@ def began_here(run: Path, attempt: Attempt) -> bool:
     return bool(attempt.restarts and mark == {"job": attempt.launch})
 
 
+def lock(run: Path) -> FileLock:
+    """Keeps `run` from other jobs, until this process ends. Raises ValueError if one has it. Nothing where the file
+    system knows no locks."""
+    run.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run / LOCK, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(f"another job is at work in {run}; wait for its end, or set --out") from None
+    except NotImplementedError:
+        print(f"{run} lies on a file system without locks: see that no other job writes there", flush=True)
+    return held
+
+
 def take_over(run: Path, attempt: Attempt) -> None:
     """Marks `run` as this job's."""
-    run.mkdir(parents=True, exist_ok=True)
     checkpoint.write_durably(run / MARK, json.dumps({"job": attempt.launch}).encode())
 
 

@@ -4,7 +4,7 @@ run ends or is stopped."""
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Job:
     """What a process knows, and has checked, before it talks to any other. `resume`: whether to go on from the newest
     whole checkpoint; `restarted`: because the launcher has begun this very job anew, in `attempt`. `progress` says
     which step and which position of the task's stream come next, `good` which checkpoints are known to be whole, the
-    newest last."""
+    newest last; `locks` keep other jobs away until the last step."""
 
     config: Config
     run: Path
@@ -43,6 +43,7 @@ class Job:
     task: Task
     language: Language
     good: list[Path] = field(default_factory=list)
+    locks: ExitStack = field(default_factory=ExitStack)
 
     def samples(self, world: World) -> list[Sample]:
         """The samples of the next step that the process's replica takes."""
@@ -173,6 +174,7 @@ def start(job: Job, world: World) -> Trainer:
 
 def begin(job: Job, afresh: bool) -> None:
     """Makes the run's directory this job's. From here on a restarted attempt goes on with what it finds there."""
+    job.locks.callback(resume.lock(job.run).release)
     if afresh:
         checkpoint.discard(job.run)
     resume.take_over(job.run, job.attempt)
@@ -182,7 +184,7 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     """Runs the remaining steps and saves. False if a signal ended the run early. Raises FloatingPointError,
     and saves nothing, once the loss is not a number."""
     config, world, progress = job.config, trainer.world, job.progress
-    with _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
+    with job.locks, _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
         before, asked = trainer.counters(), False
         if report and job.done:
             report.say(f"all steps were done before the restart: step {progress['step']}")

@@ -19,6 +19,7 @@ PAIRS = 1 << 62  # of queries and keys, q_len * kv_len: what int64 counts exactl
 MANY = 1 << 20  # bounds, positions or masks in one list: more take seconds to compare
 SEEDS = 1 << 62  # seeds are below: what fits an int64 with room for a mark
 SHORTEST, LONGEST = 1e-3, 1e6  # seconds of a deadline: what clocks tell apart, and what polls take in milliseconds
+WIDEST = 200  # characters of a value in a text
 
 _brief = reprlib.Repr()
 _brief.maxlong = _brief.maxstring = _brief.maxother = 120
@@ -99,13 +100,17 @@ def shown(value: object) -> str:
     """A value in a few words, however large it is."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"<an integer of {value.bit_length()} bits>"
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    try:
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    except RuntimeError:  # a nested tensor has none
+        return f"<{type(value).__name__}>"
     if shape is not None and dtype is not None and len(shape):
         return f"<{type(value).__name__} {tuple(shape)} {dtype}>"
     try:
-        return _brief.repr(value)
-    except ValueError:  # it holds an integer that has too many digits to be written
+        text = _brief.repr(value)
+    except (ValueError, RuntimeError):  # an integer of too many digits in it, or a tensor that cannot be written
         return f"<{type(value).__name__}>"
+    return text if len(text) <= WIDEST else f"{text[:WIDEST]}..."
 
 
 def _no_bool(value: object) -> object:

@@ -123,7 +123,7 @@ def _attend(
 def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:
     one_device = len({t.device for t in (q, k, v) if isinstance(t, Tensor)}) == 1  # else that is what is said of them
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if one_device or not isinstance(t, Tensor):
+        if one_device or not isinstance(t, Tensor) or t.is_meta:
             plain(name, t)
     if sinks is not None:
         plain("sinks", sinks)
@@ -156,7 +156,7 @@ def _check_scale(scale: Any) -> float:
         if plain("scale", scale).numel() != 1 or scale.dtype == torch.bool:
             raise ValueError(f"scale={shown(scale)}: must be one number; None is head_dim ** -0.5")
         scale = scale.item()
-    if isinstance(scale, (float, int)) and not math.isfinite(scale):
+    if isinstance(scale, float) and not math.isfinite(scale):
         raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
     hint = ", and where it is not 0 at least 2**-40 either way; None is head_dim ** -0.5"
     scale = number("scale", scale, -GREATEST, GREATEST, hint, also=SYMBOLS)

@@ -112,17 +112,17 @@ class Mask:
         import torch  # here alone: geometry itself never needs torch
 
         bound = self.bind(q_len, kv_len, q_offset)
-        if q_len * kv_len > DENSE:
+        if bound.q_len * bound.kv_len > DENSE:
             raise ValueError(
                 f"q_len={q_len} times kv_len={kv_len}: a dense mask takes as many bytes, at most {DENSE} (2**34); "
                 "take fewer queries, or area() and bind().bands()"
             )
-        out = np.zeros((q_len, kv_len), bool)
+        out = np.zeros((bound.q_len, bound.kv_len), bool)
         bands = regular(bound.whole)
         for row in bands.data:
             q, k = _positions(bands, row, Q_AXIS), _positions(bands, row, K_AXIS)
             diagonal = k[None, :] - q[:, None]
-            out[np.ix_(q - q_offset, k)] |= (diagonal >= row[LO]) & (diagonal <= row[HI])
+            out[np.ix_(q - bound.q_offset, k)] |= (diagonal >= row[LO]) & (diagonal <= row[HI])
         return torch.from_numpy(out)
 
 

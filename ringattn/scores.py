@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringattn.arguments import shown
-from ringattn.tensors import plain
+from ringattn.tensors import FLOATS, plain
 from ringattn.tiles import Rows
 
 Window = tuple[int | None, int | None]
@@ -77,7 +77,9 @@ def alibi(slopes: Tensor | Sequence[float]) -> Rule:
             made = torch.as_tensor(slopes, dtype=torch.float64)
     except (TypeError, RuntimeError, ValueError, OverflowError):
         raise ValueError(f"alibi slopes={shown(slopes)}: must be one finite number for each query head") from None
-    if plain("alibi slopes", made).is_complex() or made.dtype == torch.bool:
+    if plain("alibi slopes", made).is_floating_point() and made.dtype not in FLOATS:
+        raise ValueError(f"alibi slopes are {made.dtype}: must be float16, bfloat16, float32 or float64, or integers")
+    if made.is_complex() or made.dtype == torch.bool:
         raise ValueError(f"alibi slopes are {made.dtype}: must be real numbers")
     made = made.to(torch.promote_types(made.dtype, torch.float32))
     fine = torch.compiler.is_compiling() or bool((made.abs() <= GREATEST).all())  # values are no matter of a graph

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.arguments import shown
 from ringattn.comm import together
 from ringattn.layouts import Frame, Layout
 from ringattn.link import Link
@@ -24,7 +25,7 @@ def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str, grad: str)
     with together(link.transport, "shard"):
         at = dim_of(plain("x", x), dim)
         if grad not in GRADIENTS:
-            raise ValueError(f"grad={grad!r}: must be one of {', '.join(GRADIENTS)}")
+            raise ValueError(f"grad={shown(grad)}: must be one of {', '.join(GRADIENTS)}")
         if x.size(at) != layout.seqlen:
             raise ValueError(f"x.size({dim})={x.size(at)} but {name}={layout.seqlen}: shard() takes the whole sequence")
         return _Shard.apply(x, link, layout, at, grad)

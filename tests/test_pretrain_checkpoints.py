@@ -487,6 +487,18 @@ def test_a_name_stays_in_the_output_directory(tmp_path: Path, monkeypatch: pytes
     assert outside.exists() and not list((tmp_path / "a" / "b").iterdir())
 
 
+@pytest.mark.parametrize("go_on", [True, False])
+def test_two_jobs_in_one_place_are_refused(go_on: bool, saved_run: tuple[Any, Path]) -> None:
+    config, run = saved_run
+    held = resume.lock(run)  # as a job does
+    job = prepare(config, run, go_on, overwrite=not go_on)
+    with pytest.raises(ValueError, match=r"another job is at work in .*; wait for its end, or set --out"):
+        start(job, world_of(0, 1))
+    assert names(run) == ["step-00000004", "step-00000005"]
+    held.release()
+    start(job, world_of(0, 1))
+
+
 def test_overwrite_removes_checkpoints_and_nothing_else(saved_run: tuple[Any, Path]) -> None:
     config, run = saved_run
     (run / "checkpoint" / "thesis").mkdir()
