@@ -43,5 +43,17 @@ def main(
     sys.exit(perform(Request(config, tuple(data or ()), out, resume, overwrite, model, given, check), stop))
 
 
+def run() -> None:
+    """The command. What its arguments are refused for is said once, however many ranks there are."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's, whatever module its classes live in
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error.format_message()}; --help lists all options", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    run()

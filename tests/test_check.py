@@ -157,7 +157,7 @@ def test_hugging_face_faults_are_named(name, layer, words):
         ("raises_on_one", "this rank is out of luck"),
         ("dies_on_one", "rank 1 of 2: the process died"),
         ("not_a_model", "must be an nn.Module"),
-        ("nosuch", "has no function 'nosuch'"),
+        ("nosuch", "^--model planted:nosuch: planted has no function 'nosuch'"),
     ],
 )
 def test_a_failing_rank_is_told_and_nothing_is_left(name, words):

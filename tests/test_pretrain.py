@@ -495,12 +495,15 @@ def test_interrupt_saves_and_leaves_no_process(tmp_path: Path, text: Path) -> No
 
 
 @pytest.mark.slow
-def test_bad_input_is_said_once_however_many_ranks_there_are(tmp_path: Path) -> None:
-    command = torchrun("-m", "launch.pretrain", "--data", tmp_path / "missing.txt", "--out", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--data", "missing.txt"], "missing.txt' does not exist"), (["--stepz", "3"], "--steps")]
+)
+def test_bad_input_is_said_once_however_many_ranks_there_are(arguments: list[str], words: str, tmp_path: Path) -> None:
+    command = torchrun("-m", "launch.pretrain", *arguments, "--out", tmp_path / "run")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "missing.txt' does not exist" in said[0]
+    assert len(said) == 1 and words in said[0]
 
 
 @pytest.mark.slow

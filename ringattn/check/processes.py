@@ -73,12 +73,12 @@ def _collect(readers: Sequence[Connection], timeout: float) -> list[Any]:
             assert isinstance(reader, Connection)
             rank = waiting.pop(reader)
             try:
-                results[rank], failure = pickle.loads(reader.recv_bytes())
+                results[rank], failure, theirs = pickle.loads(reader.recv_bytes())
             except EOFError:
-                failure = "the process died without a word: killed, or out of memory"
+                theirs, failure = False, "the process died without a word: killed, or out of memory"
             if failure is not None:
-                who = f"rank {rank} of {len(readers)}" if len(readers) > 1 else "on one process"
-                raise CheckError(f"{who}: {failure}")
+                who = f"rank {rank} of {len(readers)}: " if len(readers) > 1 else "on one process: "
+                raise CheckError(failure if theirs else who + failure)
     return results
 
 
@@ -90,13 +90,13 @@ def _child(rank: int, world_size: int, port: int, pipe: Connection, timeout: flo
         fn, args = pickle.loads(call)
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=deadline)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=deadline)
-        answer = pickle.dumps((fn(rank, world_size, *args), None))
+        answer = pickle.dumps((fn(rank, world_size, *args), None, False))
         dist.destroy_process_group()
         pipe.send_bytes(answer)
     except SubjectError as error:
-        pipe.send_bytes(pickle.dumps((None, str(error))))
+        pipe.send_bytes(pickle.dumps((None, str(error), True)))
     except BaseException as error:
-        pipe.send_bytes(pickle.dumps((None, _in_short(error))))
+        pipe.send_bytes(pickle.dumps((None, _in_short(error), False)))
     os._exit(0)  # a group with a failed peer, or what the model started, may not come down cleanly
 
 

@@ -74,8 +74,8 @@ def mask_function(
 def _check_cache(model: str, q_offset: Any) -> None:
     if not isinstance(q_offset, int) or q_offset:
         raise NotImplementedError(
-            f"{model}: a KV cache of earlier tokens (q_offset={q_offset}); sharded attention computes whole sequences, "
-            "so pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
+            f"{model}: a KV cache of earlier tokens (q_offset={q_offset}), as generate() keeps; sharded attention "
+            "computes whole sequences, so pass use_cache=False, and decode after model.set_attn_implementation('sdpa')"
         )
 
 
