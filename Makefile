@@ -42,8 +42,8 @@ pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--
 test: $(SETUP) ## the tests, without the slow ones, in two processes: WORKERS=2
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-slow: $(SETUP) ## the slow tests alone, one by one
-	$(PYTHON) -m pytest --run-slow -m slow $(ARGS)
+test-slow: $(SETUP) ## the slow tests alone, in two processes too
+	$(PYTHON) -m pytest --run-slow -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: test test-slow ## all tests
 

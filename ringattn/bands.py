@@ -29,7 +29,7 @@ Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
 Q_AXIS = (Q0, QN, QS, QSET)
 K_AXIS = (K0, KN, KS, KSET)
 ANY = 0  # the set that holds every position
-COMPARED = 1 << 24  # pairs of bands that one operation may look at: 1 GB
+COMPARED = 1 << 22  # pairs of bands that one operation may look at: seconds, and 256 MB
 
 
 class TooManyPieces(ValueError):
@@ -44,7 +44,7 @@ def at_most(count: int) -> None:
 
 def _compare_at_most(count: int) -> None:
     if count > COMPARED:
-        raise TooManyPieces(f"{count:,} pairs of pieces to compare (at most {COMPARED:,}, 2**24)")
+        raise TooManyPieces(f"{count:,} pairs of pieces to compare (at most {COMPARED:,}, 2**22)")
 
 
 @dataclass(frozen=True)

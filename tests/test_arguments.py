@@ -91,6 +91,12 @@ def test_enormous_arguments_do_not_hang(mask: ra.Mask) -> None:
     assert out.isfinite().all() and time.monotonic() - start < 2.0
 
 
+def test_a_mask_that_would_take_many_comparisons_is_refused() -> None:
+    mask = ra.chunked(6517246) & (ra.strided(2165) - ra.strided(19))
+    with pytest.raises(ValueError, match=r"14,856,233 pairs of pieces to compare \(at most .*fewer or larger"):
+        ra.ContextParallel(None, 5_700_000, mask=mask)
+
+
 def test_many_strides_are_counted() -> None:
     start, n, stride = time.monotonic(), 1 << 20, 10**5
     classes = [len(range(first, n, stride)) for first in range(stride)]
