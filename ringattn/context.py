@@ -26,6 +26,7 @@ from ringattn.masks import Mask, causal
 from ringattn.plan import Plan
 from ringattn.program import Program
 from ringattn.sharding import position_ids, shard, unshard
+from ringattn.shield import shield
 
 DEADLINE = 300.0  # seconds
 STACK = 1024  # masks of one context
@@ -245,11 +246,34 @@ def _link(group_or_mesh: Group, given: dict[str, Any]) -> Link:
         options = _checked(given)["options"]
         return Link(Solo(options.timeout or DEADLINE), options.compare_every)
     if isinstance(group, dist.ProcessGroup):
-        with Meeting(group) as meeting:
-            options = _checked(given)["options"]  # what does not fit says so before anything is sent
-            return Link(meeting.transport(options.timeout or DEADLINE), options.compare_every)
+        return _meet(group, given)
     with told(group, "a new context"):
         return Link(group, _checked(given)["options"].compare_every)
+
+
+def _meet(group: dist.ProcessGroup, given: dict[str, Any]) -> Link:
+    """The link that all ranks of a group make, or none."""
+    meetings: list[Meeting] = []
+    links: list[Link] = []
+
+    def meet() -> None:
+        with Meeting(group) as meeting:
+            meetings.append(meeting)
+            options = _checked(given)["options"]  # what does not fit says so before anything is sent
+            links.append(Link(meeting.transport(options.timeout or DEADLINE), options.compare_every))
+
+    def stop() -> None:
+        for meeting in meetings:
+            meeting.give_up()
+
+    try:
+        shield(meet, stop)
+    except BaseException:
+        for link in links:  # the others have theirs already
+            with told(link.transport, "a new context"):
+                raise
+        raise
+    return links[0]
 
 
 def _group(group: Group) -> dist.ProcessGroup | Transport | None:

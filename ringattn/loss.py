@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ringattn.arguments import integer, listed, shown
 from ringattn.context import ContextParallel
 from ringattn.masks import boundaries
-from ringattn.sums import Group, Part, add_up, check_group, sum_gradients, sum_over, taking_part
+from ringattn.sums import Group, Part, add_up, check_group, sum_gradients, sum_over
 from ringattn.tensors import FLOATS, plain
 
 MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
@@ -94,7 +94,7 @@ def count_targets(
         ValueError: labels that are not int64, or with ``cp`` of another length; ``cp`` of several ranks without a
             group, which would count this rank's part alone; a group this rank is not in.
     """
-    with taking_part(group, labels) as part:
+    with Part(group, labels) as part:
         _check_context(cp)
         if cp is not None and group is None and cp.world_size > 1:
             raise ValueError(
@@ -131,7 +131,7 @@ def token_mean(logits: Tensor, labels: Tensor, *, group: Group = None, count: Co
             looking would wait for the device, and PyTorch's own assertion ends the process), or both ``group`` and
             ``count``.
     """
-    with taking_part(group, labels) as part:
+    with Part(group, labels) as part:
         _check_labels(labels, logits, "logits")
         count = _check_count(count, group)
         share = _sum(logits.flatten(0, -2), labels.flatten())
@@ -170,7 +170,7 @@ def linear_token_mean(
     Raises:
         ValueError: as :func:`token_mean`, or ``chunks < 1``.
     """
-    with taking_part(group, labels) as part:
+    with Part(group, labels) as part:
         _check_labels(labels, hidden, "hidden")
         count = _check_count(count, group)
         if not callable(head):
@@ -229,13 +229,16 @@ class TokenMeter:
 
     def read(self, steps: int = 1) -> Reading:
         """What was added since the last reading, ``steps`` optimizer steps ago; every rank must call it."""
-        with taking_part(self.group, self._loss) as part:
+        with Part(self.group, self._loss) as part:
             steps = integer("steps", steps, 1)
-            local, loss = torch.tensor(self._local, device=self._loss.device), self._loss.clone()
-            what = f"TokenMeter.read() on {loss.device.type} of {loss.dtype}"
-            tokens, loss = part.sum(what, local, lambda tokens: (tokens, add_up(loss, self.group)), wait=True)
-        now = time.perf_counter()
-        reading = Reading(self._all + int(tokens), int(tokens) / (now - self._since), float(loss) / steps)
+            what = f"TokenMeter.read({steps}) on {self._loss.device.type} of {self._loss.dtype}"
+            local = torch.tensor(self._local, device=self._loss.device)
+            return part.sum(what, local, lambda tokens: self._begin_anew(int(tokens), steps), wait=True)
+
+    def _begin_anew(self, tokens: int, steps: int) -> Reading:
+        """What was added, in so many tokens on all ranks, which counts for the next reading no more."""
+        loss, now = float(add_up(self._loss.clone(), self.group)) / steps, time.perf_counter()
+        reading = Reading(self._all + tokens, tokens / (now - self._since), loss)
         self._all, self._local, self._loss, self._since = reading.tokens, 0, torch.zeros_like(self._loss), now
         return reading
 

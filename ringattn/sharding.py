@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringattn.arguments import shown
-from ringattn.comm import together
+from ringattn.comm import together, told
 from ringattn.layouts import Frame, Layout
 from ringattn.link import Link
 from ringattn.tensors import dim_of, plain
@@ -22,7 +22,7 @@ GRADIENTS = ("whole", "share")
 
 def shard(link: Link, layout: Layout, x: Tensor, dim: int, name: str, grad: str) -> Tensor:
     """This rank's part of ``x`` along ``dim``; ``name`` is the length in error texts."""
-    with together(link.transport, "shard"):
+    with told(link.transport, "shard"):
         at = dim_of(plain("x", x), dim)
         if grad not in GRADIENTS:
             raise ValueError(f"grad={shown(grad)}: must be one of {', '.join(GRADIENTS)}")

@@ -13,15 +13,16 @@ import torch
 Result = TypeVar("Result")
 
 
-def shield(work: Callable[[], Result]) -> Result:
+def shield(work: Callable[[], Result], stop: Callable[[], None] = lambda: None) -> Result:
     """Does ``work``, in the same modes and on the same CUDA stream, and returns or raises what it does. What a signal's
-    handler raises in the meantime (Ctrl-C, a time limit of the user's) is raised when it is done.
+    handler raises in the meantime (Ctrl-C, a time limit of the user's) is raised when it is done; ``stop`` is called
+    then, and may make the work's end come soon.
 
     Handlers are called in the main thread alone, between any two steps of Python. So the work is done in another.
     """
     if torch.compiler.is_compiling() or get_ident() != main_thread().ident:
         return work()
-    task = _Task(work)
+    task = _Task(work, stop)
     interrupts: list[BaseException] = []
     while not task.outcome:
         try:
@@ -39,8 +40,9 @@ def shield(work: Callable[[], Result]) -> Result:
 class _Task:
     """Work that one thread does, once."""
 
-    def __init__(self, work: Callable[[], Result]) -> None:
+    def __init__(self, work: Callable[[], Result], stop: Callable[[], None]) -> None:
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self.stop = stop
         self.work, self.modes = work, _as_in(torch.is_inference_mode_enabled(), torch.is_grad_enabled(), stream)
         self.outcome: list[tuple[object, BaseException | None]] = []
         self._begun, self._done = Lock(), Lock()
@@ -52,11 +54,14 @@ class _Task:
             try:
                 try:
                     _thread.start_new_thread(self.run, ())  # of a Thread's steps in Python, handlers could stop some
-                except RuntimeError:
+                except RuntimeError as error:
+                    if "can't start new thread" not in str(error):
+                        raise
                     self.run()
                 self._done.acquire()
             except BaseException as error:
                 interrupts.append(error)
+                self.stop()
 
     def run(self) -> None:
         """Does it, if nobody has begun to."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ringattn.arguments import listed, shown
+from ringattn.forks import check_own
 from ringattn.shield import shield
 from ringattn.tensors import plain
 
@@ -38,7 +40,7 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
     The device must be one whose tensors the group moves. Raises ``ValueError`` for a group this rank is not in, and
     where ranks differ in shape or dtype (on a GPU, which would have to be waited for, by PyTorch's own assertion).
     """
-    with taking_part(group, value) as part:
+    with Part(group, value) as part:
         plain("value", value)
         what = f"sum_over() of {tuple(value.shape)} {value.dtype} on {value.device.type}"
         copy = value.detach().clone(memory_format=torch.contiguous_format)
@@ -51,8 +53,8 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: I
     optimizer where no wrapper (DDP, FSDP) does.
 
     Args:
-        parameters: the same on all ranks; those without a gradient on some ranks count as zero there, those without
-            one on all ranks stay without.
+        parameters: the same on all ranks, in the same order; each counts once. Those without a gradient on some ranks
+            count as zero there, those without one on all ranks stay without.
         group: data x context (see :mod:`ringattn.loss`).
         whole: parameters whose gradient is whole on every rank of the context already, since they went through
             ``cp.shard(x)`` and nowhere else; these are left alone. (``cp.shard(x, grad="share")`` gives a share.)
@@ -61,76 +63,126 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: I
         ValueError: a parameter of FSDP or tensor parallel layers, which sum their own, or ranks whose parameters differ
             (in number, shape or dtype, or in which of them require a gradient).
     """
-    with taking_part(group) as part:
-        alone = {id(parameter) for parameter in _parameters("whole", whole)}
-        shared = [p for p in _parameters("parameters", parameters) if p.requires_grad and id(p) not in alone]
-        for parameter in shared:
-            if isinstance(parameter, DTensor):
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum "
-                    "the gradients of their parameters themselves; leave these out"
-                )
-            _check_gradient(parameter)
+    with Part(group) as part:
+        given, left = _parameters("parameters", parameters), _parameters("whole", whole)
+        alone = {id(parameter) for parameter in left}
+        shared = [p for p in given if p.requires_grad and id(p) not in alone]
+        _check_gradients(shared)
         nothing = torch.zeros((), device=shared[0].device if shared else device_of(group))
-        sizes = [(*p.shape, _gradient_dtype(p), p.device.type) for p in shared]
-        what = f"sum_gradients() of {len(sizes)} parameters {sizes}"
+        kinds = [(*p.shape, p.dtype, p.device.type, p.requires_grad, id(p) in alone) for p in given]
+        what = f"sum_gradients() of {len(shared)} parameters, of {len(given)} given: {kinds}"
         part.sum(what, nothing, lambda _: _sum_gradients(shared, group), wait=True)
 
 
 def _parameters(name: str, given: Iterable[Tensor]) -> list[Tensor]:
-    return [plain(name, parameter) for parameter in listed(name, given, "parameters", PARAMETERS)]
+    """Each once, in the order given."""
+    if isinstance(given, Set):
+        raise ValueError(f"{name} is a set: must be in an order that is the same on all ranks; pass a list")
+    found = [plain(name, parameter) for parameter in listed(name, given, "parameters", PARAMETERS)]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def _sum_gradients(shared: list[Tensor], group: Group) -> None:
+    """Adds them up once every rank has its own as all can sum them."""
     if group is None or not shared:
         return
-    held = torch.tensor([[_is(p, torch.strided), _is(p, torch.sparse_coo)] for p in shared], dtype=torch.int32)
-    for parameter, (dense, sparse) in zip(shared, add_up(held.to(shared[0].device), group).tolist(), strict=True):
-        if dense or sparse:
-            parameter.grad = add_up(_alike(parameter, sparse=not dense), group)
+    forms = add_up(torch.tensor([_form(p) for p in shared]).to(shared[0].device), group).tolist()
+    made: dict[int, Tensor] = {}
+    with Part(group, shared[0]) as part:
+        for at, (parameter, form) in enumerate(zip(shared, forms, strict=True)):
+            if any(form):
+                made[at] = _alike(parameter, _sparse_dim(*form))
+        nothing = torch.zeros((), device=shared[0].device)
+        part.sum("gradients in one form", nothing, lambda _: [add_up(grad, group) for grad in made.values()], wait=True)
+    for at, grad in made.items():
+        shared[at].grad = grad
 
 
-def _check_gradient(parameter: Tensor) -> None:
-    """Raises ValueError for a gradient that could not be summed with those of other ranks."""
+def _form(parameter: Tensor) -> list[int]:
+    """Of a gradient, whether it is dense, and sparse, and the dims that it is sparse in, and their square."""
     grad = parameter.grad
     if grad is None:
-        return
-    if grad.layout not in (torch.strided, torch.sparse_coo) or grad.dtype != _gradient_dtype(parameter):
-        raise ValueError(
-            f"a gradient of {grad.dtype}, {grad.layout}, for a parameter of shape {tuple(parameter.shape)} "
-            f"{parameter.dtype}: must be of its dtype (or of its grad_dtype), dense or sparse COO; convert it"
-        )
+        return [0, 0, 0, 0]
+    return [0, 1, grad.sparse_dim(), grad.sparse_dim() ** 2] if grad.is_sparse else [1, 0, 0, 0]
+
+
+def _sparse_dim(dense: int, sparse: int, dims: int, squares: int) -> int:
+    """In how many dims the sum over all ranks is sparse; 0 where it is dense, as it is if they differ."""
+    return dims // sparse if not dense and sparse * squares == dims * dims else 0
+
+
+def _check_gradients(parameters: list[Tensor]) -> None:
+    """Raises ValueError for gradients that could not be summed with those of other ranks."""
+    begins: set[int] = set()
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum "
+                "the gradients of their parameters themselves; leave these out"
+            )
+        grad = parameter.grad
+        if grad is None:
+            continue
+        if grad.layout not in (torch.strided, torch.sparse_coo) or grad.dtype != _gradient_dtype(parameter):
+            raise ValueError(
+                f"a gradient of {grad.dtype}, {grad.layout}, for a parameter of shape {tuple(parameter.shape)} "
+                f"{parameter.dtype}: must be of its dtype (or of its grad_dtype), dense or sparse COO; convert it"
+            )
+        if grad.layout == torch.strided and grad.numel():
+            if grad.data_ptr() in begins:
+                raise ValueError(
+                    f"the gradient of a parameter of shape {tuple(parameter.shape)} lies in the memory of another's, "
+                    "and would be summed twice; clone one of them"
+                )
+            begins.add(grad.data_ptr())
 
 
 def _gradient_dtype(parameter: Tensor) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
-def _is(parameter: Tensor, layout: torch.layout) -> bool:
-    return parameter.grad is not None and parameter.grad.layout is layout
-
-
-def _alike(parameter: Tensor, sparse: bool) -> Tensor:
-    """The gradient as all ranks can sum it: sparse where none is dense, in the memory format that all have."""
-    grad = parameter.grad
+def _alike(parameter: Tensor, sparse_dim: int) -> Tensor:
+    """The gradient as all ranks can sum it: sparse in so many dims, or dense and in the memory format that all have."""
+    grad, dtype = parameter.grad, _gradient_dtype(parameter)
+    if grad is None and sparse_dim:
+        none = torch.zeros(sparse_dim, 0, dtype=torch.int64, device=parameter.device)
+        return torch.sparse_coo_tensor(
+            none, parameter.new_zeros(0, *parameter.shape[sparse_dim:], dtype=dtype), parameter.shape
+        )
     if grad is None:
-        rows = torch.zeros(1, 0, dtype=torch.int64, device=parameter.device)
-        dtype = _gradient_dtype(parameter)
-        if sparse:
-            return torch.sparse_coo_tensor(
-                rows, parameter.new_zeros(0, *parameter.shape[1:], dtype=dtype), parameter.shape
-            )
         return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-    if sparse:
+    if sparse_dim:
         return grad
-    return grad.to_dense() if grad.is_sparse else grad.contiguous()
+    return (grad.to_dense() if grad.is_sparse else grad).resolve_conj().resolve_neg().contiguous()
 
 
 class Part:
-    """What one rank does in a sum over ``group``; ``announced`` once its first message may be under way."""
+    """One rank's part of a sum over ``group``. What it raises before its first message, in the `with`, it tells the
+    others, over the device of the tensor ``on``. ``announced``: its first message, or that, may be under way."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, on: object = None) -> None:
         self.group, self.announced = group, False
+        self._on = on if isinstance(on, Tensor) and not on.is_meta else None
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            return
+        try:
+            shield(self._refuse)
+        except BaseException:  # a second interrupt, right after the first
+            shield(self._refuse)
+            raise
+
+    def _refuse(self) -> None:
+        if self.announced or not isinstance(self.group, (DeviceMesh, dist.ProcessGroup)):
+            return
+        self.announced = True
+        with suppress(RuntimeError):  # the error itself matters more
+            device = device_of(self.group) if self._on is None else self._on.device
+            add_up(torch.tensor([0, 1, 0, 0, 0, 0]).to(device), self.group)
 
     def sum(self, what: str, number: Tensor, then: Callable[[Tensor], Result], *, wait: bool = False) -> Result:
         """The first message, which compares over all ranks ``what`` they sum and sums up an integer with it, and
@@ -173,21 +225,6 @@ def _announce(what: str, group: Group, number: Tensor, wait: bool) -> Tensor:
     return total
 
 
-@contextmanager
-def taking_part(group: Group, on: object = None) -> Iterator[Part]:
-    """A rank that raises in here before its first message sends one that tells the others, over the device of the
-    tensor ``on``."""
-    part = Part(group)
-    try:
-        yield part
-    except BaseException:
-        if isinstance(group, (DeviceMesh, dist.ProcessGroup)) and not part.announced:
-            device = on.device if isinstance(on, Tensor) and on.device.type != "meta" else device_of(group)
-            with suppress(RuntimeError):  # the error itself matters more
-                shield(lambda: add_up(torch.tensor([0, 1, 0, 0, 0, 0]).to(device), group))
-        raise
-
-
 def device_of(group: Group) -> torch.device:
     """Where what a group sums lies, if nothing else says so."""
     if isinstance(group, DeviceMesh):
@@ -211,6 +248,7 @@ def check_group(group: object) -> None:
 
 def _axes(group: Group) -> list[dist.ProcessGroup]:
     check_group(group)
-    if isinstance(group, DeviceMesh):
-        return list(group.get_all_groups())
-    return [group] if group is not None else []
+    axes = list(group.get_all_groups()) if isinstance(group, DeviceMesh) else [] if group is None else [group]
+    for axis in axes:
+        check_own(axis)
+    return axes

@@ -83,7 +83,7 @@ class _Ballot:
         transport = self.transport
         if not self._decided_in_time():
             self._decide(lambda: json.dumps(("missing", self._missing(), False)))
-            transport.await_key(self.verdict, min(5.0, transport.timeout))
+            transport.await_key(self.verdict, min(5.0, transport.timeout or 5.0))
         verdict = transport.lookup(self.verdict)
         if verdict is None:
             raise PeerError(
@@ -109,6 +109,8 @@ class _Ballot:
     def _missing(self) -> str:
         absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.lookup(key) is None]
         late = name_ranks(absent) if absent else "the last rank"  # which came since
+        if not self.transport.timeout:
+            return f"call {self.call}: rank {self.transport.rank} was interrupted before {late} came"
         return (
             f"call {self.call}: {late} of {self.transport.world_size} did not come within "
             f"{self.transport.timeout} s; every rank must make the same calls in the same order, and be alive"

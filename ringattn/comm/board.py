@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ringattn.comm.calls import PeerError
+from ringattn.forks import check_own
 
 Answer = TypeVar("Answer")
 
@@ -40,6 +41,7 @@ class Board:
 
     Raises:
         ValueError: `group` is not a group of this rank's.
+        RuntimeError: it is that of the process that this one was forked from.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -49,6 +51,7 @@ class Board:
                 "init_process_group first, make the transport on the group's own ranks only, and of a "
                 "DeviceMesh take mesh.get_group()"
             )
+        check_own(group)
         self.rank: int = dist.get_rank(group)
         self.world_size: int = dist.get_world_size(group)
         self.name: str = group.group_name

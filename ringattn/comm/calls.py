@@ -14,9 +14,11 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import IntEnum
+from threading import get_ident, main_thread
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from torch.utils.checkpoint import _StopRecomputationError
@@ -107,6 +109,7 @@ class CallLog:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._process = os.getpid()
+        self._caller: int | None = None
         self.epoch = self.made = self.posted = 0
         self.labelled = True
         self.apart = self.torn = False
@@ -158,6 +161,12 @@ class CallLog:
     def approach(self, what: str) -> None:
         """This rank is at its next call, which has not begun yet."""
         self.text, self.current, self.finished = what, self.number + 1, False
+        self._caller = get_ident()
+
+    @property
+    def in_another_thread(self) -> bool:
+        """Whether this is neither the thread that makes the calls nor the main one."""
+        return self._caller is not None and get_ident() not in (self._caller, main_thread().ident)
 
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
@@ -182,14 +191,15 @@ class CallLog:
         mark = zlib.crc32(what.encode()) if self.number else 0
         return Label(self.epoch, self.number, self.chain, mark, self.rank, Kind.TENSORS, f"{what} of {self.text}")
 
-    def failure(self, error: BaseException) -> Label:
-        """What the others are told of an error; of one that this rank was told, the same."""
+    def failure(self, error: BaseException, what: str = "", number: int = 0) -> Label:
+        """What the others are told of an error in call ``number``, a ``what`` (the current one); of one that this rank
+        was told, the same."""
         if (heard := self._heard.get(self.epoch)) is not None:
             return heard
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
         kind = _APART if getattr(error, "apart", False) else kind
-        text = f"{kind}\n{self.text}\n{_text(error)}"
-        return Label(self.epoch, self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
+        text = f"{kind}\n{what or self.text}\n{_text(error)}"
+        return Label(self.epoch, number or self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
         """What the others are told by a rank that waits for them in an agreement."""
@@ -253,48 +263,69 @@ def _beside(one: Label, other: Label) -> str:
     return f"rank {one.rank} is at call {one.number} ({own:.600})"
 
 
-@contextmanager
-def together(transport: Transport, what: str) -> Iterator[None]:
+def together(transport: Transport, what: str) -> AbstractContextManager[object]:
     """What raises in here on one rank raises on all of them. The first to be entered after that begins an epoch.
     ``what`` names what has not begun yet in error texts."""
-    if transport.world_size == 1:
-        yield
-        return
-    log, before = transport.log, transport.log.made
-    with _telling(transport, before), _telling(transport, before):  # two, for interrupts that come together
-        log.approach(what)
-        transport.check_open()
+    return nullcontext() if transport.world_size == 1 else _Together(transport, what)
+
+
+class _Together:
+    """No generator: one that is dropped would raise in its `with`, and later."""
+
+    def __init__(self, transport: Transport, what: str) -> None:
+        self.transport, self.what, self.made = transport, what, transport.log.made
+
+    def __enter__(self) -> None:
+        try:
+            self._approach()
+        except BaseException as error:
+            self._tell(error)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:
+            self._tell(error)
+
+    def _approach(self) -> None:
+        log = self.transport.log
+        log.approach(self.what)
+        self.transport.check_open()
         if log.lost is not None:
             raise CallMismatch(log.lost)
         if log.broken:
             log.renew()
-            log.approach(what)
-        yield
+            log.approach(self.what)
+
+    def _tell(self, error: BaseException) -> None:
+        """Tells the others, unless activation checkpointing has ended a forward of which it needs no more."""
+        if self.transport.log.finished and isinstance(error, _StopRecomputationError):
+            return
+        try:
+            _tell(self.transport, error, self.made)
+        except BaseException:  # a second interrupt, right after the first
+            _tell(self.transport, error, self.made)
+            raise
 
 
-@contextmanager
-def _telling(transport: Transport, made: int) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        stopped = transport.log.finished and isinstance(error, _StopRecomputationError)
-        if not stopped:  # as activation checkpointing ends a forward of which it needs no more
-            _tell(transport, error, made)
-        raise
-
-
-@contextmanager
-def told(transport: Transport, what: str) -> Iterator[None]:
+class told:
     """What raises in here on one rank, all ranks raise in the call that they make next. For what prepares a call and
     moves nothing, in any thread."""
-    try:
-        yield
-    except BaseException as error:
-        log = transport.log
-        if transport.world_size > 1 and not log.broken:
-            log.text, log.current = what, log.number + 1
-            _tell(transport, error, log.made)
-        raise
+
+    def __init__(self, transport: Transport, what: str) -> None:
+        self.transport, self.what = transport, what
+
+    def __enter__(self) -> None:
+        """See the class."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        log = self.transport.log
+        if error is None or log.broken or self.transport.world_size == 1:
+            return
+        if log.in_another_thread:  # which may be in a call: it hears, and tells the others in its next one
+            log.hear(log.failure(error, self.what, log.number + 1))
+            return
+        log.text, log.current = self.what, log.number + 1
+        _tell(self.transport, error, log.made)
 
 
 def _tell(transport: Transport, error: BaseException, made: int) -> None:

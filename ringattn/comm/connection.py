@@ -7,6 +7,7 @@ alone is a warning.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
@@ -151,8 +152,10 @@ class Connection:
                 self.socket.sendmsg([packed], attached)
             except BlockingIOError:
                 return
-            except OSError:  # gone, but what it sent before may still lie here
-                self.read()
+            except OSError as error:
+                if error.errno is None:  # a signal's handler has raised it
+                    raise
+                self.read()  # gone, but what it sent before may still lie here
                 self.close(CLOSED)
                 return
             self.outbox.popleft()
@@ -222,6 +225,8 @@ class Connection:
         try:
             self._remember(number, total, attached, flags)
         except OSError as error:
+            if error.errno is None:  # a signal's handler has raised it
+                raise
             self.close(f"its memory could not be mapped: {error}")
             return
         if label.epoch < self._epoch:
@@ -250,7 +255,7 @@ class Connection:
     def _remember(self, number: int, size: int, attached: list[tuple[int, int, bytes]], flags: int) -> None:
         """Maps an arena whose handle came with a note."""
         if flags & socket.MSG_CTRUNC:
-            raise OSError("this process is out of file handles")
+            raise OSError(errno.EMFILE, "this process is out of file handles")
         if attached:
             (handle,) = struct.unpack("i", attached[0][2][:4])
             try:

@@ -26,14 +26,13 @@ class Meeting(Board):
     """One meeting of a group's ranks, which each rank counts. What raises between `with` and `transport()` on one rank
     raises on all that come."""
 
-    timeout = 0.0
-
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
         self.log = CallLog(self.rank)
         self._number = self.count(f"meetings of rank {self.rank}")
         self._refused = f"meeting {self._number} refused"
-        self._over = self.world_size == 1
+        self._over, self._given_up = self.world_size == 1, False
+        self._seconds = self.timeout = 0.0
 
     def __enter__(self) -> Meeting:
         return self
@@ -42,6 +41,11 @@ class Meeting(Board):
         if error is not None and not self._over:
             self.log.text = "a new context"
             self.publish(self._refused, self.log.failure(error).pack().hex())
+
+    def give_up(self) -> None:
+        """Waits no more for ranks that have not come, from another thread."""
+        self._given_up = True
+        self.timeout = 0.0
 
     def transport(self, timeout: float) -> Transport:
         """The transport of all ranks' contexts, made if they have none that all can go on with. Collective.
@@ -55,7 +59,9 @@ class Meeting(Board):
         if shared is not None and shared.log.group_lost:
             raise CallMismatch(str(shared.log.lost))
         place = None if shared is None else shared.log.place
-        self.timeout = timeout
+        self._seconds = self.timeout = timeout
+        if self._given_up:
+            self.timeout = 0.0
         if self._all_at(_NEW if place is None else f"that of meeting {made}, {place}") == _NEW or shared is None:
             shared = transport_over(self.group, timeout)
             known[timeout] = self._number, shared
@@ -70,7 +76,7 @@ class Meeting(Board):
         except PeerError as error:
             raise PeerError(
                 f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its context within "
-                f"{self.timeout} s ({error})"
+                f"{self._seconds} s ({error})"
             ) from error
         finally:
             self._over = True
