@@ -95,7 +95,9 @@ def check(job: "Job", saved: Saved) -> None:
     if job.restarted:
         return
     if there["step"] >= config.steps:
-        raise ValueError(f"checkpoint {path} has all {config.steps} steps behind it; ask for more with --steps")
+        raise ValueError(
+            f"checkpoint {path} is of step {there['step']}, and {config.steps} are asked for; ask for more with --steps"
+        )
     if job.task.learnt(there):
         raise ValueError(f"{job.run} has nothing left to learn; start a new run with --out")
 

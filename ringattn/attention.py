@@ -231,7 +231,7 @@ def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
         listed = "; ".join(map(str, cp.masks))
         raise ValueError(
-            f"mask {mask!r:.200} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
+            f"mask {shown(mask)} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
         )
     return torch.from_numpy(mask.handle)
 

@@ -3,6 +3,7 @@ and all ranks are told."""
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
-from test_calls import AT_ONCE, Injected, S, gloo, inputs_of, shared_memory, step
+from test_calls import AT_ONCE, DEADLINE, Injected, S, gloo, inputs_of, shared_memory, step
 from test_contexts import attempt, context
 
 import ringattn as ra
@@ -288,3 +289,129 @@ def test_tensors_that_cannot_be_saved_are_told_to_all() -> None:
     ranks = run_processes(fail_to_save, 2)
     assert ranks[1][0] == "MemoryError: no room" and "rank 1 failed" in ranks[0][0], ranks
     assert all(seconds < AT_ONCE for _, seconds in ranks), ranks
+
+
+def interrupt_a_meeting(rank: int, world: int, late: float) -> list[tuple[str, float]]:
+    """One rank is interrupted while it makes a context, before the others come or when they are there."""
+    context()
+    found = []
+    for number in range(6):
+        dist.barrier()
+        if rank and late:
+            time.sleep(late)
+        start = time.monotonic()
+
+        def make(timeout: float = DEADLINE + number) -> None:
+            context(options=ra.Options(timeout=timeout))
+
+        if rank == 0:
+            interrupted = alarmed(make, 0.05 if late else number * 1e-3 + 1e-4)
+            text = "interrupted" if interrupted else "nothing"
+        else:
+            text = attempt(make)[0]
+        seconds = time.monotonic() - start
+        texts: list[Any] = [None] * world
+        dist.all_gather_object(texts, step(context(), number))
+        found.append((f"{text}, then {texts}", seconds))
+    return found
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_a_context_whose_making_is_interrupted_keeps_nobody_waiting(late: float) -> None:
+    ranks = run_processes(interrupt_a_meeting, 2, late)
+    for outcomes in zip(*ranks, strict=True):
+        assert all(seconds < late + AT_ONCE for _, seconds in outcomes), outcomes
+        if late:
+            assert "rank 0 was interrupted before rank 1 came" in outcomes[1][0], outcomes
+        # what was made on one rank only is refused on both; then they go on
+        assert all("['right', 'right']" in text or "Alarm" in text for text, _ in outcomes), outcomes
+
+
+def refuse_in_a_loader(rank: int, world: int, make: Callable[[], Transport], during: bool) -> list[str]:
+    """A thread of one rank has a batch refused, in or between the calls of the main thread."""
+    cp = ra.ContextParallel(make(), S, layout="zigzag")
+    found = [step(cp, 0)]
+
+    def load() -> None:
+        with suppress(ValueError):
+            cp.replace(layout="diagonal")
+
+    loader = threading.Thread(target=load)
+    post = cp.link.transport.post
+
+    def load_meanwhile(*arguments: Any) -> Any:
+        loader.start()
+        loader.join()
+        cp.link.transport.post = post  # type: ignore[method-assign]
+        return post(*arguments)
+
+    if rank == 0 and during:
+        cp.link.transport.post = load_meanwhile  # type: ignore[method-assign]
+    elif rank == 0:
+        loader.start()
+        loader.join()
+    return [*found, *(step(cp, number) for number in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("during", [False, True])
+@pytest.mark.parametrize("make", [gloo, shared_memory])
+def test_what_another_thread_refuses_all_ranks_refuse_in_one_call(make: Any, during: bool) -> None:
+    ranks = run_processes(refuse_in_a_loader, 2, make, during)
+    for zero, one in zip(*ranks, strict=True):
+        assert (zero == "right") == (one == "right"), ranks
+        assert zero == "right" or ("rank 0 refused the call" in zero and "diagonal" in one), ranks
+    assert sum(text != "right" for text in ranks[0]) == 1 and ranks[0][-1] == "right", ranks
+
+
+class Timeouts:
+    """A socket at which a signal's handler raises what sockets raise, too."""
+
+    def __init__(self, whole: Any) -> None:
+        self.whole, self.raised = whole, False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sendmsg" and not self.raised:
+            self.raised = True
+            raise TimeoutError("the user's own")
+        return getattr(self.whole, name)
+
+
+def time_out(rank: int, world: int) -> str:
+    cp = ra.ContextParallel(shared_memory(), S, layout="zigzag")
+    transport = cp.link.transport
+    assert isinstance(transport, SharedMemoryTransport) and step(cp, 0) == "right"
+    if rank == 0:
+        transport._peers[1].socket = Timeouts(transport._peers[1].socket)  # type: ignore[assignment]
+    return step(cp, 1)
+
+
+def test_a_time_limit_of_the_users_is_not_taken_for_a_lost_peer() -> None:
+    raised, told = run_processes(time_out, 2)
+    assert raised == "TimeoutError: the user's own" and "rank 0 failed" in told, (raised, told)
+
+
+def call_in_a_child(rank: int, world: int) -> list[str]:
+    """Making a context and summing, in a child of one rank; then its parent and the others make one."""
+    found = []
+    if rank == 0:
+        reader, writer = os.pipe()
+        if not os.fork():
+            ways: list[Callable[[], Any]] = [
+                context, lambda: ra.ContextParallel(dist.group.WORLD, -1),
+                lambda: ra.loss.sum_over(torch.ones(1), dist.group.WORLD),
+                lambda: ra.loss.count_targets(torch.ones(1), dist.group.WORLD),
+            ]  # fmt: skip
+            os.write(writer, "\n".join(attempt(way)[0] for way in ways).encode())
+            os._exit(0)
+        os.wait()
+        found = os.read(reader, 1 << 16).decode().split("\n")
+    dist.barrier()
+    assert ra.loss.sum_over(torch.ones(1), dist.group.WORLD) == world
+    return [*found, step(context(), 1)]
+
+
+def test_a_forked_child_makes_no_context_and_no_sum_of_its_parents() -> None:
+    parent, other = run_processes(call_in_a_child, 2)
+    assert other == ["right"] and parent[-1] == "right"
+    assert all("was forked from" in text for text in parent[:3]), parent
+    assert parent[3].startswith("ValueError: labels"), parent

@@ -446,7 +446,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: 
     )
     assert "was made with model.num_heads = 4, not 8" in refusal("--resume", run, "--config", other)
     assert "text other than this one" in refusal("--resume", run, "--data", text / "6.txt")
-    assert "has all 2 steps behind it" in refusal("--resume", run, "--steps", 2)
+    assert "is of step 2, and 2 are asked for" in refusal("--resume", run, "--steps", 2)
     for part in (run / "checkpoint").glob("*/*.safetensors"):
         part.write_bytes(part.read_bytes()[:100])
     assert "no whole checkpoint" in refusal("--resume", run)

@@ -424,6 +424,15 @@ def test_a_model_that_attends_by_itself_is_refused() -> None:
     assert all("computes its attention itself" in text for text in ringattn.Loopback(2).run(attend_alone))
 
 
+def test_a_model_may_be_given_another_attention_before_its_first_forward() -> None:
+    model, cp = build(configs()["llama"]), ringattn.ContextParallel(None, SEQLEN)
+    register(cp, model)
+    model.set_attn_implementation("sdpa")
+    assert model(input_ids=tokens()).logits.isfinite().all()
+    model.set_attn_implementation("ringattn")
+    model(**shard_batch(cp, {"input_ids": tokens()}))
+
+
 def test_a_model_may_be_registered_again_before_its_first_forward() -> None:
     model, cp = build(configs()["llama"]), ringattn.ContextParallel(None, SEQLEN)
     register(cp, model)

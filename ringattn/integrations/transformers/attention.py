@@ -104,9 +104,12 @@ class RingAttention:
     def expect(self, model: nn.Module) -> None:
         """Raises at the end of the model's first forward if none of its layers has asked for attention."""
 
+        def implementation() -> str | None:
+            return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
         def check(*_: Any) -> None:
-            if torch.compiler.is_compiling():
-                return
+            if torch.compiler.is_compiling() or implementation() != registered:
+                return  # it has been given another attention since
             if not self.of_layer[model].asked:  # the ring of its last registration
                 raise NotImplementedError(
                     f"{type(model).__name__} computes its attention itself, without asking Transformers' registry, so "
@@ -115,6 +118,7 @@ class RingAttention:
                 )
             handle.remove()
 
+        registered = implementation()  # of some models no other can be set
         handle = model.register_forward_hook(check)
 
 

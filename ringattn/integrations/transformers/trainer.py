@@ -15,6 +15,22 @@ from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
 SAMPLING = ("random", "sequential")
 
 
+def _check_whole(trainer: Any) -> None:
+    """Raises NotImplementedError for what would take a shard for a whole sequence."""
+    asked = {
+        "compute_metrics": (trainer.compute_metrics, "would see the logits of one shard of each sequence"),
+        "label_smoothing_factor": (trainer.args.label_smoothing_factor, "would shift labels that are shifted already"),
+        "compute_loss_func": (
+            trainer.compute_loss_func,
+            "would see one shard, and labels that are shifted already; override compute_loss() for such a one",
+        ),
+        "neftune_noise_alpha": (trainer.args.neftune_noise_alpha, "would draw noise by the length of a shard"),
+    }
+    for name, (value, why) in asked.items():
+        if value:
+            raise NotImplementedError(f"{name} {why}; leave it out")
+
+
 class ReplicaLoader(DataLoader):
     """A loader whose sampler is told the epoch, as Trainer tells it the loader."""
 
@@ -36,8 +52,11 @@ class ShardedTrainerMixin:
         multiple: fill packed sequences up to a multiple of so many tokens.
         args, kwargs: Trainer's own.
 
-    Raises `NotImplementedError` for `compute_metrics`, which would get the logits of one shard, and for a
-    `train_sampling_strategy` that orders samples by their length.
+    `evaluate()` gives the mean over batches (of all replicas together) of each batch's exact loss; where samples do not
+    fill the last one, `DistributedSampler` repeats some.
+
+    Raises `NotImplementedError` for what would take a shard for a whole sequence (`compute_metrics`, `predict()`, label
+    smoothing, `compute_loss_func`, NEFTune), and for a `train_sampling_strategy` that orders samples by their length.
     """
 
     def __init__(
@@ -45,11 +64,7 @@ class ShardedTrainerMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        if trainer.compute_metrics is not None:
-            raise NotImplementedError(
-                "compute_metrics would see the logits of one shard of each sequence; leave it out, evaluate() gives "
-                "the exact loss"
-            )
+        _check_whole(trainer)
         ranks = ring.cp.world_size * (1 if data is None else data.size())
         if trainer.args.world_size != ranks:
             raise ValueError(
@@ -108,6 +123,13 @@ class ShardedTrainerMixin:
         if chosen is None:
             raise ValueError("Trainer: evaluation requires an eval_dataset.")
         return self._loader(chosen, trainer.args.eval_batch_size, False, False)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """See `Trainer`."""
+        raise NotImplementedError(
+            "predict() would return the logits of one shard of each sequence; call the model yourself and cp.unshard "
+            "its logits, or evaluate() for the loss"
+        )
 
     def _loader(self, dataset: Any, batch_size: int, drop_last: bool, shuffle: bool) -> DataLoader:
         args: Any = self.args  # type: ignore[attr-defined]
