@@ -37,7 +37,9 @@ def outcomes(rank: int, ways: dict[str, Callable[[], Any]]) -> dict[str, tuple[s
 
 
 def graded(grad: torch.Tensor | None, like: torch.Tensor | None = None) -> Parameter:
-    parameter = Parameter(torch.zeros_like(like if grad is None else grad.detach().resolve_neg().resolve_conj()))
+    like = grad if like is None else like
+    assert like is not None
+    parameter = Parameter(torch.zeros(like.shape, dtype=like.dtype))
     if grad is not None:
         parameter.grad = grad
     return parameter
