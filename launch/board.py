@@ -209,7 +209,8 @@ class Board:
 def end_lost(board: Board, text: str) -> None:
     """Ends this process at once, with its line: nothing that waits for a lost rank can be closed in order."""
     board.ending.acquire()  # never given back: one line, whichever thread comes first
-    line = f"error: rank {board.rank}: {text}\n"
+    remedy = "see its own output, then go on with --resume and the run's directory"
+    line = f"error: rank {board.rank}: {text}; {remedy}\n"
     os.write(2, line.encode())
     board.end(LOST, LOST_CODE, text)
     os._exit(LOST_CODE)

@@ -214,8 +214,8 @@ class Config:
         if (self.model is None) == (not self.hf):
             given = "neither" if self.model is None else f"both, hf = {shown(self.hf)},"
             raise ValueError(
-                f"{given} of [model] and hf is given; give either a table [model], or hf, the path of a Transformers "
-                "config.json"
+                f"{given} of [model] and hf is given; give either a table [model], which --model hf:PATH replaces, "
+                "or hf, the path of a Transformers config.json"
             )
         if self.model is not None and not self.masks:
             raise ValueError('masks is empty; name at least one, for instance masks = ["causal()"]')

@@ -91,7 +91,9 @@ def load(folder: Path) -> Manifest:
         said = " ".join(str(error).split())[:100] or type(error).__name__
         raise Damaged(f"its {NAME} is damaged ({said})") from None
     for name, (size, _) in manifest.files.items():
-        there = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if not (folder / name).is_file():
+            raise Damaged(f"its {name} is missing")
+        there = (folder / name).stat().st_size
         if there != size:
             raise Damaged(f"its {name} has {there:,} of {size:,} bytes")
     return manifest

@@ -123,7 +123,7 @@ def _attend(
 def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:
     one_device = len({t.device for t in (q, k, v) if isinstance(t, Tensor)}) == 1  # else that is what is said of them
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if one_device or not isinstance(t, Tensor) or t.is_meta:
+        if one_device or not isinstance(t, Tensor):
             plain(name, t)
     if sinks is not None:
         plain("sinks", sinks)
@@ -175,7 +175,7 @@ def _check_mode(*tensors: Tensor | None) -> None:
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v in its dtype, like torch's own attention; fp64 is left alone."""
     kind = q.device.type
-    if not torch.is_autocast_enabled(kind):
+    if q.is_meta or not torch.is_autocast_enabled(kind):  # which knows no meta device
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
     q, k, v = (t if t.dtype not in FLOATS or t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))

@@ -133,7 +133,7 @@ def make_pipe(newest: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped bit": (flip_a_bit, "its rank-00000.safetensors is damaged (its checksum does not fit)"),
     "cut short": (cut_short, "bytes"),
-    "no tensors": (remove("rank-00000.safetensors"), "its rank-00000.safetensors has 0 of"),
+    "no tensors": (remove("rank-00000.safetensors"), "its rank-00000.safetensors is missing"),
     "no manifest": (remove("manifest.json"), "it has no manifest.json"),
     "pipe": (make_pipe, "it has no manifest.json"),
     "empty manifest": (write("manifest.json", b""), "its manifest.json is damaged"),
