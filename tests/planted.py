@@ -230,6 +230,15 @@ def llama(cp):
     return _huggingface(cp, "Llama")
 
 
+def registered(cp):
+    """As README has it."""
+    from ringattn.integrations.transformers import register
+
+    model = _huggingface(cp, "Llama")
+    register(cp, model)
+    return model
+
+
 def mistral(cp):
     return _huggingface(cp, "Mistral", sliding_window=WINDOW + 1)
 

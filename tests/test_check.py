@@ -57,6 +57,8 @@ def test_right_models_pass(name, settings):
     ("name", "documents"),
     [
         ("mistral", 3),
+        ("registered", 3),
+        pytest.param("registered", 1, marks=pytest.mark.slow),
         pytest.param("llama", 1, marks=pytest.mark.slow),
         pytest.param("llama", 3, marks=pytest.mark.slow),
         pytest.param("mistral", 1, marks=pytest.mark.slow),
