@@ -81,11 +81,13 @@ def test_a_plain_loop_equals_one_process(family: str, data: int, context: int) -
                 torch.testing.assert_close(gradients[name], expected, rtol=0, atol=bound)
 
 
+REFUSED = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0}
+
 # -- Trainer ------------------------------------------------------------------------------------------
 
 
-def train(rank: int, world_size: int, folder: Path, data: int, options: dict[str, Any]) -> tuple[list[Any], Any]:
-    """The log of a short training with accumulation and clipping, and the loss of an evaluation."""
+def train(rank: int, world_size: int, folder: Path, data: int, options: dict[str, Any]) -> tuple[list[Any], Any, float]:
+    """The log of a short training with accumulation and clipping, the loss of an evaluation, and what it should be."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, not used: the group is there
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), **where)
     from transformers import Trainer, TrainingArguments
@@ -113,14 +115,29 @@ def train(rank: int, world_size: int, folder: Path, data: int, options: dict[str
         seed=3,
         **options,
     )
+    for name, value in REFUSED.items():
+        setattr(arguments, name, value)
+        with pytest.raises(NotImplementedError, match=name):
+            ShardedTrainer(model, arguments, train_dataset=Rows(), ring=ring, data=mesh["dp"] if data > 1 else None)
+        setattr(arguments, name, 0)
     trainer = ShardedTrainer(
         model, arguments, train_dataset=Rows(), eval_dataset=Rows(4), ring=ring, data=mesh["dp"] if data > 1 else None
     )
     figures = trainer.train().metrics
     samples = figures["train_samples_per_second"] * figures["train_runtime"]
     assert samples == pytest.approx(3 * 4, rel=0.2), "each is read by all ranks of a context, and counts once"
+    with pytest.raises(NotImplementedError, match="predict"):
+        trainer.predict(Rows(4))
     log = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
-    return log, trainer.evaluate()["eval_loss"]
+    return log, trainer.evaluate()["eval_loss"], by_hand(trainer.model.eval())
+
+
+def by_hand(model: torch.nn.Module) -> float:
+    """The loss of all targets of the rows that are evaluated, on one process."""
+    rows = Rows(4)
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        return float(model(input_ids=rows.ids, labels=rows.labels, use_cache=False).loss)
 
 
 def test_trainer_equals_one_process(tmp_path: Path) -> None:
@@ -130,9 +147,10 @@ def test_trainer_equals_one_process(tmp_path: Path) -> None:
         ranks = run_processes(train, data * context, tmp_path, data, options, timeout=100)
         assert all(rank == ranks[0] for rank in ranks)
         found.append(ranks[0])
-    log, evaluated = found[0]
+    log, evaluated, expected = found[0]
+    assert evaluated == pytest.approx(expected, rel=1e-5)
     assert len(log) == 3 and log[0][0] != log[1][0]
-    for other, other_evaluated in found[1:]:
+    for other, other_evaluated, _ in found[1:]:
         for one, two in itertools.chain(zip(log, other, strict=True)):
             assert two == pytest.approx(one, rel=1e-5)
         assert other_evaluated == pytest.approx(evaluated, rel=1e-5)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
 from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
+from ringattn.sums import sum_over
 
 SAMPLING = ("random", "sequential")
 
@@ -52,8 +54,8 @@ class ShardedTrainerMixin:
         multiple: fill packed sequences up to a multiple of so many tokens.
         args, kwargs: Trainer's own.
 
-    `evaluate()` gives the mean over batches (of all replicas together) of each batch's exact loss; where samples do not
-    fill the last one, `DistributedSampler` repeats some.
+    `evaluate()` gives the exact mean over all targets of what is read; where samples do not fill all replicas,
+    `DistributedSampler` repeats some.
 
     Raises `NotImplementedError` for what would take a shard for a whole sequence (`compute_metrics`, `predict()`, label
     smoothing, `compute_loss_func`, NEFTune), and for a `train_sampling_strategy` that orders samples by their length.
@@ -81,6 +83,8 @@ class ShardedTrainerMixin:
             )
         self._ring, self._data, self._multiple = ring, data, multiple
         self._micro_batch = -1, 0  # the step, and how many of its micro-batches have begun
+        self._targets = 0  # of the last batch
+        self._evaluated: list[tuple[float, int]] = []  # batch by batch: the loss times the targets, and these
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Trainer`. Dropout in attention follows the step and its micro-batch, so that it goes on where a run that
@@ -95,6 +99,7 @@ class ShardedTrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         """See `Trainer`. A step without any target has a loss of 0."""
+        self._targets = 0 if num_items_in_batch is None else int(num_items_in_batch)
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)  # type: ignore[misc]
@@ -150,4 +155,18 @@ class ShardedTrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `Trainer`. The loss alone: logits are those of a shard."""
-        return super().prediction_step(model, inputs, True, ignore_keys)  # type: ignore[misc]
+        loss, *_ = super().prediction_step(model, inputs, True, ignore_keys)  # type: ignore[misc]
+        if loss is not None:
+            self._evaluated.append((float(loss) * self._targets, self._targets))
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """See `Trainer`, whose loss would be a mean over batches, however many targets are in each."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        totals = torch.tensor(self._evaluated, dtype=torch.float64, device=arguments.device).view(-1, 2).sum(0)
+        if totals[1]:  # of a model that does not divide by their number there is none
+            loss, targets = sum_over(totals, dist.group.WORLD if dist.is_initialized() else None).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
+        return output
