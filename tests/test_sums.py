@@ -1,7 +1,5 @@
 """Gradients that a plain all-reduce would add up wrongly, or wait for: right on all ranks, or refused on all."""
 
-import math
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +11,9 @@ from processes import run_processes
 from test_interrupts import alarmed
 from torch.nn import Parameter
 
-import ringattn as ra
+import ringattn.shield as shield_module
 from ringattn.loss import TokenMeter, sum_gradients, sum_over
+from ringattn.shield import shield
 
 AT_ONCE = 2.0
 
@@ -157,23 +156,24 @@ def test_readings_of_other_numbers_of_steps_are_refused() -> None:
     assert all("TokenMeter.read(" in text and "must call the same" in text for text in run_processes(read_apart, 2))
 
 
-def test_a_handler_that_raises_what_is_caught_elsewhere_is_heard() -> None:
-    """RuntimeError is what a thread that cannot start raises, and what a broken group does."""
-    from ringattn.shield import shield
+def test_a_handler_that_raises_what_a_thread_that_cannot_start_does_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    start = shield_module._thread.start_new_thread
 
-    def ring(*_: Any) -> None:
+    def interrupted(*arguments: Any) -> None:
+        start(*arguments)
+        monkeypatch.undo()
         raise RuntimeError("the user's own")
 
-    kept, heard = signal.signal(signal.SIGALRM, ring), 0
-    try:
-        for moment in range(200):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, moment * 2e-6 + 1e-6)
-                shield(lambda: time.sleep(1e-3))
-                time.sleep(1.0)  # where it comes at the latest
-            except RuntimeError:
-                heard += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, kept)
-    assert heard == 200 and math.isfinite(ra.loss.sum_over(torch.ones(())))
+    monkeypatch.setattr(shield_module._thread, "start_new_thread", interrupted)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        shield(lambda: done.append(1))
+    assert done == [1]
+
+
+def test_where_no_thread_can_start_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(shield_module._thread, "start_new_thread", refuse)
+    assert shield(lambda: 7) == 7
