@@ -64,20 +64,20 @@ def sum_gradients(parameters: Iterable[Tensor], group: Group = None, *, whole: I
             (in number, shape or dtype, or in which of them require a gradient).
     """
     with Part(group) as part:
-        given, left = _parameters("parameters", parameters), _parameters("whole", whole)
-        alone = {id(parameter) for parameter in left}
+        if isinstance(parameters, Set):
+            raise ValueError("parameters are a set: must be in an order that is the same on all ranks; pass a list")
+        given = _parameters("parameters", parameters)
+        alone = {id(parameter) for parameter in _parameters("whole", whole)}
         shared = [p for p in given if p.requires_grad and id(p) not in alone]
         _check_gradients(shared)
         nothing = torch.zeros((), device=shared[0].device if shared else device_of(group))
-        kinds = [(*p.shape, p.dtype, p.device.type, p.requires_grad, id(p) in alone) for p in given]
+        kinds = [(*p.shape, _gradient_dtype(p), p.device.type, p.requires_grad, id(p) in alone) for p in given]
         what = f"sum_gradients() of {len(shared)} parameters, of {len(given)} given: {kinds}"
         part.sum(what, nothing, lambda _: _sum_gradients(shared, group), wait=True)
 
 
 def _parameters(name: str, given: Iterable[Tensor]) -> list[Tensor]:
     """Each once, in the order given."""
-    if isinstance(given, Set):
-        raise ValueError(f"{name} is a set: must be in an order that is the same on all ranks; pass a list")
     found = [plain(name, parameter) for parameter in listed(name, given, "parameters", PARAMETERS)]
     return list({id(parameter): parameter for parameter in found}.values())
 
