@@ -11,9 +11,11 @@ import torch.distributed as dist
 from hf_models import VOCABULARY, build, configs
 from processes import run_processes
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringattn
+from ringattn.integrations.fsdp import data_context_mesh, shard_model
 from ringattn.integrations.transformers import (
     ShardedTrainerMixin,
     ShardingCollator,
@@ -79,6 +81,23 @@ def test_a_plain_loop_equals_one_process(family: str, data: int, context: int) -
                 expected = parameter.grad
                 bound = ROUNDING * float(expected.abs().max()) + 1e-12
                 torch.testing.assert_close(gradients[name], expected, rtol=0, atol=bound)
+
+
+def save(rank: int, world_size: int, folder: Path) -> bool:
+    """As README has it: what is saved of a sharded model is the model."""
+    model = build(configs()["llama"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    shard_model(model, data_context_mesh("cpu"), layers=model.model.layers)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+    dist.barrier()
+    saved = type(model).from_pretrained(folder, dtype="auto").state_dict()
+    return saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)
+
+
+def test_a_sharded_model_is_saved_whole(tmp_path: Path) -> None:
+    assert run_processes(save, 2, tmp_path) == [True, True]
 
 
 REFUSED = {"label_smoothing_factor": 0.1, "neftune_noise_alpha": 5.0}
