@@ -256,9 +256,11 @@ def _meet(group: dist.ProcessGroup, given: dict[str, Any]) -> Link:
     meetings: list[Meeting] = []
     links: list[Link] = []
 
-    def meet() -> None:
+    def meet(refusal: BaseException | None = None) -> None:
         with Meeting(group) as meeting:
             meetings.append(meeting)
+            if refusal is not None:
+                raise refusal
             options = _checked(given)["options"]  # what does not fit says so before anything is sent
             links.append(Link(meeting.transport(options.timeout or DEADLINE), options.compare_every))
 
@@ -268,7 +270,9 @@ def _meet(group: dist.ProcessGroup, given: dict[str, Any]) -> Link:
 
     try:
         shield(meet, stop)
-    except BaseException:
+    except BaseException as error:
+        if not meetings:  # interrupted before it began
+            shield(lambda: meet(error))
         for link in links:  # the others have theirs already
             with told(link.transport, "a new context"):
                 raise

@@ -45,7 +45,7 @@ def attention_operator(
     """`out [B, S, H, Dv]`, `lse [B, H, S]` and the seed that dropout used, int64 `[1]`."""
     binding = find(context)
     with together(binding.link.transport, FORWARD), torch.autocast(q.device.type, enabled=False):
-        drawn = torch.tensor([_draw(binding, dropout_p, seed)])
+        drawn = torch.tensor([_draw(binding, dropout_p, seed)], device="cpu")
         scores = _scores(scale, softcap, bias, rule, rule_params, dropout_p, drawn)
         run = _prepare(binding, q, k, v, mask, scores, sinks)
         _begin(FORWARD, binding, run, q, k, v, mask, grad)

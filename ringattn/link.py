@@ -141,14 +141,15 @@ class Link:
         """
         log, blind = self.transport.log, self.transport.blind
         left = {"messages left of the call that failed": f"of {log.posted} batches"} if blind else {}
-        place, connections = "another" if log.apart else "the same", TORN if log.torn else "whole"
-        alike = {"calls made": str(log.made), "call that failed": place, "connections": connections, **left}
+        failed = f"{log.failed}{', and ranks were at others' if log.apart else ''}"
+        connections = TORN if log.torn else "whole"
+        alike = {"calls made": str(log.made), "call that failed": failed, "connections": connections, **left}
         try:
             agree(self.transport, log.ballot(), alike)
             if log.torn:
                 raise CallMismatch(f"the connections between the ranks are {TORN}")
             if log.apart:
-                raise CallMismatch("the ranks were at calls of different kinds")
+                raise CallMismatch("the ranks were, or may have been, at different calls")
         except CallMismatch as error:
             group = "a new process group" if blind else "the group"
             log.lose(
@@ -174,8 +175,8 @@ class Link:
         rank, world, token, got = (
             transport.rank,
             transport.world_size,
-            torch.zeros(1, dtype=torch.uint8),
-            torch.empty(1, dtype=torch.uint8),
+            torch.zeros(1, dtype=torch.uint8, device="cpu"),
+            torch.empty(1, dtype=torch.uint8, device="cpu"),
         )
         away = 1
         while away < world:

@@ -38,7 +38,7 @@ def unshard(link: Link, layout: Layout, local: Tensor, dim: int, name: str) -> T
         size = int(layout.sizes[link.transport.rank])
         if local.size(at) != size:
             raise ValueError(f"local.size({dim})={local.size(at)} but {name}={size}: unshard() takes this rank's shard")
-    return _Unshard.apply(local, link, layout, at)
+        return _Unshard.apply(local, link, layout, at)
 
 
 def position_ids(frame: Frame, offset: int) -> Tensor:

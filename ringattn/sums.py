@@ -41,7 +41,8 @@ def sum_over(value: Tensor, group: Group = None) -> Tensor:
     where ranks differ in shape or dtype (on a GPU, which would have to be waited for, by PyTorch's own assertion).
     """
     with Part(group, value) as part:
-        plain("value", value)
+        if plain("value", value).dtype == torch.bool:
+            raise ValueError("value is torch.bool, whose sum would be an or: pass numbers, for instance value.sum()")
         what = f"sum_over() of {tuple(value.shape)} {value.dtype} on {value.device.type}"
         copy = value.detach().clone(memory_format=torch.contiguous_format)
         nothing = torch.zeros((), dtype=torch.int64, device=value.device)
@@ -247,6 +248,8 @@ def check_group(group: object) -> None:
 
 
 def _axes(group: Group) -> list[dist.ProcessGroup]:
+    if torch.compiler.is_compiling() and not isinstance(group, DeviceMesh):  # for which a group is no ProcessGroup
+        return [] if group is None else [group]
     check_group(group)
     axes = list(group.get_all_groups()) if isinstance(group, DeviceMesh) else [] if group is None else [group]
     for axis in axes:

@@ -11,6 +11,7 @@ from processes import run_processes
 from test_interrupts import alarmed
 from torch.nn import Parameter
 
+import ringattn as ra
 import ringattn.shield as shield_module
 from ringattn.loss import TokenMeter, sum_gradients, sum_over
 from ringattn.shield import shield
@@ -177,3 +178,20 @@ def test_where_no_thread_can_start_the_work_is_done_all_the_same(monkeypatch: py
 
     monkeypatch.setattr(shield_module._thread, "start_new_thread", refuse)
     assert shield(lambda: 7) == 7
+
+
+def compile_sums(rank: int, world: int) -> bool:
+    """Of a loss whose count is summed in a graph."""
+    logits, labels = torch.randn(1, 5, 7), torch.arange(5)[None] + rank
+    plain = ra.loss.token_mean(logits, labels, group=dist.group.WORLD)
+    compiled = torch.compile(lambda x: ra.loss.token_mean(x, labels, group=dist.group.WORLD), backend="eager")
+    return torch.allclose(compiled(logits), plain)
+
+
+def test_losses_with_a_group_compile() -> None:
+    assert run_processes(compile_sums, 2) == [True, True]
+
+
+def test_a_sum_of_bools_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"value is torch\.bool"):
+        sum_over(torch.ones(2, dtype=torch.bool))

@@ -17,10 +17,11 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import IntEnum
-from threading import get_ident, main_thread
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
 from ringattn.shield import shield
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 LABEL_BYTES = 2048  # a label with its text
 RECENT = 64  # calls whose texts are kept
+# Calls that all ranks make; what is refused on the way to one may be refused on one rank alone.
+CALLS = ("attention forward", "attention backward", "unshard", "backward of unshard", "backward of shard", "roll",
+         "backward of roll")  # fmt: skip
 TORN = "torn, by an exception in the middle of a transfer"
 
 
@@ -115,6 +119,7 @@ class CallLog:
         self.apart = self.torn = False
         self.lost: str | None = None  # why no call can be made any more
         self.group_lost = False  # nor one of another transport of the same group
+        self.failed = ""  # which kind of call, when an epoch was broken
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
         self._begin_epoch()
@@ -161,12 +166,13 @@ class CallLog:
     def approach(self, what: str) -> None:
         """This rank is at its next call, which has not begun yet."""
         self.text, self.current, self.finished = what, self.number + 1, False
-        self._caller = get_ident()
+        if torch._C._current_graph_task_id() == -1:  # else it may be autograd's thread of some device
+            self._caller = get_ident()
 
     @property
     def in_another_thread(self) -> bool:
-        """Whether this is neither the thread that makes the calls nor the main one."""
-        return self._caller is not None and get_ident() not in (self._caller, main_thread().ident)
+        """Whether this is not the thread that makes the calls."""
+        return self._caller is not None and get_ident() != self._caller and torch._C._current_graph_task_id() == -1
 
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
@@ -214,6 +220,11 @@ class CallLog:
         elif label.epoch >= self.epoch:
             self._waiting[label.rank] = label
 
+    def same_call(self, label: Label) -> bool:
+        """Whether a failure was of the call that this rank is at, as far as their names tell."""
+        mine, theirs = _kind(self.text), _kind([*label.text.split("\n", 2), ""][1])
+        return mine == theirs or not {mine, theirs} <= set(CALLS)
+
     def check(self) -> None:
         """Raises if a rank has failed in this epoch, or waits in an agreement that this one has gone past."""
         if self.broken:
@@ -221,6 +232,7 @@ class CallLog:
         failure = self._heard.get(self.epoch)
         if failure is not None and failure.number <= self.current:  # a call before the one that failed is still right
             self.broken = True
+            self.apart |= not self.same_call(failure)
             self._raise(failure)
         for label in self._waiting.values():
             if label.epoch == self.epoch and label.number < self.number and label.chain > self.ballots:
@@ -245,6 +257,12 @@ class CallLog:
         ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
         rule = "every rank must make the same calls, with the same settings, in the same order"
         return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
+
+
+def _kind(text: str) -> str:
+    """Of a call, by its name in texts."""
+    name = text.split("; ")[0]
+    return "attention forward" if name == "attention" or name.startswith("a layer of") else name
 
 
 def _text(error: BaseException) -> str:
@@ -321,8 +339,10 @@ class told:
         log = self.transport.log
         if error is None or log.broken or self.transport.world_size == 1:
             return
-        if log.in_another_thread:  # which may be in a call: it hears, and tells the others in its next one
-            log.hear(log.failure(error, self.what, log.number + 1))
+        if log.in_another_thread:  # it cannot be put at one place of the program: all ranks are told in the next call
+            thread = f"in a thread of rank {log.rank} that makes no calls"
+            text = f"{self.what} was refused {thread}: {type(error).__name__}: {_text(error)}"
+            log.hear(log.failure(CallMismatch(text, apart=True), self.what, log.number + 1))
             return
         log.text, log.current = self.what, log.number + 1
         _tell(self.transport, error, log.made)
@@ -342,6 +362,7 @@ def _tell(transport: Transport, error: BaseException, made: int) -> None:
         log.broken = True
         if not log.warned:
             log.warned = True
+            log.failed = _kind(log.failure(error).text.split("\n", 2)[1])
             log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
             with suppress(Exception):  # the error itself matters more
                 transport.warn(log.failure(error))

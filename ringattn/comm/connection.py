@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import wraps
 from itertools import accumulate
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -71,6 +72,18 @@ def _whole(step: Callable[Concatenate[Connection, P], Result]) -> Callable[Conca
     return watched
 
 
+_open: WeakSet[Connection] = WeakSet()
+
+
+def _close_inherited() -> None:
+    """In a forked child, which would hold the sockets open when its parent dies."""
+    for connection in list(_open):
+        connection.close("a child's copy")
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
 class Connection:
     """Counts since its beginning: notes `sent` and of those `answered`, tensors `received`. `why` says why it is
     closed, and `undelivered` that tensors for the peer were then lost; `torn`: the ends do not count alike any more, so
@@ -91,6 +104,7 @@ class Connection:
         self._arrived: deque[_Arrival] = deque()
         self._expected: deque[tuple[Tensor, Label]] = deque()
         connection.setblocking(False)
+        _open.add(self)
 
     def close(self, why: str) -> None:
         """Nothing more goes to this peer or comes from it, but for what has arrived."""
