@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -272,7 +272,7 @@ def _meet(group: dist.ProcessGroup, given: dict[str, Any]) -> Link:
         shield(meet, stop)
     except BaseException as error:
         if not meetings:  # interrupted before it began
-            shield(lambda: meet(error))
+            shield(partial(meet, error))
         for link in links:  # the others have theirs already
             with told(link.transport, "a new context"):
                 raise
