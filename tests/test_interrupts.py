@@ -461,6 +461,7 @@ def test_ranks_that_are_a_call_apart_are_told(world: int, what: str) -> None:
     ranks = run_processes(skip_a_backward, world, what)
     for found in ranks:
         assert found[0][0] == "right" and not any(text.startswith("WRONG") for text, _ in found), ranks
+        assert all(seconds < AT_ONCE for _, seconds in found), ranks
         assert "make a new context" in found[-1][0] or "make a new context" in found[-2][0], ranks
     assert "make a new context" in ranks[0][-1][0], ranks
 

@@ -204,6 +204,12 @@ class Connection:
         self._deliver()
         return last
 
+    def of_another_call(self, label: Label) -> Label | None:
+        """The label of what has come first, where it is of another call of the same number, whether or not this rank
+        expects anything of the peer."""
+        found = self._arrived[0].label if self._arrived else label
+        return found if found[:2] == label[:2] and found.chain != label.chain else None
+
     @_whole
     def read(self) -> None:
         """Takes in all notes that have come."""

@@ -131,9 +131,11 @@ class _Batch:
         start, timeout, log = time.monotonic(), self.transport.timeout, self.transport.log
         while owing := [debt for debt in self.debts if not debt.settle()]:
             log.check()
-            for debt in owing:
-                if debt.peer.stranger is not None:
-                    raise log.mismatch(self.label, debt.peer.stranger)
+            strangers = [debt.peer.stranger for debt in owing]
+            strangers += [peer.of_another_call(self.label) for peer in self.peers]
+            for stranger in strangers:
+                if stranger is not None:
+                    raise log.mismatch(self.label, stranger)
             left = start + timeout - time.monotonic()
             if left > 0:
                 _serve([peer for peer in self.peers if peer.why is None], left)
