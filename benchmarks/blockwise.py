@@ -17,7 +17,7 @@ import typer
 from benchmarks.common import interleaved, ratio, write
 from benchmarks.kernels import DIM, HEADS, SCALE, Pair, tile
 from ringattn.kernels.blockwise import Blockwise
-from ringattn.scores import Alibi, Dropout, Scores, Window
+from ringattn.kernels.scores import Alibi, Dropout, Scores, Window
 
 TILES: dict[str, tuple[int, Window]] = {
     "full 2048": (2048, (None, None)),

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.common import interleaved, medians, write
 from ringattn.kernels import Grads, Kernel, Rows
+from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Place, Scores, TileScores, Window
 from ringattn.kernels.sdpa import Sdpa
-from ringattn.merge import Partial
-from ringattn.scores import Place, Scores, TileScores, Window
 
 HEADS, DIM = 4, 64
 SCALE = DIM**-0.5

@@ -17,11 +17,11 @@ import typer
 import ringattn
 from benchmarks.common import write
 from ringattn.comm import Solo
-from ringattn.layouts import contiguous, zigzag
-from ringattn.placement import Choice, Problem, choose
-from ringattn.plan import Plan
-from ringattn.program import compile_program
-from ringattn.schedules import by_name
+from ringattn.geometry.layouts import contiguous, zigzag
+from ringattn.planning.placement import Choice, Problem, choose
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import compile_program
+from ringattn.planning.schedules import by_name
 
 SEQLEN, WORLD, DOCUMENTS = 1 << 20, 1024, 5000
 

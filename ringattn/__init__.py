@@ -2,11 +2,10 @@
 
 from ringattn import loss
 from ringattn.attention import attention
-from ringattn.binding import Options
 from ringattn.comm import Loopback, PeerError
 from ringattn.context import ContextParallel
-from ringattn.cost import Rates
-from ringattn.layouts import Layout
+from ringattn.geometry.layouts import Layout
+from ringattn.kernels.scores import alibi
 from ringattn.masks import (
     Mask,
     bigbird,
@@ -22,8 +21,9 @@ from ringattn.masks import (
     strided,
 )
 from ringattn.packing import Packing, pack
+from ringattn.planning.cost import Rates
 from ringattn.rolling import roll
-from ringattn.scores import alibi
+from ringattn.runtime.binding import Options
 
 __all__ = [
     "ContextParallel",

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ringattn.arguments import flag, number, seed_of, shown
+from ringattn.arguments.tensors import FLOATS, plain
+from ringattn.arguments.values import flag, number, seed_of, shown
 from ringattn.comm import together
 from ringattn.context import ContextParallel
-from ringattn.dispatch import NO_SEED
+from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
 from ringattn.masks import Mask
-from ringattn.scores import GREATEST, RULES, SMALLEST, Rule
-from ringattn.tensors import FLOATS, plain
-from ringattn.work import accumulator_dtype
+from ringattn.runtime.dispatch import NO_SEED
+from ringattn.runtime.work import accumulator_dtype
 
 SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied to their values
 

@@ -7,7 +7,7 @@ the buffers and the counters of the first.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,17 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.arguments import integer, listed, shown
-from ringattn.binding import Load, Options, Settings, Shared, check_names
+from ringattn.arguments.values import integer, listed, shown
 from ringattn.comm import Meeting, Solo, Transport, told
-from ringattn.describe import describe
-from ringattn.layouts import Layout
-from ringattn.link import Link
+from ringattn.comm.shield import shield
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.masks import Expression
 from ringattn.masks import Mask, causal
-from ringattn.plan import Plan
-from ringattn.program import Program
-from ringattn.sharding import position_ids, shard, unshard
-from ringattn.shield import shield
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import Program
+from ringattn.runtime.binding import Load, Options, Settings, Shared, check_names
+from ringattn.runtime.describe import describe
+from ringattn.runtime.link import Link
+from ringattn.runtime.sharding import position_ids, shard, unshard
 
 DEADLINE = 300.0  # seconds
 STACK = 1024  # masks of one context
@@ -62,7 +63,7 @@ class ContextParallel:
         group_or_mesh: Group,
         seqlen: int,
         *,
-        mask: Mask | Sequence[Mask] = causal(),  # noqa: B008 - a mask is immutable
+        mask: Expression | Sequence[Expression] = causal(),  # noqa: B008 - a mask is immutable
         kv_seqlen: int | None = None,
         q_offset: int = 0,
         layout: str | Layout = "auto",
@@ -164,7 +165,7 @@ class ContextParallel:
     # -- what a rank does -----------------------------------------------------------------------
 
     @property
-    def plans(self) -> dict[Mask, Plan]:
+    def plans(self) -> Mapping[Expression, Plan]:
         """The plan of each mask."""
         return self.binding.plans
 
@@ -184,7 +185,7 @@ class ContextParallel:
 
     def describe(self) -> str:
         """Printable text: lengths, layout and schedule with the reasons, and each mask's work, bytes and steps."""
-        return describe(self, self.binding.choice)
+        return describe(self.binding)
 
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
@@ -233,8 +234,8 @@ def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
 
 def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
     several = isinstance(mask, Iterable) and not isinstance(mask, str)
-    masks = [mask] if isinstance(mask, Mask) else listed("mask", mask, "masks", STACK) if several else []
-    if not masks or not all(isinstance(m, Mask) for m in masks):
+    masks = [mask] if isinstance(mask, Expression) else listed("mask", mask, "masks", STACK) if several else []
+    if not masks or not all(isinstance(m, Expression) for m in masks):
         raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
     return tuple(dict.fromkeys(masks))
 

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ringattn.arguments import integer, listed, shown
+from ringattn.arguments.tensors import FLOATS, plain
+from ringattn.arguments.values import boundaries, integer, listed, shown
+from ringattn.comm.sums import Group, Part, add_up, check_group, sum_gradients, sum_over
 from ringattn.context import ContextParallel
-from ringattn.masks import boundaries
-from ringattn.sums import Group, Part, add_up, check_group, sum_gradients, sum_over
-from ringattn.tensors import FLOATS, plain
 
 MOST_CHUNKS = 1 << 20  # each is a call of the head, on every rank
 IGNORED = -100  # a label that is no target, as in torch.nn.functional.cross_entropy

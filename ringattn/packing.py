@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.arguments import LARGEST, integer, listed, shown
-from ringattn.masks import boundaries
-from ringattn.tensors import fits, plain
+from ringattn.arguments.tensors import fits, plain
+from ringattn.arguments.values import LARGEST, boundaries, integer, listed, shown
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.arguments import LARGEST, integer, shown
+from ringattn.arguments.tensors import dim_of, fits, plain
+from ringattn.arguments.values import LARGEST, boundaries, integer, shown
 from ringattn.comm import together
 from ringattn.context import ContextParallel
-from ringattn.layouts import Frame, Layout
-from ringattn.link import Link
-from ringattn.masks import boundaries
-from ringattn.spans import Ints, meeting
-from ringattn.tensors import dim_of, fits, plain
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.spans import Ints, meeting
+from ringattn.runtime.link import Link
 
 
 def roll(

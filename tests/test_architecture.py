@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ringattn
 
-GEOMETRY = ("spans", "tiles", "bands", "masks", "layouts", "plan", "schedules", "program", "cost", "deals", "placement")
+GEOMETRY = ("geometry.tiles", "geometry.masks", "planning.placement", "planning.program")
 
 
 def test_geometry_runs_without_torch():
@@ -17,9 +17,10 @@ package = types.ModuleType("ringattn"); package.__path__ = [{str(Path(ringattn._
 sys.modules["ringattn"] = package
 import importlib
 for name in {GEOMETRY}: importlib.import_module("ringattn." + name)
-masks = sys.modules["ringattn.masks"]
-assert (masks.longformer(3, 2) & masks.documents([0, 7, 20])).area(20, 20) == {
-        (ringattn.longformer(3, 2) & ringattn.documents([0, 7, 20])).dense(20, 20).sum()
+expression, rules = sys.modules["ringattn.geometry.masks"].Expression, sys.modules["ringattn.geometry.rules"]
+mask = expression(rules.sliding_window, (3, 3)) & expression(rules.documents, ((0, 7, 20),))
+assert mask.area(20, 20) == mask.pairs(20, 20).sum() == {
+        (ringattn.sliding_window(3, 3) & ringattn.documents([0, 7, 20])).dense(20, 20).sum()
     }
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ringattn as ra
-from ringattn import binding
+from ringattn.runtime import binding
 
 LOCAL = ra.sliding_window(5)
 

@@ -218,7 +218,7 @@ def run_out_of_memory(rank: int, world: int, make: Callable[[], Transport]) -> l
     cp = ra.ContextParallel(make(), S, layout="zigzag")
     found = []
     for name in ("_pick", "_assembled", "_spread"):
-        from ringattn import sharding
+        from ringattn.runtime import sharding
 
         kept = getattr(sharding, name)
 

@@ -17,10 +17,10 @@ from test_calls import AT_ONCE, DEADLINE, Injected, S, gloo, inputs_of, shared_m
 from test_contexts import attempt, context
 
 import ringattn as ra
-from ringattn import sharding
 from ringattn.comm import SharedMemoryTransport, Transport
-from ringattn.shield import shield
-from ringattn.sums import REFUSED
+from ringattn.comm.shield import shield
+from ringattn.comm.sums import REFUSED
+from ringattn.runtime import sharding
 
 
 class Alarm(BaseException):

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, blockwise
+from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Alibi, Block, Dropout, Place, Scores, TileScores
 from ringattn.kernels.sdpa import Sdpa
-from ringattn.merge import Partial
-from ringattn.scores import Alibi, Block, Dropout, Place, Scores, TileScores
 
 SCALE = 0.31
 FULL, CAUSAL = (None, None), (None, 0)

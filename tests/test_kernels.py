@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa, sdpa_cuda
+from ringattn.kernels.partial import Partial
 from ringattn.kernels.pieces import Piece, Shape, TileBand
-from ringattn.merge import Partial
-from ringattn.scores import TileScores
+from ringattn.kernels.scores import TileScores
 
 SCALE = 0.31
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -6,9 +6,9 @@ import torch
 from test_ring import Rank, check, on_ranks, single_process
 
 import ringattn as ra
-from ringattn import work
-from ringattn.launches import SMALL, launches
-from ringattn.tiles import Tile
+from ringattn.geometry.tiles import Tile
+from ringattn.planning.launches import SMALL, launches
+from ringattn.runtime import work
 
 
 def tile(q, k, window=(None, None)):

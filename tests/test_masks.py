@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
-from ringattn.bands import areas, regular
+from ringattn.geometry.bands import areas, regular
 
 LENGTHS = [(29, 29, 0), (13, 29, 16), (20, 12, 0), (1, 29, 28), (12, 12, 0)]
 

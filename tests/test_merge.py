@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ringattn.merge import Partial, fold, merge
+from ringattn.kernels.partial import Partial, fold, merge
 
 INF = math.inf
 

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from processes import run_processes
 
 import ringattn as ra
-from ringattn.binding import RECENT
 from ringattn.comm import Solo
-from ringattn.cost import Rates, cheaper, cost
-from ringattn.deals import Cells
-from ringattn.layouts import LAYOUTS, contiguous, striped, zigzag
-from ringattn.placement import CALL_BUDGET, Problem, choose
-from ringattn.plan import Plan
-from ringattn.program import compile_program
-from ringattn.schedules import HEAD_CHUNKS, SCHEDULES, by_name, ring
+from ringattn.geometry.layouts import LAYOUTS, contiguous, striped, zigzag
+from ringattn.planning.cost import Rates, cheaper, cost
+from ringattn.planning.deals import Cells
+from ringattn.planning.placement import CALL_BUDGET, Problem, choose
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import compile_program
+from ringattn.planning.schedules import HEAD_CHUNKS, SCHEDULES, by_name
+from ringattn.planning.schedules.ring import ring
+from ringattn.runtime.binding import RECENT
 
 
 def plan_of(mask, layout, world, q_len=cases.SEQLEN, kv_len=cases.SEQLEN, q_offset=0):
@@ -246,7 +247,7 @@ def test_own_work_and_estimated_calls(name, layout):
 
 def deal_worst(monkeypatch):
     """Leaves the plain layouts no chance, so that what is dealt is used."""
-    monkeypatch.setattr("ringattn.placement._plain", lambda problem: ([], []))
+    monkeypatch.setattr("ringattn.planning.placement._plain", lambda problem: ([], []))
 
 
 def balanced(asked):

@@ -7,11 +7,11 @@ import torch
 from test_ring import S, check, on_ranks, single_process, tensors
 
 import ringattn as ra
-from ringattn.binding import Load
-from ringattn.layouts import contiguous, striped, zigzag
-from ringattn.plan import Plan
-from ringattn.program import compile_program
-from ringattn.schedules import by_name
+from ringattn.geometry.layouts import contiguous, striped, zigzag
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import compile_program
+from ringattn.planning.schedules import by_name
+from ringattn.runtime.binding import Load
 
 
 def plan_of(mask, layout, world, seqlen=cases.SEQLEN):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ringattn as ra
-from ringattn.scores import Alibi, Block, Dropout, Place, Scores, TileScores
+from ringattn.kernels.scores import Alibi, Block, Dropout, Place, Scores, TileScores
 
 NQ, NK, HEADS = 37, 53, 6
 FULL = (None, None)

@@ -12,9 +12,9 @@ from test_interrupts import alarmed
 from torch.nn import Parameter
 
 import ringattn as ra
-import ringattn.shield as shield_module
+import ringattn.comm.shield as shield_module
+from ringattn.comm.shield import shield
 from ringattn.loss import TokenMeter, sum_gradients, sum_over
-from ringattn.shield import shield
 
 AT_ONCE = 2.0
 
@@ -78,7 +78,7 @@ def sum_strangely(rank: int, world: int) -> dict[str, tuple[str, float]]:
     def no_room() -> Any:
         p = graded(torch.ones(2, 2).mT.expand(3, 2, 2)[:, :, 0] if rank == 0 else torch.ones(3, 2))
         if rank == 0:
-            from ringattn import sums
+            from ringattn.comm import sums
 
             kept, sums._alike = sums._alike, lambda *_: (_ for _ in ()).throw(MemoryError("no room"))  # type: ignore
         try:

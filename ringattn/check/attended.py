@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn.check.report import Finding
 from ringattn.check.settings import Settings
-from ringattn.dispatch import attended_mask
-from ringattn.masks import Mask
+from ringattn.geometry.masks import Expression
+from ringattn.runtime.dispatch import attended_mask
 
 MASKS = "masks of the layers"
 
@@ -25,7 +26,7 @@ class Attended(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.masks: list[Mask] = []
+        self.masks: list[Expression] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.ringattn.attention.default:
@@ -33,14 +34,17 @@ class Attended(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def compare_masks(settings: Settings, stated: Sequence[Mask], each_layer: bool, attended: Sequence[Mask]) -> Finding:
+def compare_masks(
+    settings: Settings, stated: Sequence[Expression], each_layer: bool, attended: Sequence[Expression]
+) -> Finding:
     """The finding on the masks of one forward. `stated`: one for each layer, or one for all."""
     if not each_layer:
         stated = [*stated] * len(attended)
     if len(stated) != len(attended):
         return Finding(MASKS, True, f"not asked: {len(stated)} are stated and attention() was called {len(attended)} x")
     for layer, (meant, given) in enumerate(zip(stated, attended, strict=True)):
-        if meant != given and not torch.equal(*(m.dense(settings.seqlen, settings.seqlen) for m in (meant, given))):
+        pairs = (mask.pairs(settings.seqlen, settings.seqlen) for mask in (meant, given))
+        if meant != given and not np.array_equal(next(pairs), next(pairs)):
             return Finding(
                 MASKS, False, f"attention {layer} was given {given}, its layer states {meant}",
                 "pass attention(mask=) of that layer, one of cp.masks (which holds each mask once); or the factory's "

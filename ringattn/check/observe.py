@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ringattn.binding import Options
 from ringattn.check import huggingface
 from ringattn.check.attended import Attended
 from ringattn.check.settings import DTYPES, Settings, SubjectError
@@ -30,6 +29,7 @@ from ringattn.check.subject import (
 )
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal, documents
+from ringattn.runtime.binding import Options
 
 JITTER = 1e-12  # relative, of the weights: what it does to a result bounds what other roundings can do
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ringattn.binding import check_names
 from ringattn.loss import IGNORED
+from ringattn.runtime.binding import check_names
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 PROBES = 12  # tokens perturbed one at a time, spread over the sequence

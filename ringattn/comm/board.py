@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ringattn.comm.calls import PeerError
-from ringattn.forks import check_own
+from ringattn.comm.forks import check_own
 
 Answer = TypeVar("Answer")
 

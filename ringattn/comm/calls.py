@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
-from ringattn.shield import shield
+from ringattn.comm.shield import shield
 
 if TYPE_CHECKING:
     from ringattn.comm.transport import Transport

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.arguments import deadline, integer
+from ringattn.arguments.values import deadline, integer
 from ringattn.comm.calls import CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, name_ranks
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.arguments import deadline
+from ringattn.arguments.values import deadline
 from ringattn.comm.board import Board
 from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain

@@ -9,7 +9,7 @@ from typing import Any
 from torch import ops
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import ringattn.dispatch  # noqa: F401 - defines the operator
+import ringattn.runtime.dispatch  # noqa: F401 - defines the operator
 
 
 def keep_attention() -> Callable[[], Any]:

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ringattn.merge import Partial
-from ringattn.scores import TileScores
+from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import TileScores
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.operators import head_major
+from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import TileBand
 from ringattn.kernels.reference import refuse_what_is_unknown
-from ringattn.merge import Partial, fold
-from ringattn.scores import Block, TileScores
+from ringattn.kernels.scores import Block, TileScores
 
 # Rows (of all query heads of a KV head) and columns of a block. Heads are added up to so many scores: on the CPU a
 # matrix of them, 1 MiB in fp32, stays in cache between operators; elsewhere a launch costs more than a cache miss.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Rows
-from ringattn.merge import Partial, fold
-from ringattn.scores import FEATURES, Block, TileScores, Window
+from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.scores import FEATURES, Block, TileScores, Window
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

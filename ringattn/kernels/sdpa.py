@@ -15,10 +15,10 @@ from torch import Tensor
 from ringattn.kernels import sdpa_cuda, windows
 from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
+from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.kernels.reference import FLOATING
-from ringattn.merge import Partial, fold
-from ringattn.scores import TileScores
+from ringattn.kernels.scores import TileScores
 
 # Rows and columns of one operator call: it bounds scratch memory, and such calls run at full speed.
 LIMIT = 8192

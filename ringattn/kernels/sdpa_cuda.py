@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from ringattn.kernels.base import Call, Rows
 from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
 from ringattn.kernels.pieces import Run, TileBand
-from ringattn.scores import Window
+from ringattn.kernels.scores import Window
 
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM = 128

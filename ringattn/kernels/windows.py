@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ringattn.kernels.base import Grads, Rows
 from ringattn.kernels.operators import Operator, Query
+from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import ALIGNMENT, TileBand
-from ringattn.merge import Partial, fold
 
 
 @dataclass(frozen=True, slots=True)

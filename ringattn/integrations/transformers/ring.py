@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ringattn.context import ContextParallel
+from ringattn.geometry.masks import bounds_of, contains
 from ringattn.integrations.transformers.structure import Structure, limited
-from ringattn.masks import Mask, bounds_of, causal, chunked, contains, documents
+from ringattn.masks import Mask, causal, documents
 
 LARGEST_SEED = (1 << 62) - 1
 KEPT = 4  # batches whose contexts are kept: a step's micro-batches
@@ -176,7 +177,7 @@ class Batch:
         return self._layers[structure]
 
     def _find(self, structure: Structure) -> tuple[ContextParallel, Mask]:
-        if self.bounds is not None and any(limit.rule is chunked(1).rule for limit in structure.limits):
+        if self.bounds is not None and any(limit.kind == "chunked" for limit in structure.limits):
             raise NotImplementedError(f"{structure.model}: chunks of attention that start again in each document")
         cp, mask = self.cp, self._ring.mask(structure)
         if self._apart is not None:

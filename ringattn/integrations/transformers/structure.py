@@ -200,7 +200,7 @@ def _check_rotation(config: Any) -> None:
 def limited(base: Mask, limits: tuple[Mask, ...]) -> Mask:
     """`base` within limits; a causal window is written as users write it."""
     for limit in limits:
-        if base == causal() and limit.rule is sliding_window(0).rule and limit.args[1] is None:
+        if base == causal() and limit.kind == "sliding_window" and limit.args[1] is None:
             base = sliding_window(limit.args[0])
         else:
             base = base & limit

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ringattn.comm.sums import sum_over
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
 from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
-from ringattn.sums import sum_over
 
 SAMPLING = ("random", "sequential")
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.arguments import shown
+from ringattn.arguments.tensors import dim_of, plain
+from ringattn.arguments.values import shown
 from ringattn.comm import together, told
-from ringattn.layouts import Frame, Layout
-from ringattn.link import Link
-from ringattn.tensors import dim_of, plain
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.layouts import Layout
+from ringattn.runtime.link import Link
 
 GRADIENTS = ("whole", "share")
 

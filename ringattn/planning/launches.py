@@ -12,8 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ringattn.spans import Ints
-from ringattn.tiles import Rows, Tile
+from ringattn.geometry.spans import Ints
+from ringattn.geometry.tiles import Rows, Tile
 
 # Tiles of at most this many rows and columns are stacked, where there are some: larger ones fill a device alone.
 SMALL, SOME = 256, 4

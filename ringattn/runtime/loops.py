@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import Grads, Rows
-from ringattn.merge import Partial, add_sinks
-from ringattn.program import Program, Stage
-from ringattn.visits import BackwardVisits, ForwardVisits
-from ringattn.wire import Batch, add_rows, add_shard, present, rows_kv
-from ringattn.work import Area, Run, accumulator_dtype, row_delta
+from ringattn.kernels.partial import Partial, add_sinks
+from ringattn.planning.program import Program, Stage
+from ringattn.runtime.visits import BackwardVisits, ForwardVisits
+from ringattn.runtime.wire import Batch, add_rows, add_shard, present, rows_kv
+from ringattn.runtime.work import Area, Run, accumulator_dtype, row_delta
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, run: Run) -> tuple[Tensor, Tensor]:

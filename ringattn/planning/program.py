@@ -11,12 +11,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from ringattn.launches import Launch, launches
-from ringattn.layouts import Frame
-from ringattn.plan import Plan
-from ringattn.schedules import Schedule, Step, Transfer
-from ringattn.spans import Ints
-from ringattn.tiles import Tile
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.spans import Ints
+from ringattn.geometry.tiles import Tile
+from ringattn.planning.launches import Launch, launches
+from ringattn.planning.plan import Plan
+from ringattn.planning.schedules import Schedule, Step, Transfer
 
 # Messages of less than this part of a shard are not worth a second turn.
 HIDDEN = 8

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn.arguments import number
-from ringattn.bands import QN, TAG
-from ringattn.plan import Plan
-from ringattn.schedules import HEAD_CHUNKS, by_name, two_shards
-from ringattn.spans import Ints
-from ringattn.travel import worthwhile
+from ringattn.arguments.values import number
+from ringattn.geometry.bands import QN, TAG
+from ringattn.geometry.spans import Ints
+from ringattn.planning.plan import Plan
+from ringattn.planning.schedules import HEAD_CHUNKS, by_name, two_shards
+from ringattn.planning.travel import worthwhile
 
 Pairs = NDArray[Any]  # of each rank
 

@@ -15,13 +15,13 @@ from functools import cached_property
 
 import numpy as np
 
-from ringattn.bands import HI, K_AXIS, LO, Q_AXIS, QN, QS
-from ringattn.cost import Cost, Rates, cheaper, cost
-from ringattn.deals import Cells, deal_by_rounds, deal_by_weight
-from ringattn.layouts import LAYOUTS, Layout, chunks, contiguous, dealt
-from ringattn.masks import BoundMask
-from ringattn.plan import Plan
-from ringattn.travel import worthwhile
+from ringattn.geometry.bands import HI, K_AXIS, LO, Q_AXIS, QN, QS
+from ringattn.geometry.layouts import LAYOUTS, Layout, chunks, contiguous, dealt
+from ringattn.geometry.masks import BoundMask
+from ringattn.planning.cost import Cost, Rates, cheaper, cost
+from ringattn.planning.deals import Cells, deal_by_rounds, deal_by_weight
+from ringattn.planning.plan import Plan
+from ringattn.planning.travel import worthwhile
 
 # Kernel calls a rank beyond which a layout is avoided, or refused where it was asked for.
 CALL_BUDGET = 20_000

@@ -125,3 +125,23 @@ def _power(bound: int) -> str:
         if size >= MANY and power & (power - 1) == 0:
             return f"{bound} ({'-' if bound < 0 else ''}2**{power.bit_length() - 1}{name})"
     return str(bound)
+
+
+def boundaries(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """The bounds of documents, from 0 on and never falling."""
+    bounds = integers(name, values)
+    if not bounds or bounds[0] != 0:
+        raise ValueError(f"{name}={shortened(bounds)}: must start with 0, the beginning of the first document")
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        if b < a:
+            raise ValueError(
+                f"{name}[{i + 1}]={b} comes after {a}: cumulative lengths must not fall; sort or re-add them"
+            )
+    return bounds
+
+
+def shortened(arg: object) -> str:
+    """A value in words, of many numbers only the first and the last."""
+    if isinstance(arg, tuple) and len(arg) > 6:
+        return f"({', '.join(map(str, arg[:3]))}, ... {len(arg)} numbers ..., {arg[-1]})"
+    return repr(arg)

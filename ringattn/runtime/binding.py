@@ -16,16 +16,16 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ringattn.arguments import deadline, flag, integer, seed_of, shown
-from ringattn.cost import Rates
+from ringattn.arguments.values import deadline, flag, integer, seed_of, shown
+from ringattn.geometry.layouts import Layout, named
+from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.kernels import KERNELS
-from ringattn.layouts import Layout, named
-from ringattn.link import Link
-from ringattn.masks import BoundMask, Mask
-from ringattn.placement import PLACEMENTS, Choice, Problem, choose, given
-from ringattn.plan import Plan
-from ringattn.program import Program, compile_program
-from ringattn.schedules import SCHEDULES, Schedule, by_name, two_shards
+from ringattn.planning.cost import Rates
+from ringattn.planning.placement import PLACEMENTS, Choice, Problem, choose, given
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import Program, compile_program
+from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, two_shards
+from ringattn.runtime.link import Link
 
 BYTES = 1 << 62  # no limit on bytes is larger
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
@@ -82,7 +82,7 @@ class Settings:
     """The arguments of a context."""
 
     seqlen: int
-    masks: tuple[Mask, ...]
+    masks: tuple[Expression, ...]
     kv_seqlen: int
     q_offset: int
     layout: str | Layout
@@ -184,7 +184,7 @@ class Binding:
             )
         return given(problem, layout, layout)
 
-    def program(self, mask: Mask, load: Load) -> Program:
+    def program(self, mask: Expression, load: Load) -> Program:
         """This rank's program for a mask and the sizes of a call.
 
         Raises ``ValueError`` where no schedule fits ``Options.kv_bytes``.

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ringattn.placement import Choice, Line
-
-if TYPE_CHECKING:
-    from ringattn.context import ContextParallel
-    from ringattn.launches import Launch
-    from ringattn.masks import Mask
+from ringattn.geometry.masks import Expression
+from ringattn.planning.launches import Launch
+from ringattn.planning.placement import Choice, Line
+from ringattn.runtime.binding import Binding
 
 MAX_STEPS = 8
 
 
-def describe(cp: ContextParallel, choice: Choice) -> str:
+def describe(binding: Binding) -> str:
     """Printable text, the same on every rank but for the rank's own steps."""
-    keys = f", {cp.kv_seqlen:,} keys" if cp.kv_seqlen != cp.seqlen else ""
-    offset = f", first query at {cp.q_offset:,}" if cp.q_offset else ""
-    sizes = cp.q_layout.sizes
+    settings, choice = binding.settings, binding.choice
+    keys = f", {settings.kv_seqlen:,} keys" if settings.kv_seqlen != settings.seqlen else ""
+    offset = f", first query at {settings.q_offset:,}" if settings.q_offset else ""
+    sizes = binding.q_layout.sizes
     lines = [
-        f"ringattn: {cp.seqlen:,} tokens{keys}{offset} over {cp.world_size} ranks "
-        f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {cp.rank}",
-        f"layout {cp.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
+        f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {binding.rank}",
+        f"layout {binding.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
         *_table(choice),
         "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
-        f"kernel {cp.kernel}"
-        + (": the fastest that accepts a call, chosen at the call" if cp.kernel == "auto" else ""),
+        f"kernel {settings.kernel}"
+        + (": the fastest that accepts a call, chosen at the call" if settings.kernel == "auto" else ""),
     ]
-    for mask in cp.masks:
-        lines += _describe_mask(cp, mask)
+    for mask in settings.masks:
+        lines += _describe_mask(binding, mask)
     return "\n".join(lines)
 
 
@@ -54,16 +51,16 @@ def _rows(line: Line, best: float, taken: bool) -> list[str]:
     return rows
 
 
-def _describe_mask(cp: ContextParallel, mask: Mask) -> list[str]:
-    plan, program = cp.plans[mask], cp.program(mask)
+def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
+    plan, program = binding.plans[mask], binding.program(mask, binding.last)
     work, mean = plan.work, float(plan.work.mean())
-    full = cp.seqlen * cp.kv_seqlen
+    full = binding.settings.seqlen * binding.settings.kv_seqlen
     balance = f"{work.max() / mean:.2f}" if mean else "no work"
     lines = [
         f"mask {mask}",
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
-        f"    rank {cp.rank}: {int(work[cp.rank]):,} pairs in {program.calls} kernel calls, "
+        f"    rank {binding.rank}: {int(work[binding.rank]):,} pairs in {program.calls} kernel calls, "
         f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
         f"sends {program.tokens('grad_sends'):,} of gradients",
     ]

@@ -13,12 +13,13 @@ from math import lcm
 
 import numpy as np
 
-from ringattn.bands import ANY, K0, K_AXIS, KS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
-from ringattn.layouts import Frame, Layout
-from ringattn.masks import BoundMask
-from ringattn.spans import INF, Ints, expand, meeting
-from ringattn.tiles import Tile, cut, localise
-from ringattn.travel import part
+from ringattn.geometry.bands import ANY, K0, K_AXIS, KS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.spans import INF, Ints, expand, meeting
+from ringattn.geometry.tiles import Tile, cut, localise
+from ringattn.planning.travel import part
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.bands import ANY, HI, K0, K_AXIS, KN, KSET, LO, Q0, Q_AXIS, QN, QS, QSET, TAG, Bands, regular, staircase
-from ringattn.layouts import Frame
-from ringattn.spans import INF, Ints, cross_spans, overlapping
+from ringattn.geometry.bands import (
+    ANY,
+    HI,
+    K0,
+    K_AXIS,
+    KN,
+    KSET,
+    LO,
+    Q0,
+    Q_AXIS,
+    QN,
+    QS,
+    QSET,
+    TAG,
+    Bands,
+    regular,
+    staircase,
+)
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.spans import INF, Ints, cross_spans, overlapping
 
 Rows = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
 

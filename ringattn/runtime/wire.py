@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ringattn.comm import Pending
-from ringattn.link import Link
-from ringattn.program import Move, Stage
+from ringattn.planning.program import Move, Stage
+from ringattn.runtime.link import Link
 
 
 def rows_kv(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

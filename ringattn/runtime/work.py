@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.tiles import Rows as RowIndex
+from ringattn.geometry.tiles import Tile
 from ringattn.kernels import Grads, Kernel, Rows
-from ringattn.launches import Launch
-from ringattn.layouts import Frame
-from ringattn.link import Link
-from ringattn.merge import Partial
-from ringattn.program import Program, Stage
-from ringattn.scores import Place, Scores, TileScores
-from ringattn.tiles import Rows as RowIndex
-from ringattn.tiles import Tile
+from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Place, Scores, TileScores
+from ringattn.planning.launches import Launch
+from ringattn.planning.program import Program, Stage
+from ringattn.runtime.link import Link
 
 # Devices on which a call costs more than copying the rows of a stack (64 x 64 tiles of 4 heads: a CPU needs 1.6 times
 # as long for stacks of scattered rows as for their tiles one by one, and 0.75 times for rows that lie side by side).

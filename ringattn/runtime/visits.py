@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels import Grads, Rows
-from ringattn.merge import Partial, fold
-from ringattn.program import Move, Visits
-from ringattn.wire import Batch
-from ringattn.work import Area, Run, accumulator_dtype, row_delta
+from ringattn.kernels.partial import Partial, fold
+from ringattn.planning.program import Move, Visits
+from ringattn.runtime.wire import Batch
+from ringattn.runtime.work import Area, Run, accumulator_dtype, row_delta
 
 Message = tuple[Move, Tensor]
 

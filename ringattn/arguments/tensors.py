@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.arguments import integer, shown
+from ringattn.arguments.values import integer, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ringattn.arguments import shown
-from ringattn.tensors import FLOATS, plain
-from ringattn.tiles import Rows
+from ringattn.arguments.tensors import FLOATS, plain
+from ringattn.arguments.values import shown
+from ringattn.geometry.tiles import Rows
 
 Window = tuple[int | None, int | None]
 WHOLE = slice(None)

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, areas, regular
-from ringattn.cost import Rates, unhidden
-from ringattn.layouts import Layout
-from ringattn.masks import BoundMask
-from ringattn.plan import axis_spans, merge_spans
-from ringattn.spans import Ints
-from ringattn.tiles import cut
+from ringattn.geometry.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, areas, regular
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.spans import Ints
+from ringattn.geometry.tiles import cut
+from ringattn.planning.cost import Rates, unhidden
+from ringattn.planning.plan import axis_spans, merge_spans
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ringattn.arguments import listed, shown
-from ringattn.forks import check_own
-from ringattn.shield import shield
-from ringattn.tensors import plain
+from ringattn.arguments.tensors import plain
+from ringattn.arguments.values import listed, shown
+from ringattn.comm.forks import check_own
+from ringattn.comm.shield import shield
 
 REFUSED = "another rank refused its part of the sum (its own error says why)"
 DIFFER = "every rank must call the same function with tensors of the same shapes and dtypes, and other ranks do not"

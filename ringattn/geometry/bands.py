@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn.arguments import MANY
-from ringattn.spans import INF, Intervals, Ints, clip_spans, cross_spans, expand, overlapping
+from ringattn.arguments.values import MANY
+from ringattn.geometry.spans import INF, Intervals, Ints, clip_spans, cross_spans, expand, overlapping
 
 Q0, QN, QS, QSET, K0, KN, KS, KSET, LO, HI, TAG = range(11)
 Q_AXIS = (Q0, QN, QS, QSET)

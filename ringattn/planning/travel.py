@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringattn.bands import K_AXIS, TAG, Bands, concat, counts, regular
-from ringattn.layouts import Layout
-from ringattn.masks import BoundMask
-from ringattn.spans import meeting
+from ringattn.geometry.bands import K_AXIS, TAG, Bands, concat, counts, regular
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.spans import meeting
 
 # Keys a travelling query must save its rank for each row that travels: q and out forward, q, out, dout and dq
 # backward, with all heads, against K and V with the KV heads alone, twice, and their gradients.

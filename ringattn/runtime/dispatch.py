@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.binding import Binding, Load, find
 from ringattn.comm import agree, together
+from ringattn.geometry.masks import Expression
 from ringattn.kernels import KERNELS, Call, choose
-from ringattn.masks import Mask
-from ringattn.ring import backward, forward
-from ringattn.scores import RULES, Dropout, Scores
-from ringattn.work import Run, accumulator_dtype, row_delta
+from ringattn.kernels.scores import RULES, Dropout, Scores
+from ringattn.runtime.binding import Binding, Load, find
+from ringattn.runtime.loops import backward, forward
+from ringattn.runtime.work import Run, accumulator_dtype, row_delta
 
 NO_SEED = -1
 FORWARD, BACKWARD = "attention forward", "attention backward"
@@ -201,7 +201,7 @@ def _prepare(
     return Run(binding.program(mask, load), kernel, scores, binding.link, sinks)
 
 
-def _mask_of(binding: Binding, handle: Tensor) -> Mask:
+def _mask_of(binding: Binding, handle: Tensor) -> Expression:
     mask = binding.masks.get(handle.numpy().tobytes().hex())
     if mask is None:
         listed = "; ".join(map(str, binding.settings.masks))
@@ -234,7 +234,7 @@ def _check_finite(binding: Binding, **tensors: Tensor) -> None:
         raise FloatingPointError(f"{found} (Options.check_nan)")
 
 
-def attended_mask(args: tuple[Any, ...]) -> Mask:
+def attended_mask(args: tuple[Any, ...]) -> Expression:
     """The mask of a call of `ringattn::attention`, from its arguments."""
     context, mask = args[7], args[8]
     return _mask_of(find(context), mask)

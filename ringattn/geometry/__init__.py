@@ -1,0 +1,1 @@
+"""Who attends to whom, in integers: spans, bands, masks, layouts, tiles. Nothing here knows torch."""

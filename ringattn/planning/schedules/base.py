@@ -1,0 +1,111 @@
+"""What a schedule is: the order in which K/V reaches a rank and gradients come home, as data.
+
+A schedule gives, for a plan and a rank, that rank's list of steps. A step names the keys present while it
+computes, the KV heads it computes, the transfers that brought the keys (posted before the step ahead of it
+computes) and the gradient transfers that follow it. Steps of equal index belong together on all ranks.
+Step 0 needs no transfer. A schedule has one number to choose, its ``cut`` (hops of a step, chunks of heads),
+and states the buffers that a cut takes.
+
+Gradients *follow* their block along a relay (ring) or *return* straight to the owner (exchange, gather).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.spans import Ints
+from ringattn.planning.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """``spans`` (global key positions, ``[n, 3]``) of ``owner``'s shard go from rank ``src`` to ``dst``."""
+
+    src: int
+    dst: int
+    owner: int
+    spans: Ints
+
+    @property
+    def tokens(self) -> int:
+        return int(self.spans[:, 1].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One rank's step: ``keys`` are (owner, spans) in the order they lie in the buffer, ``heads`` the chunk
+    ``(i, n)`` of the KV heads. Keys of the rank's own beyond step 0 are copied into the buffer."""
+
+    keys: tuple[tuple[int, Ints], ...]
+    kv: tuple[Transfer, ...] = ()
+    grads: tuple[Transfer, ...] = ()
+    heads: tuple[int, int] = (0, 1)
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(np.concatenate([s for _, s in self.keys] or [np.empty((0, 3), np.int64)]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps: ``(plan, rank, cut)`` to the rank's steps. cuts: ``(plan, kv_heads)`` to the cuts worth trying, the
+    preferred first. buffers: ``(plan, cut, kv_heads)`` to the key rows of one head that its K/V buffers hold at
+    most on any rank (gradients take as many, in fp32)."""
+
+    name: str
+    steps: Callable[[Plan, int, int], list[Step]]
+    cuts: Callable[[Plan, int], Iterable[int]]
+    buffers: Callable[[Plan, int, int], int]
+
+    def fit(self, plan: Plan, kv_heads: int, room: int) -> int | None:
+        """The preferred cut whose buffers hold at most ``room`` rows of one head; None where none does."""
+        fitting = (cut for cut in self.cuts(plan, kv_heads) if self.buffers(plan, cut, kv_heads) <= room)
+        return next(fitting, None)
+
+
+def two_shards(plan: Plan, kv_heads: int) -> int:
+    """The room that is taken unless a limit is given: rows of one head in two shards of K/V."""
+    return 2 * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
+
+
+def own_step(plan: Plan, rank: int) -> Step:
+    return Step(((rank, plan.k_layout.frame(rank).spans),))
+
+
+def returned(kv: tuple[Transfer, ...]) -> tuple[Transfer, ...]:
+    return tuple(Transfer(t.dst, t.src, t.owner, t.spans) for t in kv)
+
+
+def messages(needs: Ints) -> tuple[Ints, Ints]:
+    """Needs in the order they lie in the receiver's buffer, and the number of the message each is part of.
+
+    Keys are packed in global order, so that what one query sees of several owners lies side by side; a
+    message is a run of one owner. Strided spans interleave: there each owner is one message.
+    """
+    interleaved = bool((needs[:, 4] > 1).any())
+    order = np.lexsort((needs[:, 2], needs[:, 1] if interleaved else np.zeros(len(needs)), needs[:, 0]))
+    rows = needs[order]
+    new = np.ones(len(rows), bool)
+    new[1:] = (rows[1:, :2] != rows[:-1, :2]).any(1)
+    return rows, np.cumsum(new)
+
+
+def split(rows: Ints, message: Ints) -> list[Ints]:
+    if not len(rows):
+        return []
+    return np.split(rows, np.flatnonzero(np.diff(message)) + 1)
+
+
+def collected(needs: Ints, rank: int) -> tuple[tuple[tuple[int, Ints], ...], tuple[Transfer, ...]]:
+    """What lies in the rank's buffer when all of ``needs`` (rank, owner, span) are collected, and the transfers of
+    which the rank is an end."""
+    rows, message = messages(needs)
+    mine, served = rows[:, 0] == rank, (rows[:, 1] == rank) & (rows[:, 0] != rank)
+    keys = tuple((int(part[0, 1]), part[:, 2:]) for part in split(rows[mine], message[mine]))
+    kv = [Transfer(owner, rank, owner, spans) for owner, spans in keys if owner != rank]
+    kv += [Transfer(rank, int(part[0, 0]), rank, part[:, 2:]) for part in split(rows[served], message[served])]
+    return keys, tuple(kv)

@@ -1,0 +1,24 @@
+"""Exchange: everything that a rank needs comes to it in one step."""
+
+from __future__ import annotations
+
+from ringattn.planning.plan import Plan
+from ringattn.planning.schedules.base import Schedule, Step, collected, own_step, returned
+
+
+def exchange(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
+    """Every rank receives just the spans its mask needs, in one step; partial dK/dV return to the owners.
+
+    Buffers: the needed foreign K/V once, and their gradients once. There is nothing to cut.
+    """
+    keys, kv = collected(plan.world_needs, rank)
+    if not kv:
+        return [own_step(plan, rank)]
+    return [own_step(plan, rank), Step(keys, kv, returned(kv))]
+
+
+def _buffers(plan: Plan, cut: int, kv_heads: int) -> int:
+    return int(plan.received.max(initial=0)) * kv_heads
+
+
+EXCHANGE = Schedule("exchange", exchange, lambda plan, kv_heads: (1,), _buffers)

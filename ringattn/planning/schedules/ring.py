@@ -1,0 +1,133 @@
+"""Ring: a relay, from rank to rank."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from ringattn.geometry.spans import Intervals, Ints, expand
+from ringattn.planning.plan import Plan, merge_spans
+from ringattn.planning.schedules.base import Schedule, Step, Transfer, messages, own_step, split
+
+
+def ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
+    """A relay with strides of ``cut`` ranks: step ``t`` holds what is left of the blocks of ``cut`` owners, those
+    ``(t - 1) * cut + 1`` to ``t * cut`` ranks before. They come from their owners at step 1, then from ``cut`` ranks
+    before, and lie in global order.
+
+    A hop carries only keys that its receiver or someone behind it on the same stride needs, and the relay of a block
+    ends at the last rank that needs any. dK/dV follow their block from step to step; keys that nobody behind needs
+    leave it at once and go straight home. Buffers: two steps of K/V, two of gradients.
+    """
+    relay = _Relay(plan, cut)
+    steps = [own_step(plan, rank)]
+    for t in range(1, -(-(plan.world_size - 1) // cut) + 1):
+        keys, kv = relay.arrivals(rank, t)
+        steps.append(Step(keys, kv, relay.departures(rank, t)))
+    while len(steps) > 1 and not (steps[-1].keys or steps[-1].kv or steps[-1].grads):
+        steps.pop()
+    return steps
+
+
+class _Relay:
+    """What a relay with strides of ``cut`` carries: the union of the needs of all ranks that lie at least ``hop``
+    behind the owner and a whole number of strides from that hop."""
+
+    def __init__(self, plan: Plan, cut: int) -> None:
+        world, needs = plan.world_size, plan.world_needs
+        distance = (needs[:, 0] - needs[:, 1]) % world
+        lane = needs[:, 1] * cut + (distance - 1) % cut
+        order = np.lexsort((-distance, lane))
+        self.world, self.cut = world, cut
+        self.spans = needs[order, 2:]
+        # One lattice for all hops, so that what a hop carries is a part of what the hop before carried.
+        self.step = int(np.lcm.reduce(needs[:, 4], initial=1))
+        self._key = lane[order] * world + (world - 1 - distance[order])
+
+    def hops(self, t: int) -> Ints:
+        """How far the blocks of step ``t`` are from their owners."""
+        return np.arange((t - 1) * self.cut + 1, min(t * self.cut, self.world - 1) + 1)
+
+    def arrivals(self, rank: int, t: int) -> tuple[tuple[tuple[int, Ints], ...], tuple[Transfer, ...]]:
+        """The rank's buffer at step ``t``, and the transfers that fill it and those of the ranks it serves."""
+        keys = self._buffer(rank, t)
+        kv = [Transfer(self._source(rank, owner, t), rank, owner, spans) for owner, spans in keys]
+        receivers = (rank + (self.hops(1) if t == 1 else np.array([self.cut]))) % self.world
+        for receiver in receivers.tolist():
+            for owner, spans in self._buffer(receiver, t):
+                if self._source(receiver, owner, t) == rank:
+                    kv.append(Transfer(rank, receiver, owner, spans))
+        return keys, tuple(kv)
+
+    def departures(self, rank: int, t: int) -> tuple[Transfer, ...]:
+        """Gradients after step ``t``: on with their blocks, then home; and those that come here, in the same order."""
+        hops, world, cut = self.hops(t), self.world, self.cut
+        after, before, owners = (rank + cut) % world, (rank - cut) % world, (rank - hops) % world
+        held, passed = self.contents(owners, hops), self.contents(owners, hops + cut)
+        own, handed = self.contents(np.full(len(hops), rank), hops), self.contents(np.full(len(hops), rank), hops + cut)
+        next_hops = hops[hops + cut < world] + cut
+        coming = self.contents((rank - next_hops) % world, next_hops)
+        grads = [Transfer(rank, after, o, spans) for o, spans in zip(owners.tolist(), passed, strict=True)]
+        grads += [
+            Transfer(before, rank, (rank - d) % world, spans)
+            for d, spans in zip(next_hops.tolist(), coming, strict=True)
+        ]
+        grads += [Transfer(rank, o, o, s) for o, s in zip(owners.tolist(), self._minus(held, passed), strict=True)]
+        grads += [
+            Transfer((rank + d) % world, rank, rank, spans)
+            for d, spans in zip(hops.tolist(), self._minus(own, handed), strict=True)
+        ]
+        return tuple(t for t in grads if len(t.spans))
+
+    def contents(self, owners: Ints, hops: Ints) -> list[Ints]:
+        """For each (owner, hop) the spans on their way at that hop."""
+        lane = (owners * self.cut + (hops - 1) % self.cut) * self.world
+        first = np.searchsorted(self._key, lane, "left")
+        last = np.searchsorted(self._key, lane + np.maximum(self.world - hops, 0), "left")
+        group, within = expand(last - first)
+        merged = merge_spans(group, self.spans[first[group] + within], self.step)
+        edges = np.searchsorted(merged[:, 0], np.arange(len(owners) + 1))
+        return [merged[a:b, 1:] for a, b in itertools.pairwise(edges)]
+
+    def _buffer(self, rank: int, t: int) -> tuple[tuple[int, Ints], ...]:
+        hops = self.hops(t)
+        owners = (rank - hops) % self.world
+        rows = [
+            np.column_stack((np.full((len(spans), 2), (0, owner)), spans))
+            for owner, spans in zip(owners.tolist(), self.contents(owners, hops), strict=True)
+        ]
+        return tuple((int(part[0, 1]), part[:, 2:]) for part in split(*messages(np.concatenate(rows))))
+
+    def _source(self, rank: int, owner: int, t: int) -> int:
+        return owner if t == 1 else (rank - self.cut) % self.world
+
+    def _minus(self, a: list[Ints], b: list[Ints]) -> list[Ints]:
+        """Pair by pair the spans of ``a`` that are not in ``b``."""
+        return [self._without(x, y) if len(y) else x for x, y in zip(a, b, strict=True)]
+
+    def _without(self, x: Ints, y: Ints) -> Ints:
+        parts = []
+        for residue in np.unique(x[:, 0] % self.step).tolist():
+            runs = [self._runs(spans[spans[:, 0] % self.step == residue]) for spans in (x, y)]
+            left = runs[0].intersect(runs[1].complement()).bounds
+            start, length = left[:, 0] * self.step + residue, left[:, 1] - left[:, 0]
+            parts.append(np.stack((start, length, np.full_like(start, self.step)), 1))
+        return np.concatenate(parts or [x])
+
+    def _runs(self, spans: Ints) -> Intervals:
+        start = spans[:, 0] // self.step
+        return Intervals(np.stack((start, start + spans[:, 1]), 1))
+
+
+def _cuts(plan: Plan, kv_heads: int) -> Sequence[int]:
+    return range(max(plan.world_size - 1, 1), 0, -1)
+
+
+def _buffers(plan: Plan, cut: int, kv_heads: int) -> int:
+    steps = 2 if cut < plan.world_size - 1 else 1
+    return steps * cut * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
+
+
+RING = Schedule("ring", ring, _cuts, _buffers)

@@ -1,0 +1,1 @@
+"""What executes a program: the two loops, their buffers and messages, the operators."""
