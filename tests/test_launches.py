@@ -7,8 +7,10 @@ from test_ring import Rank, check, on_ranks, single_process
 
 import ringattn as ra
 from ringattn.geometry.tiles import Tile
-from ringattn.planning.launches import SMALL, launches
-from ringattn.runtime import work
+from ringattn.kernels.blockwise import Blockwise
+from ringattn.kernels.sdpa import Sdpa
+from ringattn.planning.launches import SMALL, Stacking, launches
+from ringattn.runtime.binding import Load
 
 
 def tile(q, k, window=(None, None)):
@@ -38,10 +40,23 @@ def test_large_and_scattered_tiles_stay_alone():
 def test_calls_of_a_step_are_bounded_by_its_shapes(name, mask, schedule):
     """2,048 block rows over 8 ranks: about a thousand tiles a rank."""
     cp = ra.ContextParallel(Rank(3, 8), 1 << 17, mask=mask, layout="contiguous", schedule=schedule)
-    program = cp.program(mask)
+    program = cp.program(mask, Load(8, 0, Stacking.ALL))
     assert sum(len(stage.tiles) for stage in program.stages) >= (900 if name == "bigbird" else 256)
     assert max(len(stage.launches) for stage in program.stages) <= 12
-    assert f"in {program.calls} kernel calls" in cp.describe() and "tiles)" in cp.describe()
+    assert f"in {cp.program(mask).calls} kernel calls" in cp.describe()
+    assert ("tiles)" in cp.describe()) == (name == "chunks"), "on a CPU only rows that lie side by side are stacked"
+
+
+@pytest.mark.parametrize("mask", [ra.bigbird(16, 3, 1, 2), ra.chunked(16), ra.strided(6)], ids=str)
+@pytest.mark.parametrize("bias", [None, ra.alibi([0.5, 0.25])], ids=["plain", "alibi"])
+def test_a_program_says_how_many_calls_run(mask, bias, monkeypatch):
+    kernel, ran = (Blockwise if bias else Sdpa), []
+    forward = kernel.forward
+    monkeypatch.setattr(kernel, "forward", lambda self, *args: ran.append(1) or forward(self, *args))
+    cp = ra.ContextParallel(None, 256, mask=mask)
+    q, k, v = (torch.randn(1, 256, 2, 16) for _ in range(3))
+    ra.attention(q, k, v, cp=cp, bias=bias)
+    assert len(ran) == cp.program(mask).calls
 
 
 MASKS = [ra.bigbird(4, 3, 1, 2), ra.chunked(4), ra.strided(6), ra.bigbird(4, 1, 1, 2, causal=False), ra.dilated(6, 2)]
@@ -51,7 +66,7 @@ MASKS = [ra.bigbird(4, 3, 1, 2), ra.chunked(4), ra.strided(6), ra.bigbird(4, 1, 
 @pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stacks_give_the_same(mask, schedule, batch, poison, monkeypatch):
-    monkeypatch.setattr(work, "STACKING", frozenset({"cpu"}))
+    monkeypatch.setattr(Stacking, "of", lambda device, positional: Stacking.ALL)
     sizes = {"q_len": 72, "kv_len": 72, "batch": batch}
     for world in (1, 2):
         settings = {"layout": "contiguous", "schedule": schedule}
@@ -59,7 +74,12 @@ def test_stacks_give_the_same(mask, schedule, batch, poison, monkeypatch):
 
         def look(transport, settings=settings, stacks=stacks):
             cp = ra.ContextParallel(transport, 72, mask=mask, **settings)
-            stacks.extend(call for stage in cp.program(mask).stages for call in stage.launches if len(call.tiles) > 1)
+            stacks.extend(
+                call
+                for stage in cp.program(mask, Load(8, 0, Stacking.ALL)).stages
+                for call in stage.launches
+                if len(call.tiles) > 1
+            )
 
         ra.Loopback(world).run(look)
         assert stacks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,23 @@ from ringattn.geometry.tiles import Rows, Tile
 SMALL, SOME = 256, 4
 # Rows and columns of one stack, which are copied together.
 ROWS = 1 << 15
+
+
+class Stacking(Enum):
+    """Which tiles a device computes together."""
+
+    NONE = "none"  # each tile must know where it lies
+    VIEWS = "views"  # rows that lie evenly side by side: copying others costs more than calls
+    ALL = "all"
+
+    @staticmethod
+    def of(device: str, positional: bool) -> Stacking:
+        """That of a type of device. For 64 x 64 tiles of 4 heads, a CPU needs 1.6 times as long for stacks of scattered
+        rows as for their tiles one by one, and 0.75 times for rows that lie side by side. ``positional``: tiles must
+        know where they lie, for a bias or dropout."""
+        if positional:
+            return Stacking.NONE
+        return Stacking.VIEWS if device == "cpu" else Stacking.ALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +68,10 @@ class Launch:
         return _laid_out([tile.k for tile in self.tiles])
 
 
-def launches(tiles: Sequence[Tile]) -> list[Launch]:
+def launches(tiles: Sequence[Tile], stacking: Stacking = Stacking.ALL) -> list[Launch]:
     """The tiles in launches, single ones first, in their order."""
+    if stacking is Stacking.NONE:
+        return [Launch((tile,)) for tile in tiles]
     alike: dict[tuple[int, int, tuple[int | None, int | None]], list[Tile]] = {}
     for tile in tiles:
         small = isinstance(tile.q, slice) and isinstance(tile.k, slice) and max(shape := _shape(tile)) <= SMALL
@@ -63,7 +83,9 @@ def launches(tiles: Sequence[Tile]) -> list[Launch]:
     for (nq, nk, _), same in stacked.items():
         most = max(ROWS // (nq + nk), 1)
         for row in _disjoint(same):
-            made += [Launch(tuple(row[i : i + most])) for i in range(0, len(row), most)]
+            for stack in (Launch(tuple(row[i : i + most])) for i in range(0, len(row), most)):
+                views = isinstance(stack.q, slice) and isinstance(stack.k, slice)
+                made += [stack] if views or stacking is Stacking.ALL else [Launch((tile,)) for tile in stack.tiles]
     return made
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import Tile
-from ringattn.planning.launches import Launch, launches
+from ringattn.planning.launches import Launch, Stacking, launches
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import Schedule, Step, Transfer
 
@@ -122,7 +122,7 @@ class Program:
         return int(sum(parts))
 
 
-def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Program:
+def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL) -> Program:
     """The local form of a rank's steps."""
     steps = schedule.steps(plan, rank, cut)
     own, q_frame, nothing = plan.k_layout.frame(rank), plan.q_frame(rank), Frame(np.empty((0, 3), np.int64))
@@ -133,7 +133,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
     for step, before, here, after in zip(steps, frames, frames[1:], frames[2:], strict=False):
         key = here.spans.tobytes()  # chunks of heads hold the same keys
         if key not in known:
-            known[key] = launches(plan.tiles(rank, here)) if here.size else []
+            known[key] = launches(plan.tiles(rank, here), stacking) if here.size else []
         rows = touched[step.heads[0]]
         made = []
         for launch in known[key]:
@@ -143,7 +143,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
             rows[launch.q] = True
         moves = (*_kv_moves(step, rank, own, before, here), *_grad_moves(step, rank, own, here, after))
         stages.append(Stage(here, tuple(made), step.heads, *moves, _copies(step, rank, own, here) if stages else ()))
-    visits = _visits(plan, rank)
+    visits = _visits(plan, rank, stacking)
     if visits.sends or visits.recvs:
         stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
     blank |= not touched.all()
@@ -151,7 +151,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int) -> Prog
     return Program(rank, q_frame, own, tuple(stages), visits, blank, alone, schedule.name, cut, plan.travel)
 
 
-def _visits(plan: Plan, rank: int) -> Visits:
+def _visits(plan: Plan, rank: int, stacking: Stacking) -> Visits:
     if not plan.travel:
         return Visits((), (), Frame(np.empty((0, 3), np.int64)), ())
     rows, own = plan.visits, plan.q_frame(rank)
@@ -160,7 +160,7 @@ def _visits(plan: Plan, rank: int) -> Visits:
     sends = [_rows_move(host, own, leaving[leaving[:, 0] == host, 1:]) for host in np.unique(leaving[:, 0]).tolist()]
     recvs = [_rows_move(home, frame, coming[coming[:, 0] == home, 2:]) for home in np.unique(coming[:, 0]).tolist()]
     tiles = plan.guest_tiles(rank, frame) if len(coming) else ()
-    return Visits(tuple(sends), tuple(recvs), frame, tuple(launches(tiles)))
+    return Visits(tuple(sends), tuple(recvs), frame, tuple(launches(tiles, stacking)))
 
 
 def _rows_move(peer: int, frame: Frame, spans: Ints) -> Move:

@@ -21,6 +21,7 @@ from ringattn.geometry.layouts import Layout, named
 from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.kernels import KERNELS
 from ringattn.planning.cost import Rates
+from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program, compile_program
@@ -100,11 +101,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Load:
-    """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, and whether queries
-    must ``stay``, because a bias tensor holds something for each of them."""
+    """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, which tiles are
+    computed together, and whether queries must ``stay``, because a bias tensor holds something for each of them."""
 
     kv_heads: int
     row_bytes: int
+    stacking: Stacking = Stacking.VIEWS
     stay: bool = False
 
 
@@ -195,9 +197,9 @@ class Binding:
             if load.stay and plan.travel:
                 plan = replace(plan, travel=False)
             schedule, cut = self._fit(plan, load)
-            same = mask, plan.travel, schedule.name, cut  # calls of other sizes may well take the same
+            same = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
             if same not in self._programs:
-                self._programs[same] = compile_program(plan, schedule, cut, self.rank)
+                self._programs[same] = compile_program(plan, schedule, cut, self.rank, load.stacking)
             self._programs[key] = self._programs[same]
         return self._programs[key]
 

@@ -17,6 +17,7 @@ from ringattn.comm import agree, together
 from ringattn.geometry.masks import Expression
 from ringattn.kernels import KERNELS, Call, choose
 from ringattn.kernels.scores import RULES, Dropout, Scores
+from ringattn.planning.launches import Stacking
 from ringattn.runtime.binding import Binding, Load, find
 from ringattn.runtime.loops import backward, forward
 from ringattn.runtime.work import Run, accumulator_dtype, row_delta
@@ -196,7 +197,8 @@ def _prepare(
     call = Call(q.device.type, q.dtype, q.shape[-1], v.shape[-1], q.shape[2], k.shape[2], windowed, scores.features)
     kernel = choose(binding.settings.kernel, call, KERNELS)
     row_bytes = q.shape[0] * (q.shape[-1] + v.shape[-1]) * q.element_size()
-    load = Load(k.shape[2], row_bytes, stay=scores.bias is not None)
+    stacking = Stacking.of(q.device.type, scores.positional)
+    load = Load(k.shape[2], row_bytes, stacking, stay=scores.bias is not None)
     binding.last = load
     return Run(binding.program(mask, load), kernel, scores, binding.link, sinks)
 

@@ -5,7 +5,7 @@ Rows are views where they are slices, and gathered where tokens are scattered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,10 +21,6 @@ from ringattn.kernels.scores import Place, Scores, TileScores
 from ringattn.planning.launches import Launch
 from ringattn.planning.program import Program, Stage
 from ringattn.runtime.link import Link
-
-# Devices on which a call costs more than copying the rows of a stack (64 x 64 tiles of 4 heads: a CPU needs 1.6 times
-# as long for stacks of scattered rows as for their tiles one by one, and 0.75 times for rows that lie side by side).
-STACKING = frozenset({"cuda"})
 
 
 @dataclass(frozen=True)
@@ -77,35 +73,29 @@ class Area:
         )
         return TileScores(tile.window, scores.scale, scores.softcap, scores, Place(tile.q, q, k, self.q_heads))
 
-    def calls(self, launch: Launch, device: torch.device) -> Sequence[Launch]:
-        """A stack is one call, unless its tiles must know where they lie, or copying its rows costs more than calls."""
-        views = isinstance(launch.q, slice) and isinstance(launch.k, slice)
-        together = not self.run.scores.positional and (views or device.type in STACKING)
-        return (launch,) if together or len(launch.tiles) == 1 else [Launch((tile,)) for tile in launch.tiles]
-
     def forward(self, launch: Launch, q: Tensor, k: Tensor, v: Tensor, acc: Partial) -> None:
         """Folds a launch into ``acc``; ``k`` and ``v`` hold these heads only, ``q`` and ``acc`` all."""
         q, acc = q[:, :, self.q_heads], acc.heads(self.q_heads)
-        for call in self.calls(launch, q.device):
-            n = len(call.tiles)
-            with _acc_rows(acc, call.q, n) as rows:
-                queries, keys, values = (_stacked(_take(x, at), n) for x, at in ((q, call.q), (k, call.k), (v, call.k)))
-                scores = self.scores(call.tiles[0], q.device)
-                self.run.kernel.forward(queries, keys, values, scores, rows, call.fresh)
+        n = len(launch.tiles)
+        with _acc_rows(acc, launch.q, n) as rows:
+            queries, keys, values = (
+                _stacked(_take(x, at), n) for x, at in ((q, launch.q), (k, launch.k), (v, launch.k))
+            )
+            scores = self.scores(launch.tiles[0], q.device)
+            self.run.kernel.forward(queries, keys, values, scores, rows, launch.fresh)
 
     def backward(self, launch: Launch, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
         """Adds a launch's gradients; ``k``, ``v``, ``dk`` and ``dv`` hold these heads only, the rest all."""
         rows = rows.heads(self.q_heads)
-        for call in self.calls(launch, k.device):
-            n = len(call.tiles)
-            part = rows.map(_taker(call.q, n), _taker(call.q, n, 2))
-            with (
-                _grad_rows(grads.dq[:, :, self.q_heads], call.q, n) as dq,
-                _grad_rows(grads.dk, call.k, n) as dk,
-                _grad_rows(grads.dv, call.k, n) as dv,
-            ):
-                keys, values = (_stacked(_take(x, call.k), n) for x in (k, v))
-                self.run.kernel.backward(part, keys, values, self.scores(call.tiles[0], k.device), Grads(dq, dk, dv))
+        n = len(launch.tiles)
+        part = rows.map(_taker(launch.q, n), _taker(launch.q, n, 2))
+        with (
+            _grad_rows(grads.dq[:, :, self.q_heads], launch.q, n) as dq,
+            _grad_rows(grads.dk, launch.k, n) as dk,
+            _grad_rows(grads.dv, launch.k, n) as dv,
+        ):
+            keys, values = (_stacked(_take(x, launch.k), n) for x in (k, v))
+            self.run.kernel.backward(part, keys, values, self.scores(launch.tiles[0], k.device), Grads(dq, dk, dv))
 
 
 def _index(rows: RowIndex, device: torch.device) -> Tensor:
