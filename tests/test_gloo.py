@@ -12,6 +12,7 @@ from test_ring import check, dense_attention, results, tensors
 
 import ringattn as ra
 from ringattn.comm import PeerError, ProcessGroupTransport, SharedMemoryTransport, transport_over
+from ringattn.planning.program import Row
 
 S = cases.SEQLEN
 MASKS = [ra.causal(), ra.longformer(4, [2, 9, 20]), ra.documents(cases.CU) & ra.causal()]
@@ -60,7 +61,7 @@ def attend_in_low_precision(rank, world):
     out = ra.attention(*local, cp=cp)
     out.backward(cp.shard(dout))
     row = 2 * 2 * (8 + 8) * 2  # batch, KV heads, K and V, two bytes
-    assert cp.traffic()["received"]["forward kv"] == row * cp.program(cp.masks[0]).tokens("kv_recvs")
+    assert cp.traffic()["received"]["forward kv"] == row * cp.program(cp.masks[0]).tokens(Row.KV)
     return [cp.unshard(t).double() for t in (out.detach(), *(t.grad for t in local))]
 
 
