@@ -40,8 +40,8 @@ def refuse(call: Call) -> str | None:
             return f"head_dim {call.head_dim} must be a multiple of 8 and at most {FLASH_HEAD_DIM}"
         if call.dlse and call.head_dim > FLASH_HEAD_DIM - DLSE_COLUMNS:
             return (
-                f"head_dim {call.head_dim} must be at most {FLASH_HEAD_DIM - DLSE_COLUMNS} where lse has a gradient; use "
-                "the output alone, or kernel='blockwise'"
+                f"head_dim {call.head_dim} must be at most {FLASH_HEAD_DIM - DLSE_COLUMNS} where lse has a gradient; "
+                "use the output alone, or kernel='blockwise'"
             )
         return None
     if call.dtype != torch.float32:

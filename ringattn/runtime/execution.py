@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.comm import agree
+from ringattn.comm import agree, together
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.scores import RULES, Rule, Scores
 from ringattn.runtime import loops
@@ -33,6 +33,10 @@ class Execution:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``, on all ranks together."""
+        with together(self.binding.link.transport, FORWARD):
+            return self._forward(q, k, v)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         binding, link = self.binding, self.binding.link
         self._begin(FORWARD)
         if binding.settings.options.check_nan:
@@ -46,24 +50,29 @@ class Execution:
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
         wants_dsinks: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """``dq, dk, dv``, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is there to be added to;
         and ``dsinks``, where wanted."""
-        link = self.binding.link
-        self._begin(BACKWARD)
-        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        with together(self.binding.link.transport, BACKWARD):
+            self._begin(BACKWARD)
+            dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+            grads = self._backward(q, k, v, out, lse, dout, dlse)
+            dsinks = None
+            if wants_dsinks and self.sinks is not None:
+                dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
+            bias, dbias = self.scores.bias, self.scores.dbias
+            self.binding.link.finish(q.device.type, needed=not self.call.program.alone)
+            return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
+
+    def _backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        call, link = self.call, self.binding.link
         if _together(q, k, v):
-            dq, dk, dv = loops.backward(q, k, v, out, lse, dout, dlse, self.call, self.scores, link)
-        else:
-            dense = q.contiguous(), k.contiguous(), v.contiguous()
-            found = loops.backward(*dense, out, lse, dout, dlse, self.call, self.scores, link)
-            dq, dk, dv = (torch.empty_like(x).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
-        dsinks = None
-        if wants_dsinks and self.sinks is not None:
-            dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
-        bias, dbias = self.scores.bias, self.scores.dbias
-        link.finish(q.device.type, needed=not self.call.program.alone)
-        return dq, dk, dv, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
+            return loops.backward(q, k, v, out, lse, dout, dlse, call, self.scores, link)
+        dense = q.contiguous(), k.contiguous(), v.contiguous()
+        found = loops.backward(*dense, out, lse, dout, dlse, call, self.scores, link)
+        return tuple(torch.empty_like(x).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
 
     def without_tensors(self) -> Execution:
         """What autograd may keep: tensors it keeps itself, watches over, and lets hooks move."""
