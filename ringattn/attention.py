@@ -288,12 +288,10 @@ def _check_extras(bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, 
     heads = int(q.shape[2])
     if bias is not None:
         _check_bias(bias, q, cp)
-    if rule is not None and getattr(rule, "name", None) not in RULES:
+    if rule is not None and type(rule) is not RULES.get(getattr(rule, "name", "")):
         raise ValueError(f"bias={shown(rule)}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
-    if rule is not None and rule.params.shape[0] != heads:
-        raise ValueError(
-            f"{rule.name} has {rule.params.shape[0]} slopes, q has {heads} heads: ringattn.alibi(slopes[{heads}])"
-        )
+    if rule is not None and (reason := rule.refuse(heads)) is not None:
+        raise ValueError(reason)
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in FLOATS or sinks.device != q.device):
         raise ValueError(
             f"sinks {_sizes(sinks)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"

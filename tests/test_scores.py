@@ -206,6 +206,6 @@ def test_a_plain_tile_has_nothing_to_add_or_keep() -> None:
     assert plain.bias(block()) is None
     assert plain.keep(block(), torch.float32) is None
     assert not plain.wants_dbias
-    assert not plain.features
+    assert plain.call is None
     assert TileScores(FULL, 1.0, 3.0).features == {"softcap"}
     assert tile(place(), dropout=Dropout(0.1, 0)).features == {"dropout"}

@@ -11,11 +11,14 @@ computed in any number of calls. A kernel that computes a tile a call is a `Tile
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from ringattn.kernels.partial import Partial
@@ -112,10 +115,44 @@ class Grads:
             grad.add_((part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2))
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel runs on: types of device, the least compute capability of a CUDA device, and packages with the
+    least version of each."""
+
+    devices: frozenset[str] | None = None  # None: any
+    capability: tuple[int, int] = (0, 0)
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    def lacking(self, call: Call) -> str | None:
+        """What is missing here for a call, with what to do; None if nothing is."""
+        if self.devices is not None and call.device_type not in self.devices:
+            return f"device {call.device_type!r} has no operator here ({' and '.join(sorted(self.devices))} have)"
+        if call.device_type == "cuda" and torch.cuda.get_device_capability() < self.capability:
+            least = ".".join(map(str, self.capability))
+            return f"the CUDA device is older than compute capability {least}"
+        for name, least in self.packages.items():
+            found = _installed(name)
+            if found is None or Version(found) < Version(least):
+                return (
+                    f"package {name} {least} or newer is needed, found {found or 'none'}: pip install '{name}>={least}'"
+                )
+        return None
+
+
+@cache
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 class Kernel(Protocol):
     """Computes the tiles of a stage on one device. Inputs may be strided views with a contiguous last dim."""
 
     name: str
+    needs: Needs
     reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
 
     def refuse(self, call: Call) -> str | None:
@@ -145,7 +182,7 @@ def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
         names = ["auto", *named]
         near = difflib.get_close_matches(kernel, names, n=1, cutoff=0.0)[0]
         raise ValueError(f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}")
-    reason = named[kernel].refuse(call)
+    reason = _refusal(named[kernel], call)
     if reason is not None:
         raise NotImplementedError(
             f"kernel {kernel!r} cannot compute {call}: {reason}; kernel='auto' picks one that can, if any"
@@ -153,10 +190,14 @@ def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
     return named[kernel]
 
 
+def _refusal(kernel: Kernel, call: Call) -> str | None:
+    return kernel.needs.lacking(call) or kernel.refuse(call)
+
+
 def _first_fit(call: Call, registry: Sequence[Kernel]) -> Kernel:
     reasons = []
     for kernel in registry:
-        reason = kernel.refuse(call)
+        reason = _refusal(kernel, call)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")

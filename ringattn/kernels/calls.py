@@ -16,7 +16,7 @@ from torch import Tensor
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import Rows as RowIndex
 from ringattn.geometry.tiles import Tiles
-from ringattn.kernels.base import Grads, Rows
+from ringattn.kernels.base import Grads, Needs, Rows
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Place, Scores, TileScores
 from ringattn.planning.launches import Launch
@@ -77,6 +77,8 @@ def _ready(rows: RowIndex, size: int, device: torch.device) -> slice | Tensor | 
 
 class TileKernel:
     """A kernel that computes a tile a call."""
+
+    needs = Needs()
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ringattn.geometry.tiles import Window
 from ringattn.kernels import sdpa_cuda, windows
-from ringattn.kernels.base import Call, Grads, Rows
+from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
 from ringattn.kernels.partial import Partial, fold
@@ -52,6 +52,7 @@ class Sdpa(TileKernel):
     """The `sdpa` kernel; see the module's docstring."""
 
     name = "sdpa"
+    needs = Needs(frozenset({"cpu", "cuda"}), capability=(8, 0))
     reads_delta = False  # fused operators make their own
 
     def refuse(self, call: Call) -> str | None:
@@ -60,8 +61,6 @@ class Sdpa(TileKernel):
             return f"{features}: not computed by PyTorch's fused operators; kernel='blockwise' computes it"
         if call.device_type == "cuda":
             return sdpa_cuda.refuse(call)
-        if call.device_type != "cpu":
-            return f"device {call.device_type!r} has no operator here (cpu and cuda have)"
         if call.dtype not in FLOATING:
             return f"dtype {call.dtype} must be one of float16, bfloat16, float32, float64"
         if call.v_head_dim != call.head_dim:  # padding the smaller with zeros is exact, but slower than blockwise

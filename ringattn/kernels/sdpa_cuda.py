@@ -31,8 +31,6 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def refuse(call: Call) -> str | None:
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the CUDA device is older than compute capability 8.0"
     if call.dtype in HALF:
         if call.v_head_dim != call.head_dim:
             return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} in {call.dtype} on CUDA"

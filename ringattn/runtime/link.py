@@ -178,8 +178,8 @@ class Link:
         """The next number of a counter that counts alike on all ranks, mixed with ``start``."""
         common = self.common()
         common.draws += 1
-        drawn = start, common.draws - 1
-        return hash((*drawn, common.epoch) if common.epoch else drawn) & ((1 << 62) - 1)
+        drawn = f"{start} {common.epoch} {common.draws - 1}"
+        return int.from_bytes(hashlib.blake2b(drawn.encode(), digest_size=8).digest(), "little") >> 2
 
     def common(self) -> _Common:
         """What ranks have in common by now. After a call that failed on some, that is nothing any more."""
