@@ -207,5 +207,7 @@ def test_a_plain_tile_has_nothing_to_add_or_keep() -> None:
     assert plain.keep(block(), torch.float32) is None
     assert not plain.wants_dbias
     assert plain.call is None
-    assert TileScores(FULL, 1.0, 3.0).features == {"softcap"}
-    assert tile(place(), dropout=Dropout(0.1, 0)).features == {"dropout"}
+    assert Scores(1.0, 3.0).features == {"softcap"}
+    dropping = tile(place(), dropout=Dropout(0.1, 0)).call
+    assert dropping is not None
+    assert dropping.features == {"dropout"}
