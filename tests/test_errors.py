@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from test_ring import Rank
 
 import ringattn as ra
+from ringattn.comm import PlanningRank
 
 
 def qkv(heads=4, kv_heads=2, q_len=8, kv_len=8, dim=4, v_dim=4, batch=1, dtype=torch.float32):
@@ -89,8 +89,8 @@ def test_contexts_that_do_not_fit(settings, text):
 
 def test_other_refusals():
     with pytest.raises(ValueError, match="more ranks than tokens"):
-        ra.ContextParallel(Rank(0, 9), 8)
-    assert ra.ContextParallel(Rank(8, 9), 8, kv_seqlen=20).local_seqlen == 0
+        ra.ContextParallel(PlanningRank(0, 9), 8)
+    assert ra.ContextParallel(PlanningRank(8, 9), 8, kv_seqlen=20).local_seqlen == 0
     with pytest.raises(NotImplementedError, match="ulysses=2"):
         ra.ContextParallel(None, 8, ulysses=2)
     with pytest.raises(ValueError, match="group_or_mesh='nccl'"):
@@ -99,7 +99,7 @@ def test_other_refusals():
         ra.ContextParallel(None, 8).replace(ulises=2)
     with pytest.raises(ValueError, match=r"timeout=0"):
         ra.Options(timeout=0)
-    cp = ra.ContextParallel(Rank(0, 2), 8)
+    cp = ra.ContextParallel(PlanningRank(0, 2), 8)
     with pytest.raises(ValueError, match=r"x.size\(1\)=4 but seqlen=8"):
         cp.shard(torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"dim=1 of a tensor of shape \(8,\)"):
@@ -151,7 +151,7 @@ def test_nan_on_one_rank_raises_on_all():
         ),
         (lambda: ra.sliding_window(10**19), "must be at most"),
         (lambda: ra.documents(None), "must be a sequence of integers"),
-        (lambda: ra.ContextParallel(Rank(0, 2), 8, options=ra.Options(timeout=1)), "transport's deadline is 60"),
+        (lambda: ra.ContextParallel(PlanningRank(0, 2), 8, options=ra.Options(timeout=1)), "transport's deadline is 6"),
     ],
 )
 def test_more_bad_input(build, text):
@@ -247,4 +247,4 @@ def test_an_empty_batch_moves_nothing_and_needs_no_room():
 )
 def test_a_layout_made_by_hand_is_looked_at(table, text):
     with pytest.raises(ValueError, match=text):
-        ra.ContextParallel(Rank(0, 2), 8, layout=ra.Layout("x", 8, 2, table))
+        ra.ContextParallel(PlanningRank(0, 2), 8, layout=ra.Layout("x", 8, 2, table))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_ring import Rank, check, on_ranks, single_process
+from test_ring import check, on_ranks, single_process
 
 import ringattn as ra
+from ringattn.comm import PlanningRank
 from ringattn.geometry.tiles import Tile
 from ringattn.kernels.blockwise import Blockwise
 from ringattn.kernels.sdpa import Sdpa
@@ -39,7 +40,7 @@ def test_large_and_scattered_tiles_stay_alone():
 @pytest.mark.parametrize(("name", "mask"), [("bigbird", ra.bigbird(64, 3, 2, 3)), ("chunks", ra.chunked(64))])
 def test_calls_of_a_step_are_bounded_by_its_shapes(name, mask, schedule):
     """2,048 block rows over 8 ranks: about a thousand tiles a rank."""
-    cp = ra.ContextParallel(Rank(3, 8), 1 << 17, mask=mask, layout="contiguous", schedule=schedule)
+    cp = ra.ContextParallel(PlanningRank(3, 8), 1 << 17, mask=mask, layout="contiguous", schedule=schedule)
     program = cp.program(mask, Load(8, 0, Stacking.ALL))
     assert sum(len(stage.tiles) for stage in program.stages) >= (900 if name == "bigbird" else 256)
     assert max(len(stage.launches) for stage in program.stages) <= 12

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from processes import run_processes
 
 import ringattn as ra
-from ringattn.comm import Solo
+from ringattn.comm import PlanningRank
 from ringattn.geometry.layouts import LAYOUTS, contiguous, striped, zigzag
 from ringattn.planning.cost import Rates, cheaper, cost
 from ringattn.planning.deals import Cells
@@ -389,7 +389,7 @@ def test_a_million_tokens_on_a_thousand_ranks():
 def replaced(batches):
     """That many batches of new documents, planned and compiled."""
     rng = np.random.default_rng(0)
-    first = ra.ContextParallel(Rank(1, 2), 24, mask=ra.causal())
+    first = ra.ContextParallel(PlanningRank(1, 2), 24, mask=ra.causal())
     for _ in range(batches):
         mask = ra.documents(documents_of(24, 4, int(rng.integers(1 << 30)))) & ra.causal()
         batch = first.replace(mask=mask)
@@ -429,11 +429,3 @@ def test_memory_is_flat_over_ten_thousand_batches():
     """In a process of its own: other tests leave a heap full of holes."""
     ((size, objects),) = run_processes(grown, 1, timeout=300)
     assert size < 4 << 20 and objects < 1_000
-
-
-class Rank(Solo):
-    """A rank of a world that never talks, to look at contexts."""
-
-    def __init__(self, rank, world_size):
-        super().__init__()
-        self.rank, self.world_size = rank, world_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.comm import Solo
+from ringattn.comm import PlanningRank
 
 S = cases.SEQLEN
 GRID = [
@@ -210,14 +210,6 @@ def test_buffers_are_reused():
     assert ra.Loopback(2).run(one_rank) == [1, 1]
 
 
-class Rank(Solo):
-    """A rank of a world that never talks, to look at contexts."""
-
-    def __init__(self, rank, world_size):
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-
-
 def test_the_next_batches_are_planned_in_another_thread():
     """As a data loader would: replace() while attention runs on the context of the batch before."""
     cuts = [sorted({0, S, *(7 * i * j % S for j in range(1, 5))}) for i in range(1, 9)]
@@ -250,7 +242,7 @@ def test_the_next_batches_are_planned_in_another_thread():
 
 
 def test_describe_says_what_and_why():
-    text = ra.ContextParallel(Rank(1, 4), 4096, mask=(ra.causal(), ra.sliding_window(63))).describe()
+    text = ra.ContextParallel(PlanningRank(1, 4), 4096, mask=(ra.causal(), ra.sliding_window(63))).describe()
     for part in (
         "4,096 tokens",
         "over 4 ranks",
@@ -265,7 +257,7 @@ def test_describe_says_what_and_why():
 
 def test_a_second_turn_only_where_there_is_something_to_hide():
     def turns(mask):
-        cp = ra.ContextParallel(Rank(1, 4), 4096, mask=mask, layout="contiguous")
+        cp = ra.ContextParallel(PlanningRank(1, 4), 4096, mask=mask, layout="contiguous")
         return cp.program(mask).two_turns
 
     assert turns(ra.causal()) and turns(ra.sliding_window(255))
@@ -276,7 +268,7 @@ def test_position_ids_and_sharding():
     x = torch.arange(2 * S).view(2, S)
     for rank in range(3):
         for layout in ("contiguous", "zigzag", "striped"):
-            cp = ra.ContextParallel(Rank(rank, 3), S, layout=layout, q_offset=4, kv_seqlen=S + 4)
+            cp = ra.ContextParallel(PlanningRank(rank, 3), S, layout=layout, q_offset=4, kv_seqlen=S + 4)
             assert (cp.shard(x)[0] + 4 == cp.position_ids).all() and len(cp.position_ids) == cp.local_seqlen
             assert len(cp.kv_position_ids) == cp.local_kv_seqlen
 
