@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch.distributed as dist
-from processes import run_processes
 
 from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, agree
 from ringattn.comm.transport import name_ranks
+from ringattn.testing import run_processes
 
 
 def store_size(transport: Transport) -> int:

@@ -10,13 +10,13 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_ring import dense_attention
 from torch.utils.checkpoint import checkpoint
 
 import ringattn as ra
 from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, handshake, transport_over
 from ringattn.rolling import roll
+from ringattn.testing import run_processes
 
 S = cases.SEQLEN
 DEADLINE = 20.0

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import planted
-import processes  # noqa: F401 - its forkserver has torch loaded
 import pytest
 import torch
 
@@ -170,7 +169,7 @@ def test_a_failing_rank_is_told_and_nothing_is_left(name, words):
 
 @pytest.mark.slow
 def test_a_waiting_rank_ends_at_the_deadline():
-    with pytest.raises(CheckError, match="no answer from rank"):
+    with pytest.raises(CheckError, match=r"of 2: no answer within 6 s.*--timeout"):
         check(Settings("planted:waits_on_one", timeout=6.0))
     assert not multiprocessing.active_children()
 

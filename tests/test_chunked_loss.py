@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import run_processes
 from test_loss import VOCABULARY, WIDTH, S, assert_same, make_model, one_process, samples, whole_logits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import ringattn as ra
 from ringattn.loss import linear_token_mean, sum_over
+from ringattn.testing import run_processes
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 8, 200])

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ChildError, run_processes
 from torch import Tensor
 
 from ringattn.comm import (
@@ -24,6 +23,7 @@ from ringattn.comm import (
     transport_over,
 )
 from ringattn.comm.transport import name_ranks
+from ringattn.testing import run_processes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -597,36 +597,3 @@ def test_backward_on_rank_threads_may_meet_its_peers() -> None:
 @pytest.mark.gpu
 def test_backward_on_rank_threads_of_one_gpu_may_meet_its_peers() -> None:
     backward_meets_peers("cuda")
-
-
-# The harness itself
-
-
-def fail_on_rank_one(rank: int, world_size: int, text: str) -> None:
-    if rank == 1:
-        raise LookupError(text)
-    dist.barrier()
-
-
-def hang(rank: int, world_size: int) -> None:
-    time.sleep(60)
-
-
-def die(rank: int, world_size: int) -> None:
-    os._exit(5)
-
-
-def test_the_harness_reports_the_first_traceback_and_never_hangs() -> None:
-    with pytest.raises(ChildError, match=r"(?s)rank 1 of 2:.*LookupError: here"):
-        run_processes(fail_on_rank_one, 2, "here")
-    start = time.monotonic()
-    with pytest.raises(ChildError, match=r"ranks \[0, 1\] gave no result within 1"):
-        run_processes(hang, 2, timeout=1.0)
-    assert time.monotonic() - start < 10
-    with pytest.raises(ChildError, match="died without a result"):
-        run_processes(die, 2)
-
-
-def test_poison_is_poison(poison: None) -> None:
-    assert torch.empty(5).isnan().all()
-    assert torch.empty_like(torch.zeros(2, dtype=torch.float64)).isnan().all()

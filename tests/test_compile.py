@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_ring import S, check, dense_attention, results, single_process, tensors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import ringattn as ra
 from ringattn.runtime import binding
+from ringattn.testing import run_processes
 
 LOCAL = ra.sliding_window(5)
 

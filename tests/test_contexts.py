@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_calls import AT_ONCE, DEADLINE, S, gloo, inputs_of, shared_memory, step
 
 import ringattn as ra
 from ringattn.comm import CallMismatch, Meeting, PeerError, ProcessGroupTransport, Transport
+from ringattn.testing import run_processes
 
 OPTIONS = ra.Options(timeout=DEADLINE)
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hf_models import build, configs
-from processes import run_processes
 from test_transformers_ranks import Rows
 from torch import Tensor, nn
 
 import ringattn
+from ringattn.testing import run_processes
 
 ROOT = Path(__file__).parents[1]
 LONGEST = 10  # lines of code, blank ones and comments apart

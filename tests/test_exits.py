@@ -57,7 +57,7 @@ else:
     sys.exit()
 
 if backend == "nccl":
-    from processes import share_gpus
+    from ringattn.testing import share_gpus
 
     share_gpus(rank)
     torch.set_default_device("cuda")

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hf_models import VOCABULARY, build, configs
-from processes import run_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -21,6 +20,7 @@ from ringattn.integrations.checkpointing import keep_attention
 from ringattn.integrations.fsdp import data_context_mesh, loss_scale, shard_model
 from ringattn.integrations.transformers import masks_of, register, shard_batch
 from ringattn.loss import IGNORED, count_targets, sum_over
+from ringattn.testing import run_processes
 
 SEQLEN = 45
 ROUNDING = 2e-6  # of Transformers' fp32 loss and softmax

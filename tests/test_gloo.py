@@ -7,11 +7,11 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_ring import check, dense_attention, results, tensors
 
 import ringattn as ra
 from ringattn.comm import PeerError, ProcessGroupTransport, SharedMemoryTransport, transport_over
+from ringattn.testing import run_processes
 
 S = cases.SEQLEN
 MASKS = [ra.causal(), ra.longformer(4, [2, 9, 20]), ra.documents(cases.CU) & ra.causal()]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_calls import AT_ONCE, DEADLINE, Injected, S, gloo, inputs_of, shared_memory, step
 from test_contexts import attempt, context
 
@@ -21,6 +20,7 @@ from ringattn.comm import SharedMemoryTransport, Transport
 from ringattn.comm.shield import shield
 from ringattn.comm.sums import REFUSED
 from ringattn.runtime import sharding
+from ringattn.testing import run_processes
 
 
 class Alarm(BaseException):

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import run_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import ringattn as ra
 from ringattn.loss import TokenMeter, count_targets, linear_token_mean, shift_labels, sum_over, token_mean
+from ringattn.testing import run_processes
 
 S, VOCABULARY, WIDTH = 61, 37, 8
 CU = (0, 3, 3, 4, 20, 41, S)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import run_processes
 
 import ringattn as ra
 from ringattn.comm import PlanningRank
@@ -23,6 +22,7 @@ from ringattn.planning.program import compile_program
 from ringattn.planning.schedules import HEAD_CHUNKS, SCHEDULES, by_name
 from ringattn.planning.schedules.ring import ring
 from ringattn.runtime.binding import RECENT
+from ringattn.testing import run_processes
 
 
 def plan_of(mask, layout, world, q_len=cases.SEQLEN, kv_len=cases.SEQLEN, q_offset=0):

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from processes import run_processes
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -18,6 +17,7 @@ from transformers import (
 
 import ringattn as ra
 from ringattn.integrations.transformers import ShardingCollator, masks_of, register, shard_batch
+from ringattn.testing import run_processes
 
 S = 8
 POSITIONS = {

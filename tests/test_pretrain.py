@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import run_processes
 
 import ringattn
 from launch import checkpoint
@@ -32,6 +31,7 @@ from launch.run import Job, prepare, start, train
 from launch.tasks import make_task
 from launch.verify import verify
 from ringattn.loss import IGNORED
+from ringattn.testing import run_processes
 
 TINY = Config(
     name="tiny",

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_processes
 from test_pretrain import StopAt, config_file, records_of, refusal, run_until, tiny, world_of
 from test_pretrain import text as text  # the fixture
 
@@ -23,6 +22,7 @@ from launch.board import Attempt
 from launch.config import dump
 from launch.processes import World
 from launch.run import _save, prepare, start, train
+from ringattn.testing import run_processes
 
 
 def trained(text: Path, run: Path, world_size: int = 1, **changes: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_pretrain import text as text  # the fixture
 from test_pretrain import tiny
 
@@ -19,6 +18,7 @@ from launch import board as boards
 from launch.board import LOST, REFUSED, Board, Word
 from launch.processes import World, limit_waits
 from launch.run import prepare, start, train
+from ringattn.testing import run_processes
 
 TIMEOUT = 2.0
 

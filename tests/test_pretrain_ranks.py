@@ -14,7 +14,6 @@ import pytest
 import torch
 from hf_models import SIZES
 from hf_models import configs as hf_configs
-from processes import run_processes
 from test_pretrain import TINY, config_file, largest_difference, records_of, refusal, run_until, tiny, world_of
 from test_pretrain import text as text  # the fixture
 from torch.distributed.tensor import DTensor
@@ -29,6 +28,7 @@ from launch.run import prepare, start
 from launch.tasks import RecallTask
 from launch.verify import verify
 from ringattn.loss import IGNORED
+from ringattn.testing import run_processes
 
 NOWHERE = Path(tempfile.gettempdir()) / "ringattn-nowhere"  # for jobs that save nothing
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import ringattn as ra
 from ringattn.integrations.fsdp import data_context_mesh, shard_model
 from ringattn.integrations.transformers import ShardedTrainerMixin, register, shard_batch
+from ringattn.testing import run_processes
 
 S = 12
 

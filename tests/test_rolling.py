@@ -6,10 +6,10 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 
 import ringattn as ra
 from ringattn.rolling import roll
+from ringattn.testing import run_processes
 
 S = cases.SEQLEN  # 29, divisible by no number of ranks
 LAYOUTS = ["contiguous", "zigzag", "striped", "balanced", "mixed", "lopsided"]

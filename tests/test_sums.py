@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_interrupts import alarmed
 from torch.nn import Parameter
 
@@ -15,6 +14,7 @@ import ringattn as ra
 import ringattn.comm.shield as shield_module
 from ringattn.comm.shield import shield
 from ringattn.loss import TokenMeter, sum_gradients, sum_over
+from ringattn.testing import run_processes
 
 AT_ONCE = 2.0
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_models import VOCABULARY, build, configs
-from processes import run_processes
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +23,7 @@ from ringattn.integrations.transformers import (
     replica_sampler,
 )
 from ringattn.loss import IGNORED, count_targets, sum_over
+from ringattn.testing import run_processes
 
 SEQLEN = 45
 ROUNDING = 2e-6  # of Transformers' fp32 loss and softmax

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
 from test_calls import Faults, S, inputs_of
 from test_exits import exit_codes
 from test_ring import dense_attention
@@ -15,6 +14,7 @@ from test_ring import dense_attention
 import ringattn as ra
 from ringattn.comm import PeerError, ProcessGroupTransport, process_group
 from ringattn.rolling import roll
+from ringattn.testing import run_processes
 
 BACKENDS = pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 DEADLINE = 20.0
