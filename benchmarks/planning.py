@@ -146,12 +146,12 @@ def launches(seqlen: int = 1 << 17, world: int = 8) -> list[dict[str, Any]]:
     for name, mask in masks.items():
         first = ringattn.ContextParallel(PlanningRank(0, world), seqlen, mask=mask)
         ranks = [ringattn.ContextParallel(PlanningRank(rank, world), seqlen, mask=mask) for rank in range(world)]
-        stages = [stage for cp in ranks for stage in cp.program(mask).stages]
+        turns = [turn for cp in ranks for turn in cp.program(mask).forward]
         row = {"mask": name, "layout": first.q_layout.name, "schedule": first.schedule, "ranks": world}
         row |= {
             "calls_a_rank": max(cp.program(mask).calls for cp in ranks),
-            "calls_a_step": max(len(stage.launches) for stage in stages),
-            "tiles_a_step": max(len(stage.tiles) for stage in stages),
+            "calls_a_step": max(len(turn.launches) for turn in turns),
+            "tiles_a_step": max(sum(len(work.tiles) for work in turn.work) for turn in turns),
         }
         rows.append(row)
         print(f"{name} on {world} ranks, {row['layout']} and {row['schedule']}: at most {row['calls_a_rank']:,} kernel "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, Literal, overload
 
 import torch
@@ -13,11 +14,13 @@ from ringattn.arguments.tensors import FLOATS, plain
 from ringattn.arguments.values import flag, number, seed_of, shown
 from ringattn.comm import together
 from ringattn.context import ContextParallel
+from ringattn.kernels.partial import accumulator_dtype
 from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
 from ringattn.masks import Mask
-from ringattn.runtime.dispatch import NO_SEED
-from ringattn.runtime.work import accumulator_dtype
+from ringattn.runtime.dispatch import Attention, draw, execution, looked_on
+from ringattn.runtime.record import NO_SEED, CallRecord, arguments
 
+NUMBERS = (float, int, type(None))
 SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied to their values
 
 
@@ -84,7 +87,7 @@ def attention(
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
-    arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed
+    arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse
     if torch.compiler.is_compiling():
         try:
             out, lse = _attend(*arguments)
@@ -92,7 +95,6 @@ def attention(
             out, lse = torch.ops.ringattn.refused_attention(q, cp.handle, type(error).__name__, error.args[0])
     else:
         with together(cp.link.transport, "attention"):  # what one rank refuses, all of them refuse
-            return_lse = flag("return_lse", return_lse)
             out, lse = _attend(*arguments)
     return (out, lse) if return_lse else out
 
@@ -100,7 +102,50 @@ def attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
     softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    key = None
+    if bias is None and sinks is None and seed is None and type(dropout_p) is float and not dropout_p:
+        key = _key(q, k, v, mask, scale, softcap, return_lse)
+        made = None if key is None else cp.binding.checked.get(key)
+        if made is not None:
+            return Attention.apply(q, k, v, None, None, None, made)
+    call = _check(q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse)
+    tensors = call.q, call.k, call.v, call.bias, call.sinks
+    if looked_on(*tensors):
+        out, lse, _ = torch.ops.ringattn.attention(*arguments(call))
+        return out, lse
+    made = execution(cp.binding, mask or cp.masks[0], call, draw(cp.binding, call.dropout_p, call.seed))
+    if key is not None and call.q is q:
+        cp.binding.remember(key, made)
+    with torch.autocast(q.device.type, enabled=False):
+        return Attention.apply(*tensors[:4], call.rule_params, call.sinks, made)
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, softcap: float | None, return_lse: bool
+) -> Hashable:
+    """What the rules of a call look at, for one that nothing but these can make another; None for the others."""
+    if looked_on(q, k, v) or q.is_nested or k.is_nested or v.is_nested or forward_ad._current_level >= 0:
+        return None
+    if type(scale) not in NUMBERS or type(softcap) not in NUMBERS or not (mask is None or type(mask) is Mask):
+        return None
+    if type(return_lse) is not bool or torch.is_autocast_enabled(q.device.type):
+        return None
+    grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    return (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.layout, k.layout,
+        v.layout, mask, scale, softcap, return_lse, grad,
+    )  # fmt: skip
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
+    softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
+    return_lse: bool,
+) -> CallRecord:  # fmt: skip
+    """The call, if all its arguments fit."""
+    return_lse = flag("return_lse", return_lse)
     _check_types(q, k, v, bias, sinks)
     scale, softcap, dropout_p, seed = _check_numbers(scale, softcap, dropout_p, seed)
     q, k, v = _autocast(q, k, v)
@@ -113,11 +158,10 @@ def _attend(
     q, scale = _apply_sign(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
     params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
-    out, lse, _ = torch.ops.ringattn.attention(
+    return CallRecord(
         q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
-        NO_SEED if seed is None else seed, grad,
+        NO_SEED if seed is None else seed, grad, return_lse and grad,
     )  # fmt: skip
-    return out, lse
 
 
 def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:

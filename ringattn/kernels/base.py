@@ -1,11 +1,11 @@
-"""What a kernel is: it computes one tile of attention and knows nothing of ranks.
+"""What a kernel is: it computes the tiles of a stage of attention and knows nothing of ranks.
 
 A tile is a rectangle of queries and keys with a band through it, `scores.window = (left, right)`, aligned
 bottom-right: query `i` of `nq` attends key `j` of `nk` iff
 `i + (nk - nq) - left <= j <= i + (nk - nq) + right`, `None` meaning unbounded on that side. Tiles are
-trimmed: every row has a key and every key has a row. The forward folds the tile into a running `Partial`; the
-backward adds the tile's gradients, given the *global* out, lse and delta, so that the tiles of one attention
-may be computed in any number of calls.
+trimmed: every row has a key and every key has a row. The forward folds tiles into a running `Partial`; the
+backward adds their gradients, given the *global* out, lse and delta, so that the tiles of one attention may be
+computed in any number of calls. A kernel that computes a tile a call is a `TileKernel` (`calls.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.partial import Partial
-from ringattn.kernels.scores import TileScores
+
+if TYPE_CHECKING:
+    from ringattn.kernels.calls import TileCalls
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Call:
     num_kv_heads: int
     windowed: bool = False  # some tile is neither a full rectangle nor a plain causal triangle
     features: frozenset[str] = frozenset()  # of "softcap", "bias", "alibi", "dropout": see `Scores.features`
+    dlse: bool = False  # lse has a gradient
 
     def __str__(self) -> str:
         return (
@@ -59,7 +62,7 @@ class Rows:
     delta: Tensor | None
     dlse: Tensor | None
 
-    def rows(self, rows: slice) -> Rows:
+    def rows(self, rows: slice | Tensor) -> Rows:
         """A view of some query rows; the slice may have a step."""
         return self.map(lambda x: x[:, rows], lambda x: x[:, :, rows])
 
@@ -72,6 +75,12 @@ class Rows:
         q, dout, out = (tokens(x) for x in (self.q, self.dout, self.out))
         delta, dlse = (None if x is None else rows(x) for x in (self.delta, self.dlse))
         return Rows(q, dout, out, rows(self.lse), delta, dlse)
+
+
+def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """``rowsum(dout * out) - dlse``, ``[B, H, S]``: what the softmax's backward subtracts (D of FlashAttention-2)."""
+    delta = (dout * out).sum(-1).transpose(1, 2).contiguous()
+    return delta if dlse is None else delta - dlse
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +111,22 @@ class Grads:
 
 
 class Kernel(Protocol):
-    """Computes one tile on one device. Inputs may be strided views with a contiguous last dim."""
+    """Computes the tiles of a stage on one device. Inputs may be strided views with a contiguous last dim."""
 
     name: str
     reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
 
     def refuse(self, call: Call) -> str | None:
-        """None if the call can be computed, else the reason in words, with the value and the rule."""
+        """None if the call can be computed, forward and backward, else the reason in words, with the value and the
+        rule."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
-        """Fold one tile into `acc`, its rows of the running result; `fresh`: nothing is in them yet."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
+        """Fold tiles into `acc`, the running result of all rows of `q`."""
         ...
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
-        """Add one tile's dq, dk, dv, given the global out, lse and delta."""
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, calls: TileCalls, grads: Grads) -> None:
+        """Add the tiles' dq, dk, dv, given the global out, lse and delta."""
         ...
 
 

@@ -28,7 +28,7 @@ class Partial:
     out: Tensor
     lse: Tensor
 
-    def rows(self, rows: slice) -> Partial:
+    def rows(self, rows: slice | Tensor) -> Partial:
         """A view of some query rows; the slice may have a step."""
         return Partial(self.out[:, rows], self.lse[:, :, rows])
 
@@ -52,6 +52,11 @@ class Partial:
         """Uninitialised memory, for rows that are written whole before they are merged with."""
         out = torch.empty(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
         return Partial(out, torch.empty(batch, num_heads, seqlen, dtype=torch.float64, device=device))
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results and gradients are summed in, for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def merge(a: Partial, b: Partial) -> Partial:

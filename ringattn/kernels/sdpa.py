@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels import sdpa_cuda, windows
 from ringattn.kernels.base import Call, Grads, Rows
+from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import Piece, Shape, TileBand
@@ -34,7 +35,7 @@ SMALL = range(160, 1536 + 1)
 PACKING = 2048
 
 
-class Sdpa:
+class Sdpa(TileKernel):
     """The `sdpa` kernel; see the module's docstring."""
 
     name = "sdpa"
@@ -55,7 +56,7 @@ class Sdpa:
             return f"{sizes} for PyTorch's CPU operator; kernel='blockwise' takes both"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         assert not scores.features, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(q):
@@ -71,7 +72,7 @@ class Sdpa:
             _forward_piece(operator, piece, q[:, rows], k[:, cols], v[:, cols], scale, acc.rows(rows), new)
             reached = max(reached, piece.rows.stop)
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         assert not scores.features, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if sdpa_cuda.takes_windows(k):

@@ -11,6 +11,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from ringattn.arguments.values import deadline, flag, integer, seed_of, shown
 from ringattn.geometry.layouts import Layout, named
 from ringattn.geometry.masks import BoundMask, Expression
-from ringattn.kernels import KERNELS
+from ringattn.kernels import KERNELS, Call
+from ringattn.kernels import choose as choose_kernel
+from ringattn.kernels.scores import Scores
 from ringattn.planning.cost import Rates
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import PLACEMENTS, Choice, Problem, choose, given
@@ -27,8 +30,14 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program, compile_program
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, two_shards
 from ringattn.runtime.link import Link
+from ringattn.runtime.prepared import Prepared
+from ringattn.runtime.wire import Kind
+
+if TYPE_CHECKING:
+    from ringattn.runtime.execution import Execution
 
 BYTES = 1 << 62  # no limit on bytes is larger
+KINDS = 64  # kinds of calls that a context keeps prepared
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
 
 
@@ -168,6 +177,8 @@ class Binding:
         self.schedules = self.choice.schedules
         self.last = TYPICAL  # the load of the last call
         self._programs: dict[Hashable, Program] = {}
+        self._prepared: OrderedDict[Hashable, Prepared] = OrderedDict()
+        self.checked: OrderedDict[Hashable, Execution] = OrderedDict()
 
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, layout = self.settings, self.settings.layout
@@ -202,6 +213,42 @@ class Binding:
                 self._programs[same] = compile_program(plan, schedule, cut, self.rank, load.stacking)
             self._programs[key] = self._programs[same]
         return self._programs[key]
+
+    def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
+        """The program and the kernel of a call, made ready. ``dlse``: lse may have a gradient.
+
+        Raises ``NotImplementedError`` where no kernel, or not the chosen one, computes the call.
+        """
+        key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
+        known = self._prepared.get(key)
+        if known is None:
+            call = Call(
+                kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
+                self.plans[mask].windowed, scores.features, dlse,
+            )  # fmt: skip
+            kernel = choose_kernel(self.settings.kernel, call, KERNELS)
+            row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
+            stacking = Stacking.of(kind.device.type, scores.positional)
+            self.last = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
+            known = Prepared(self.program(mask, self.last), kernel, kind, mask, scores)
+            self._prepared[key] = known
+            if len(self._prepared) > KINDS:
+                self._prepared.popitem(last=False)
+        return known
+
+    def remember(self, key: Hashable, made: Execution) -> None:
+        """Keeps what a call's arguments stand for, once all rules have been asked about them."""
+        self.checked[key] = made
+        if len(self.checked) > KINDS:
+            self.checked.popitem(last=False)
+
+    def mask_of(self, handle: Tensor) -> Expression:
+        """The mask of a handle."""
+        mask = self.masks.get(handle.numpy().tobytes().hex())
+        if mask is None:
+            listed = "; ".join(map(str, self.settings.masks))
+            raise ValueError(f"the mask of this call is not one of the context's ({listed}); name one of cp.masks")
+        return mask
 
     def _fit(self, plan: Plan, load: Load) -> tuple[Schedule, int]:
         """The first schedule, and its preferred cut, whose buffers fit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ringattn.geometry.masks import Expression
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
+from ringattn.planning.program import Program, Row
 from ringattn.runtime.binding import Binding
 
 MAX_STEPS = 8
@@ -61,26 +62,34 @@ def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
         f"    rank {binding.rank}: {int(work[binding.rank]):,} pairs in {program.calls} kernel calls, "
-        f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
-        f"sends {program.tokens('grad_sends'):,} of gradients",
+        f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
+        f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
     if plan.travel:
-        away, guests = program.visits.sends, program.visits
-        sent = sum(move.tokens for move in away)
+        hosted = next((work for turn in program.forward for work in turn.work if work.queries is not None), None)
+        guests, calls = (0, 0) if hosted is None else (hosted.q_frame.size, len(hosted.launches))
+        hosts = len({parcel.peer for turn in program.forward for parcel in turn.sends if parcel.buffer.row is Row.Q})
         lines.append(
-            f"    queries that need many keys travel: {sent:,} go from here to {len(away)} ranks, "
-            f"{guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
+            f"    queries that need many keys travel: {program.tokens(Row.Q, sent=True):,} go from here to {hosts} "
+            f"ranks, {guests:,} come here, for {calls} of the calls"
         )
-    for t, stage in enumerate(program.stages[:MAX_STEPS]):
-        shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
-        peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"
-        source = "own shard" if t == 0 else f"receives {peers}"
-        lines.append(f"    step {t}: {source}; {len(stage.launches)} calls of {shapes or 'no'} pairs")
-    if len(program.stages) > MAX_STEPS:
-        lines.append(f"    ... {len(program.stages) - MAX_STEPS} more steps")
+    return lines + _steps(program)
+
+
+def _steps(program: Program) -> list[str]:
+    """What each step computes, and what comes for it in the turn before."""
+    lines = []
+    for t, turn in enumerate(program.forward[:MAX_STEPS]):
+        launches = turn.own.launches if turn.own else ()
+        shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
+        coming = program.forward[t - 1].recvs if t else ()
+        peers = ", ".join(f"{int(p.tokens):,} from rank {p.peer}" for p in coming if p.buffer.row is Row.KV)
+        source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
+        lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs")
+    if len(program.forward) > MAX_STEPS:
+        lines.append(f"    ... {len(program.forward) - MAX_STEPS} more steps")
     return lines
 
 
 def _call(launch: Launch) -> str:
-    tiles = len(launch.tiles)
-    return f"{launch.area:,}" + (f" (in {tiles} tiles)" if tiles > 1 else "")
+    return f"{launch.area:,}" + (f" (in {launch.count} tiles)" if launch.count > 1 else "")

@@ -14,15 +14,15 @@ MASK = ra.sliding_window(9) | ra.global_tokens(2)
 def test_it_plans_and_shards_as_the_rank_of_a_world_that_talks() -> None:
     x = torch.arange(2 * S).view(2, S)
 
-    def one_rank(transport: Transport) -> tuple[str, torch.Tensor, torch.Tensor, list[object]]:
+    def one_rank(transport: Transport) -> tuple[str, torch.Tensor, torch.Tensor]:
         cp = ra.ContextParallel(transport, S, mask=MASK).replace(layout="striped")
-        stages = [(stage.tiles, stage.launches) for stage in cp.program(MASK).stages]
-        return cp.describe(), cp.shard(x), cp.position_ids, [str(stage) for stage in stages]
+        cp.program(MASK)
+        return cp.describe(), cp.shard(x), cp.position_ids
 
     for rank, talking in enumerate(ra.Loopback(WORLD).run(one_rank)):
         planning = one_rank(PlanningRank(rank, WORLD))
-        assert planning[0] == talking[0] and planning[3] == talking[3]
-        assert torch.equal(planning[1], talking[1]) and torch.equal(planning[2], talking[2])
+        assert planning[0] == talking[0], "described: layout, schedule, steps and what each of them moves"
+        assert all(torch.equal(a, b) for a, b in zip(planning[1:], talking[1:], strict=True))
 
 
 def test_what_needs_another_rank_is_refused_at_once_every_time() -> None:

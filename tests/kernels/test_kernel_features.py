@@ -145,14 +145,14 @@ def computed(kernel: Kernel, p: Problem, scores: TileScores | None = None) -> li
     """`out, lse, dq, dk, dv`, and dbias where there is a bias."""
     scores, wide = scores or p.scores, accumulator(p.q.dtype)
     acc = Partial.unset(2, p.q.size(1), 4, p.v.size(3), wide, "cpu")
-    kernel.forward(p.q, p.k, p.v, scores, acc, fresh=True)
+    kernel.forward_tile(p.q, p.k, p.v, scores, acc, fresh=True)
     out = acc.out.to(p.q.dtype)
     delta = (p.dout.to(wide) * out.to(wide)).sum(-1).transpose(1, 2) - p.dlse
     grads = Grads(*(torch.zeros_like(x, dtype=wide) for x in (p.q, p.k, p.v)))
     assert scores.call is not None
     if scores.call.dbias is not None:
         scores.call.dbias.zero_()
-    kernel.backward(Rows(p.q, p.dout, out, acc.lse.to(wide), delta, p.dlse), p.k, p.v, scores, grads)
+    kernel.backward_tile(Rows(p.q, p.dout, out, acc.lse.to(wide), delta, p.dlse), p.k, p.v, scores, grads)
     results = [acc.out, acc.lse, grads.dq, grads.dk, grads.dv]
     return results if scores.call.dbias is None else [*results, scores.call.dbias]
 
@@ -295,9 +295,9 @@ def test_scratch_grows_with_the_inputs_only(window: Window) -> None:
     acc = Partial.unset(1, length, 4, 16, torch.float32, "cpu")
     given = (p.q, p.k, p.v, p.dout, p.dlse, p.call.bias, p.call.dbias, p.place.q, p.place.k, acc.out, acc.lse, *wide)
     with Allocated(*given) as allocated:
-        kernel.forward(p.q, p.k, p.v, p.scores, acc, fresh=True)
+        kernel.forward_tile(p.q, p.k, p.v, p.scores, acc, fresh=True)
         rows = Rows(p.q, p.dout, acc.out, acc.lse, acc.lse, None)
-        kernel.backward(rows, p.k, p.v, p.scores, Grads(*wide))
+        kernel.backward_tile(rows, p.k, p.v, p.scores, Grads(*wide))
     block = 4 * blockwise.SCORES["cpu"]
     assert 0 < allocated.largest <= max(block, max(x.nbytes for x in wide))
     assert block < 4 * length * length

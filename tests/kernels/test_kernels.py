@@ -124,8 +124,8 @@ def zero_grads(p: Problem) -> Grads:
 
 def kernel_result(kernel: Kernel, p: Problem) -> list[Tensor]:
     acc, grads = empty_partial(p), zero_grads(p)
-    kernel.forward(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
-    kernel.backward(rows_of(p, acc), p.k, p.v, TileScores(p.window, SCALE), grads)
+    kernel.forward_tile(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
+    kernel.backward_tile(rows_of(p, acc), p.k, p.v, TileScores(p.window, SCALE), grads)
     return [acc.out, acc.lse, grads.dq, grads.dk, grads.dv]
 
 
@@ -229,10 +229,12 @@ def test_two_tiles_make_one_attention(kernel: Kernel, window: Window) -> None:
         assert torch.equal(local, band[rows, cols])
         tiles.append((rows, cols, moved))
     for rows, cols, moved in tiles:
-        kernel.forward(p.q[:, rows], p.k[:, cols], p.v[:, cols], TileScores(moved, SCALE), acc.rows(rows), fresh=False)
+        kernel.forward_tile(
+            p.q[:, rows], p.k[:, cols], p.v[:, cols], TileScores(moved, SCALE), acc.rows(rows), fresh=False
+        )
     for rows, cols, moved in tiles:
         part = rows_of(p, acc).rows(rows)
-        kernel.backward(part, p.k[:, cols], p.v[:, cols], TileScores(moved, SCALE), grads.tile(rows, cols))
+        kernel.backward_tile(part, p.k[:, cols], p.v[:, cols], TileScores(moved, SCALE), grads.tile(rows, cols))
     expected = autograd_result(p, torch.float64)
     for got, want in zip([acc.out, acc.lse, grads.dq, grads.dk, grads.dv], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
@@ -253,8 +255,8 @@ def test_strided_views_of_inputs_and_accumulators(kernel: Kernel, window: Window
     dkv = torch.zeros_like(packed)
     dk, dv = dkv.permute(1, 0, 2, 3).chunk(2, -1)
     grads = Grads(grads_home.dq.repeat_interleave(2, 1)[:, ::2], dk, dv)
-    kernel.forward(wide.q, wide.k, wide.v, TileScores(window, SCALE), acc, fresh=True)
-    kernel.backward(rows_of(wide, acc), wide.k, wide.v, TileScores(window, SCALE), grads)
+    kernel.forward_tile(wide.q, wide.k, wide.v, TileScores(window, SCALE), acc, fresh=True)
+    kernel.backward_tile(rows_of(wide, acc), wide.k, wide.v, TileScores(window, SCALE), grads)
     for got, want in zip([acc.out, acc.lse, grads.dq, grads.dk, grads.dv], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert home.out[:, 1::2].isnan().all(), "rows between the strided ones were written"
@@ -265,11 +267,11 @@ def test_strided_views_of_inputs_and_accumulators(kernel: Kernel, window: Window
 def test_backward_adds_to_what_is_there(kernel: Kernel, window: Window) -> None:
     p = make_problem(150, 150, window)
     acc, zeros, filled = empty_partial(p), zero_grads(p), zero_grads(p)
-    kernel.forward(p.q, p.k, p.v, TileScores(window, SCALE), acc, fresh=True)
+    kernel.forward_tile(p.q, p.k, p.v, TileScores(window, SCALE), acc, fresh=True)
     for x in (filled.dq, filled.dk, filled.dv):
         x.fill_(3.0)
     for grads in (zeros, filled):
-        kernel.backward(rows_of(p, acc), p.k, p.v, TileScores(window, SCALE), grads)
+        kernel.backward_tile(rows_of(p, acc), p.k, p.v, TileScores(window, SCALE), grads)
     for zero, three in ((zeros.dq, filled.dq), (zeros.dk, filled.dk), (zeros.dv, filled.dv)):
         assert zero.abs().max() > 0
         torch.testing.assert_close(zero + 3.0, three, rtol=1e-12, atol=1e-12)
@@ -298,7 +300,7 @@ def test_nan_of_an_input_reaches_the_rows_that_see_it(kernel: Kernel) -> None:
     p = make_problem(150, 150, (20, 0), batch=1)
     p.v[0, 70] = math.nan
     acc = empty_partial(p)
-    kernel.forward(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
+    kernel.forward_tile(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
     bad = acc.out[0].isnan().flatten(1).any(1)
     assert bad[70:91].all()
 

@@ -1,6 +1,7 @@
 """Layouts, tiles, schedules and programs: exact cover by brute force, and the numbers of known cases."""
 
 import gc
+import itertools
 import pathlib
 import resource
 import tracemalloc
@@ -17,7 +18,7 @@ from ringattn.planning.cost import Rates, cheaper, cost
 from ringattn.planning.deals import Cells
 from ringattn.planning.placement import CALL_BUDGET, Problem, choose
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import compile_program
+from ringattn.planning.program import Row, compile_program
 from ringattn.planning.schedules import HEAD_CHUNKS, SCHEDULES, by_name
 from ringattn.planning.schedules.ring import ring
 from ringattn.runtime.binding import RECENT
@@ -44,15 +45,16 @@ def check_cover(plan, dense):
             steps = schedule.steps(plan, rank, cut)
             program = compile_program(plan, schedule, cut, rank)
             queries = plan.q_frame(rank).positions() - plan.mask.q_offset
-            seen = np.zeros((max(s.heads[1] for s in program.stages), *dense.shape), int)
-            for step, stage in zip(steps, program.stages, strict=True):
-                keys = step.frame.positions()
-                for tile in stage.tiles:
+            parts = max([work.heads.parts for turn in program.forward for work in turn.work], default=1)
+            seen = np.zeros((parts, *dense.shape), int)
+            for step, turn in itertools.zip_longest(steps, program.forward):
+                keys, work = step.frame.positions(), turn.own if turn else None
+                for tile in (tile for launch in (work.launches if work else ()) for tile in launch.tiles):
                     rows, cols = queries[tile.q], keys[tile.k]
                     pairs = window((len(rows), len(cols)), tile.window)
                     assert pairs.any(0).all() and pairs.any(1).all() and pairs.sum() == tile.area
                     assert all(side is None or side >= 0 for side in tile.window)
-                    seen[stage.heads[0]][np.ix_(rows, cols)] += pairs
+                    seen[work.heads.part][np.ix_(rows, cols)] += pairs
                 for transfer in (*step.kv, *(t for t in step.grads)):
                     assert transfer.src != transfer.dst and rank in (transfer.src, transfer.dst)
                     key = (steps.index(step), transfer in step.kv, transfer.src, transfer.dst, transfer.owner)
@@ -62,9 +64,9 @@ def check_cover(plan, dense):
             held = np.isin(np.arange(dense.shape[1]), plan.k_layout.frame(rank).positions())
             need = int((dense[queries].any(0) & ~held).sum())
             assert plan.received[rank] == need == plan.needs(rank)[:, 2].sum()
-            moved = program.tokens("kv_recvs")
+            moved = program.tokens(Row.KV)
             assert moved == need if schedule.name != "ring" else moved >= need
-            assert program.tokens("grad_sends") == moved if schedule.name != "ring" else True
+            assert program.tokens(Row.GRAD, sent=True) == moved if schedule.name != "ring" else True
         assert all(len(ranks) == 2 for ranks in ends.values()), "each transfer is known to its sender and its receiver"
 
 
@@ -130,9 +132,7 @@ def test_one_kernel_call_per_step(mask, layout, world):
     plan = plan_of(mask, layout, world, 101, 101)
     for rank in range(world):
         program = compile_program(plan, by_name("ring"), 1, rank)
-        assert [len(stage.tiles) for stage in program.stages if stage.tiles] == [1] * sum(
-            bool(stage.tiles) for stage in program.stages
-        )
+        assert all(len(work.tiles) == 1 for turn in program.forward for work in turn.work)
         if layout is not contiguous or mask == ra.full():
             assert program.calls == world
 
@@ -156,7 +156,7 @@ def test_balance_of_known_cases():
 def test_a_relay_carries_only_what_is_needed_behind():
     # Causal, contiguous: a block goes to the ranks after its owner and stops at the last.
     plan = plan_of(ra.causal(), contiguous, 4, 64, 64)
-    tokens = [compile_program(plan, by_name("ring"), 1, r).tokens("kv_recvs") for r in range(4)]
+    tokens = [compile_program(plan, by_name("ring"), 1, r).tokens(Row.KV) for r in range(4)]
     assert tokens == [0, 16, 32, 48] == plan.received.tolist()
     # Zigzag: the front chunks before a rank's back chunk, and the back chunks before it.
     plan = plan_of(ra.causal(), zigzag, 4, 64, 64)
@@ -168,10 +168,9 @@ def test_fresh_marks_the_first_tile_of_each_row():
     for rank in range(3):
         program = compile_program(plan, by_name("exchange"), 1, rank)
         touched = np.zeros(program.q_frame.size, bool)
-        for stage in program.stages:
-            for tile in stage.tiles:
-                assert tile.fresh == (not touched[tile.q].any())
-                touched[tile.q] = True
+        for launch in (launch for turn in program.forward for launch in turn.launches):
+            assert launch.fresh == (not touched[launch.q].any())
+            touched[launch.q] = True
 
 
 def test_layout_of_the_callers_own():
@@ -240,7 +239,7 @@ def test_own_work_and_estimated_calls(name, layout):
         for schedule in SCHEDULES:
             cut = HEAD_CHUNKS if schedule.name == "gather" else 1
             programs = [compile_program(plan, schedule, cut, rank) for rank in range(world)]
-            calls = max(sum(len(stage.tiles) for stage in program.stages) for program in programs)
+            calls = max(sum(len(work.tiles) for turn in p.forward for work in turn.work) for p in programs)
             guess = cost(plan, schedule.name, Rates()).calls
             assert calls <= 3 * guess + 3, "an estimate, but of the right size"
 

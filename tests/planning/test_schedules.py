@@ -7,7 +7,7 @@ import torch
 import ringattn as ra
 from ringattn.geometry.layouts import contiguous, striped, zigzag
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import compile_program
+from ringattn.planning.program import Row, compile_program
 from ringattn.planning.schedules import by_name
 from ringattn.runtime.binding import Load
 from ringattn.testing import dense_attention
@@ -35,7 +35,7 @@ def test_grouped_hops(name, layout, shards):
         )
     )
     assert {p.cut for p in programs} == {{2: 1, 4: 4, 5: 4}[shards]}
-    assert all(len(p.stages) <= 1 + -(-4 // p.cut) for p in programs)
+    assert all(len(p.forward) <= 1 + -(-4 // p.cut) for p in programs)
 
 
 @pytest.mark.slow
@@ -52,8 +52,8 @@ def test_a_group_of_hops_is_one_call_where_keys_lie_side_by_side():
     for layout in (contiguous, zigzag):
         plan = plan_of(ra.full(), layout, 5, 100)
         program = compile_program(plan, by_name("ring"), 2, 3)
-        assert len(program.stages[0].tiles) == 1
-        assert sum(len(stage.tiles) for stage in program.stages[1:]) <= (2 if layout is contiguous else 4)
+        tiles = [sum(len(work.tiles) for work in turn.work) for turn in program.forward]
+        assert tiles[0] == 1 and sum(tiles[1:]) <= (2 if layout is contiguous else 4)
 
 
 @pytest.mark.parametrize("layout", [contiguous, zigzag])
@@ -64,9 +64,9 @@ def test_gather_merges_nothing(mask, layout):
     for rank in range(4):
         program = compile_program(plan, by_name("gather"), 2, rank)
         chunks = 1 if layout is contiguous or mask == ra.full() or rank == 3 else 2  # rank 3's two touch
-        assert [len(stage.tiles) for stage in program.stages] == [0, chunks, chunks]
-        assert all(tile.fresh for stage in program.stages for tile in stage.tiles) and not program.blank
-        assert program.tokens("kv_recvs") == plan.received[rank]
+        assert [sum(len(work.tiles) for work in turn.work) for turn in program.forward] == [0, chunks, chunks]
+        assert all(launch.fresh for turn in program.forward for launch in turn.launches) and not program.blank
+        assert program.tokens(Row.KV) == plan.received[rank]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 5, 8])

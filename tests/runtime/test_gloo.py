@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import ringattn as ra
 from ringattn.comm import PeerError, ProcessGroupTransport, SharedMemoryTransport, transport_over
+from ringattn.planning.program import Row
 from ringattn.testing import dense_attention, results, run_processes
 from tests.support import cases
 from tests.support.ring import check, tensors
@@ -60,7 +61,7 @@ def attend_in_low_precision(rank, world):
     out = ra.attention(*local, cp=cp)
     out.backward(cp.shard(dout))
     row = 2 * 2 * (8 + 8) * 2  # batch, KV heads, K and V, two bytes
-    assert cp.traffic()["received"]["forward kv"] == row * cp.program(cp.masks[0]).tokens("kv_recvs")
+    assert cp.traffic()["received"]["forward kv"] == row * cp.program(cp.masks[0]).tokens(Row.KV)
     return [cp.unshard(t).double() for t in (out.detach(), *(t.grad for t in local))]
 
 

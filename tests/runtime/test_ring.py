@@ -7,6 +7,7 @@ import torch
 
 import ringattn as ra
 from ringattn.comm import PlanningRank
+from ringattn.planning.program import Row
 from ringattn.testing import dense_attention, results
 from tests.support import cases
 from tests.support.ring import S, check, on_ranks, single_process, tensors
@@ -120,11 +121,11 @@ def test_bytes_moved_are_the_plans():
     for schedule in ("ring", "exchange", "gather"):
         for traffic, row, program, need in ra.Loopback(3).run(lambda t, s=schedule: one_rank(t, s)):
             for kind in ("forward kv", "backward kv"):
-                assert traffic["received"].get(kind, 0) == row * program.tokens("kv_recvs")
-                assert traffic["sent"].get(kind, 0) == row * program.tokens("kv_sends")
-            assert traffic["received"].get("backward grad", 0) == row * program.tokens("grad_recvs")
-            assert traffic["sent"].get("backward grad", 0) == row * program.tokens("grad_sends")
-            assert program.tokens("kv_recvs") == need, "a window over contiguous shards relays nothing extra here"
+                assert traffic["received"].get(kind, 0) == row * program.tokens(Row.KV)
+                assert traffic["sent"].get(kind, 0) == row * program.tokens(Row.KV, sent=True)
+            assert traffic["received"].get("backward grad", 0) == row * program.tokens(Row.GRAD)
+            assert traffic["sent"].get("backward grad", 0) == row * program.tokens(Row.GRAD, sent=True)
+            assert program.tokens(Row.KV) == need, "a window over contiguous shards relays nothing extra here"
 
 
 def test_two_contexts_do_not_disturb_each_other():
