@@ -17,7 +17,7 @@ from ringattn.context import ContextParallel
 from ringattn.kernels.partial import accumulator_dtype
 from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
 from ringattn.masks import Mask
-from ringattn.runtime.dispatch import Attention, draw, execution, looked_on
+from ringattn.runtime.dispatch import PLAIN, Attention, draw, execution, looked_on
 from ringattn.runtime.record import NO_SEED, CallRecord, arguments
 
 NUMBERS = (float, int, type(None))
@@ -109,7 +109,7 @@ def _attend(
         key = _key(q, k, v, mask, scale, softcap, return_lse)
         made = None if key is None else cp.binding.checked.get(key)
         if made is not None:
-            return Attention.apply(q, k, v, None, None, None, made)
+            return Attention.apply(q, k, v, made)
     call = _check(q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse)
     tensors = call.q, call.k, call.v, call.bias, call.sinks
     if looked_on(*tensors):
@@ -118,15 +118,19 @@ def _attend(
     made = execution(cp.binding, mask or cp.masks[0], call, draw(cp.binding, call.dropout_p, call.seed))
     if key is not None and call.q is q:
         cp.binding.remember(key, made)
+    given = call.bias, call.rule_params, call.sinks
+    extras = given if any(x is not None for x in given) else ()
     with torch.autocast(q.device.type, enabled=False):
-        return Attention.apply(*tensors[:4], call.rule_params, call.sinks, made)
+        return Attention.apply(call.q, call.k, call.v, made, *extras)
 
 
 def _key(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float | None, softcap: float | None, return_lse: bool
 ) -> Hashable:
     """What the rules of a call look at, for one that nothing but these can make another; None for the others."""
-    if looked_on(q, k, v) or q.is_nested or k.is_nested or v.is_nested or forward_ad._current_level >= 0:
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or looked_on():
+        return None
+    if q.is_nested or k.is_nested or v.is_nested or forward_ad._current_level >= 0:
         return None
     if type(scale) not in NUMBERS or type(softcap) not in NUMBERS or not (mask is None or type(mask) is Mask):
         return None

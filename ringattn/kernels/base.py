@@ -64,11 +64,14 @@ class Rows:
 
     def rows(self, rows: slice | Tensor) -> Rows:
         """A view of some query rows; the slice may have a step."""
-        return self.map(lambda x: x[:, rows], lambda x: x[:, :, rows])
+        delta, dlse = (None if x is None else x[:, :, rows] for x in (self.delta, self.dlse))
+        return Rows(self.q[:, rows], self.dout[:, rows], self.out[:, rows], self.lse[:, :, rows], delta, dlse)
 
     def heads(self, heads: slice) -> Rows:
         """A view of some query heads."""
-        return self.map(lambda x: x[:, :, heads], lambda x: x[:, heads])
+        delta, dlse = (None if x is None else x[:, heads] for x in (self.delta, self.dlse))
+        q, dout, out = self.q[:, :, heads], self.dout[:, :, heads], self.out[:, :, heads]
+        return Rows(q, dout, out, self.lse[:, heads], delta, dlse)
 
     def map(self, tokens: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> Rows:
         """`tokens` applied to q, dout and out, `rows` to lse, delta and dlse."""
@@ -105,9 +108,8 @@ class Grads:
 
     def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
-        self.dq.add_(dq[..., : self.dq.size(-1)].transpose(1, 2))
-        self.dk.add_(dk[..., : self.dk.size(-1)].transpose(1, 2))
-        self.dv.add_(dv[..., : self.dv.size(-1)].transpose(1, 2))
+        for grad, part in ((self.dq, dq), (self.dk, dk), (self.dv, dv)):
+            grad.add_((part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2))
 
 
 class Kernel(Protocol):

@@ -75,8 +75,9 @@ def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False
         acc.out.copy_(block_out)
         acc.lse.copy_(block_lse)
         return
+    out, dtype = acc.out, acc.out.dtype
     lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
-    acc.out.lerp_(block_out.to(acc.out.dtype), weight.to(acc.out.dtype))
+    out.lerp_(block_out if block_out.dtype == dtype else block_out.to(dtype), weight.to(dtype))
     acc.lse.copy_(lse)
 
 

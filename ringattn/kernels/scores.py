@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ringattn.arguments.tensors import FLOATS, plain
 from ringattn.arguments.values import shown
-from ringattn.geometry.tiles import Rows
+from ringattn.geometry.tiles import Rows, Window
 
-Window = tuple[int | None, int | None]
 WHOLE = slice(None)
 # What scales, softcaps and slopes lie between. fp32 holds numbers up to 2**128 and, in full, down to 2**-126. Of q, k
 # within fp16's range, 2**16, and head sizes up to 2**9, products are below 2**41; times scale / softcap, at most 2**80,

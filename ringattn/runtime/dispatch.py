@@ -8,7 +8,7 @@ Where no graph is traced and no mode sees operators, the dispatcher would only c
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -166,13 +166,13 @@ def attended_mask(args: tuple[Any, ...]) -> Expression:
 # -- where nothing looks on ---------------------------------------------------------------------
 
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def looked_on(*tensors: object) -> bool:
     """Whether something wants to see an operator: a compiler, a mode, a transform, or a tensor of another class."""
     for x in tensors:
-        if type(x) not in PLAIN:
+        if type(x) not in PLAIN and x is not None:
             return True
     return (
         torch.compiler.is_compiling()
@@ -186,13 +186,13 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rule_params: Tensor | None,
-        sinks: Tensor | None, made: Execution,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, made: Execution, *extras: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``extras``: none, or a bias tensor, the numbers of a bias rule, and sinks."""
         out, lse = made.forward(q, k, v)
         ctx.set_materialize_grads(False)
         ctx.made = made.without_tensors()
-        ctx.save_for_backward(q, k, v, out, lse, bias, rule_params, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, *extras)
         return out, lse
 
     @staticmethod
@@ -200,15 +200,16 @@ class Attention(torch.autograd.Function):
         made: Execution = ctx.made
         with together(made.binding.link.transport, BACKWARD):
             _once()
-            q, k, v, out, lse, bias, rule_params, sinks = ctx.saved_tensors
-            needed = ctx.needs_input_grad
-            made = made.with_tensors(bias, rule_params, sinks, needed[3])
-            with _without_autocast(q):
-                dout = torch.zeros_like(out) if dout is None else dout
-                dq, dk, dv, dbias, dsinks = made.backward(q, k, v, out, lse, dout, dlse, needed[5])
-        return dq, dk, dv, dbias, None, dsinks, None
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+            q, k, v, out, lse, *extras = ctx.saved_tensors
+            dout = torch.zeros_like(out) if dout is None else dout
+            wants_dbias = wants_dsinks = False
+            if extras:
+                *_, wants_dbias, _, wants_dsinks = ctx.needs_input_grad
+                made = made.with_tensors(*extras, wants_dbias=wants_dbias)
+            if torch.is_autocast_enabled(q.device.type):
+                with torch.autocast(q.device.type, enabled=False):
+                    found = made.backward(q, k, v, out, lse, dout, dlse, wants_dsinks)
+            else:
+                found = made.backward(q, k, v, out, lse, dout, dlse, wants_dsinks)
+        dq, dk, dv, dbias, dsinks = found
+        return (dq, dk, dv, None, dbias, None, dsinks) if extras else (dq, dk, dv, None)

@@ -37,8 +37,9 @@ class Execution:
         self._begin(FORWARD)
         if binding.settings.options.check_nan:
             _check_finite(binding, q=q, k=k, v=v)
-        inputs = rows_together(q), rows_together(k), rows_together(v)
-        out, lse = loops.forward(*inputs, self.call, self.scores, self.sinks, link)
+        if not _together(q, k, v):
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = loops.forward(q, k, v, self.call, self.scores, self.sinks, link)
         link.finish(q.device.type, needed=not self.call.program.alone)
         return out, lse
 
@@ -48,17 +49,18 @@ class Execution:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """``dq, dk, dv``, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is there to be added to;
         and ``dsinks``, where wanted."""
-        link, inputs = self.binding.link, (q, k, v)
+        link = self.binding.link
         self._begin(BACKWARD)
-        together = rows_together(q), rows_together(k), rows_together(v)
-        dout = rows_together(dout)
-        found = loops.backward(*together, out, lse, dout, dlse, self.call, self.scores, link)
-        dq, dk, dv = (
-            g if same is x else torch.empty_like(x).copy_(g) for g, x, same in zip(found, inputs, together, strict=True)
-        )
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        if _together(q, k, v):
+            dq, dk, dv = loops.backward(q, k, v, out, lse, dout, dlse, self.call, self.scores, link)
+        else:
+            dense = q.contiguous(), k.contiguous(), v.contiguous()
+            found = loops.backward(*dense, out, lse, dout, dlse, self.call, self.scores, link)
+            dq, dk, dv = (torch.empty_like(x).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
         dsinks = None
         if wants_dsinks and self.sinks is not None:
-            dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.kind.wide), out, dlse))
+            dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
         bias, dbias = self.scores.bias, self.scores.dbias
         link.finish(q.device.type, needed=not self.call.program.alone)
         return dq, dk, dv, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
@@ -71,12 +73,10 @@ class Execution:
         return replace(self, sinks=None, scores=replace(scores, bias=None, rule=None))
 
     def with_tensors(
-        self, bias: Tensor | None, rule_params: Tensor | None, sinks: Tensor | None, wants_dbias: bool
+        self, bias: Tensor | None, rule_params: Tensor | None, sinks: Tensor | None, *, wants_dbias: bool
     ) -> Execution:
         """The same with the tensors that autograd has kept."""
-        if bias is None and rule_params is None and sinks is None:
-            return self
-        dbias = torch.zeros_like(bias, dtype=self.call.kind.wide) if bias is not None and wants_dbias else None
+        dbias = torch.zeros_like(bias, dtype=self.call.wide) if bias is not None and wants_dbias else None
         rule = None if rule_params is None else RULES[self.rule](rule_params)
         return replace(self, sinks=sinks, scores=replace(self.scores, bias=bias, dbias=dbias, rule=rule))
 
@@ -136,9 +136,9 @@ def _in_words(rule: Rule) -> str:
     return f"{rule.name} {rule.params.tolist()}"
 
 
-def rows_together(x: Tensor) -> Tensor:
-    """What kernels ask for: a contiguous last dim."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _together(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """What kernels ask for: contiguous last dims."""
+    return bool(q.stride(-1) == k.stride(-1) == v.stride(-1) == 1)
 
 
 def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def forward(
     """``out`` in the dtype of ``q`` and ``lse`` ``[B, H, S]`` in the accumulator dtype."""
     own, kind, kernel = Own(q, k, v), call.kind, call.kernel
     start = Partial.empty if call.program.blank else Partial.unset
-    own.acc = start(kind.batch, q.shape[1], kind.num_heads, kind.v_head_dim, kind.wide, kind.device)
+    own.acc = start(kind.batch, q.shape[1], kind.num_heads, kind.v_head_dim, call.wide, kind.device)
     for turn in call.turns(link.workspace)[0]:
         for copy in turn.copies:
             copy(own)
@@ -38,7 +38,8 @@ def forward(
             merge(own)
     if sinks is not None:
         add_sinks(own.acc, sinks)
-    return own.acc.out.to(kind.dtype), own.acc.lse.to(kind.wide)
+    out = own.acc.out
+    return out if kind.dtype == call.wide else out.to(kind.dtype), own.acc.lse.to(call.wide)
 
 
 def backward(
@@ -46,10 +47,11 @@ def backward(
     scores: Scores, link: Link,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says."""
-    own, wide, kernel = Own(q, k, v), call.kind.wide, call.kernel
+    own, wide, kernel = Own(q, k, v), call.wide, call.kernel
     delta = row_delta(dout.to(wide), out, dlse) if kernel.reads_delta else None
     own.rows = Rows(q, dout, out, lse, delta, dlse)
-    own.grads = Grads(*(torch.zeros_like(x, dtype=wide) for x in (q, k, v)))  # laid in memory as the inputs are
+    zeros = torch.zeros_like  # laid in memory as the inputs are
+    own.grads = Grads(zeros(q, dtype=wide), zeros(k, dtype=wide), zeros(v, dtype=wide))
     for turn in call.turns(link.workspace)[1]:
         for copy in turn.copies:
             copy(own)
@@ -62,4 +64,5 @@ def backward(
             link.traffic.wait(pending)
         for add in turn.adds:
             add(own)
-    return own.grads.dq.to(q.dtype), own.grads.dk.to(k.dtype), own.grads.dv.to(v.dtype)
+    dq, dk, dv = own.grads.dq, own.grads.dk, own.grads.dv
+    return (dq, dk, dv) if q.dtype == wide else (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))

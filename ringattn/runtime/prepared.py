@@ -57,7 +57,7 @@ class Prepared:
 
     def __init__(self, program: Program, kernel: Kernel, kind: Kind, mask: Expression, scores: Scores) -> None:
         self.program, self.kernel, self.kind, self.mask = program, kernel, kind, mask
-        self.positional = scores.positional
+        self.positional, self.wide = scores.positional, kind.wide
         self.signature = mask.digest, kind, program.schedule, program.cut, kernel.name, scores.scale, scores.softcap
         turns = (*program.forward, *program.backward)
         self._calls = {id(work): self._ready(work, scores) for turn in turns for work in turn.work}

@@ -310,11 +310,8 @@ def test_cut_into_pieces_gives_the_same(tile: tuple[int, int, Window], monkeypat
     """Long tiles and wide windows take several operator calls; small limits show them on small tiles."""
     p = make_problem(*tile, with_dlse=True, batch=1)
     expected = autograd_result(p, torch.float64)
-    monkeypatch.setattr(sdpa, "LIMIT", 100)
-    monkeypatch.setattr(sdpa, "TRIANGLE", 64)
-    monkeypatch.setattr(sdpa, "NARROW", 0)
     for small in (range(9999, 10000), range(30, 31), range(20, 41), range(20, 1000)):  # plain, halved, masked blocks
-        monkeypatch.setattr(sdpa, "SMALL", small)
+        monkeypatch.setattr(sdpa, "SIZES", sdpa.Sizes(limit=100, triangle=64, narrow=0, small=small))
         for got, want in zip(kernel_result(sdpa.Sdpa(), p), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
