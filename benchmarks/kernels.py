@@ -84,7 +84,7 @@ def rates(pairs: dict[str, int], cases: dict[str, Pair], rounds: int) -> list[di
     return rows
 
 
-def main(rounds: int = 3, json: str = "kernels") -> None:
+def main(rounds: int = 3, json: str = "kernels-cpu") -> None:
     """Measure, print and write JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

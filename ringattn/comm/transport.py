@@ -148,12 +148,11 @@ class Done:
 class Solo:
     """The transport of a world of one rank, for `group=None`: there is nobody to send to."""
 
-    rank = 0
-    world_size = 1
     name = "solo"
     blind = frozenset[str]()
 
     def __init__(self, timeout: float = 60.0) -> None:
+        self.rank, self.world_size = 0, 1
         self.timeout = timeout
         self.log = CallLog(0)
         self._store: dict[str, str] = {}
