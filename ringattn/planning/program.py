@@ -148,7 +148,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stackin
         stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
     blank |= not touched.all()
     alone = not (plan.received.any() or len(plan.visits))
-    return Program(rank, q_frame, own, tuple(stages), visits, blank, alone, schedule.name, cut, plan.travel)
+    return Program(rank, q_frame, own, tuple(stages), visits, blank, alone, schedule.name, cut, plan.travel > 0)
 
 
 def _visits(plan: Plan, rank: int, stacking: Stacking) -> Visits:

@@ -275,6 +275,7 @@ def _begin(name: str, binding: Binding, run: Run, q: Tensor, k: Tensor, v: Tenso
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
             "layout": f"{binding.q_layout.name} {binding.q_layout.digest}",
             "schedule": schedule,
+            "planned for": str(s.terms),
             "digest of the mask": mask.digest,
         }
 
