@@ -18,6 +18,7 @@ import ringattn
 from benchmarks.common import write
 from ringattn.comm import PlanningRank
 from ringattn.geometry.layouts import contiguous, zigzag
+from ringattn.planning.cost import Terms
 from ringattn.planning.placement import Choice, Problem, choose
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import compile_program
@@ -98,7 +99,7 @@ def placements(rounds: int) -> list[dict[str, Any]]:
 
             def case(mask: ringattn.Mask = mask, layout: str = layout) -> Choice:
                 bound = mask.bind(SEQLEN, SEQLEN)
-                return choose(Problem((bound,), WORLD, ringattn.Rates()), layout)
+                return choose(Problem((bound,), WORLD, Terms()), layout)
 
             best = case().lines[0]
             row = {"mask": f"documents & {name}", "layout": layout, "taken": best.layout}

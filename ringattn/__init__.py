@@ -21,19 +21,24 @@ from ringattn.masks import (
     strided,
 )
 from ringattn.packing import Packing, pack
-from ringattn.planning.cost import Rates
+from ringattn.planning.rates import Rates
+from ringattn.planning.shape import Shape
+from ringattn.planning.topology import Link, Topology
 from ringattn.rolling import roll
 from ringattn.runtime.binding import Options
 
 __all__ = [
     "ContextParallel",
     "Layout",
+    "Link",
     "Loopback",
     "Mask",
     "Options",
     "Packing",
     "PeerError",
     "Rates",
+    "Shape",
+    "Topology",
     "alibi",
     "attention",
     "bigbird",

@@ -24,6 +24,7 @@ from ringattn.geometry.masks import Expression
 from ringattn.masks import Mask, causal
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
+from ringattn.planning.shape import Shape
 from ringattn.runtime.binding import Load, Options, Settings, Shared, check_names
 from ringattn.runtime.describe import describe
 from ringattn.runtime.link import Link
@@ -48,6 +49,8 @@ class ContextParallel:
         kv_seqlen: tokens of the keys where they are another sequence (cross-attention, a cache).
         q_offset: position of the first query, for prefill in chunks and decoding.
         layout: auto, balanced, contiguous, zigzag, striped, or a :class:`Layout` of ``seqlen`` positions.
+        shape: the :class:`Shape` of the calls to come, with which ``auto`` and ``describe()`` then count; None is a
+            guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
         schedule: auto, ring, exchange, gather.
         ulysses: ranks of the head axis; 1 until the head split lands.
         kernel: auto, or one by name, which is then never replaced by another.
@@ -67,6 +70,7 @@ class ContextParallel:
         kv_seqlen: int | None = None,
         q_offset: int = 0,
         layout: str | Layout = "auto",
+        shape: Shape | None = None,
         schedule: str = "auto",
         ulysses: int = 1,
         kernel: str = "auto",
@@ -75,16 +79,16 @@ class ContextParallel:
     ) -> None:
         given = dict(
             seqlen=seqlen, mask=mask, kv_seqlen=kv_seqlen, q_offset=q_offset, layout=layout, schedule=schedule,
-            kernel=kernel, options=options, ulysses=ulysses,
+            kernel=kernel, options=options, ulysses=ulysses, shape=shape,
         )  # fmt: skip
-        self._shared = Shared(_link(group_or_mesh, given)) if _shared is None else _shared
+        self._shared = _first(group_or_mesh, given) if _shared is None else _shared
         with told(self.link.transport, "a new context"):  # what one rank refuses, all of them refuse
             self._settings = _checked(given)
             self._settle(**self._settings)
 
     def _settle(
         self, seqlen: int, mask: tuple[Mask, ...], kv_seqlen: int | None, q_offset: int, layout: str | Layout,
-        schedule: str, kernel: str, options: Options, ulysses: int,
+        schedule: str, kernel: str, options: Options, ulysses: int, shape: Shape | None,
     ) -> None:  # fmt: skip
         """Takes the arguments, which are checked, and plans."""
         self.seqlen, self.kv_seqlen, self.q_offset = seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
@@ -92,7 +96,9 @@ class ContextParallel:
         self._check_link()
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         self._check_ranks(self_attention=kv_seqlen is None and q_offset == 0)
-        settings = Settings(seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options)
+        settings = Settings(
+            seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options, shape, self._shared.device
+        )
         self.binding = self._shared.bind(settings)
         self.q_layout, self.k_layout = self.binding.q_layout, self.binding.k_layout
         self.schedules = self.binding.schedules  # best first; a call takes the first whose buffers fit
@@ -176,7 +182,7 @@ class ContextParallel:
 
     def program(self, mask: Mask, load: Load | None = None) -> Program:
         """This rank's compiled schedule for one of the masks and a call of these sizes: without any, of the last
-        call, or before any call of 8 KV heads and no limit on buffers."""
+        call, or before any call of the ``shape`` told or guessed."""
         return self.binding.program(mask, load or self.binding.last)
 
     @property
@@ -213,6 +219,8 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
     if integer("ulysses", given["ulysses"], 1) != 1:
         raise NotImplementedError(f"ulysses={given['ulysses']}: the head split is not built yet; use ulysses=1")
+    if given["shape"] is not None and not isinstance(given["shape"], Shape):
+        raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
     lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
     masks = _masks(given["mask"])
     check_names(given["layout"], given["schedule"], given["kernel"])
@@ -238,6 +246,13 @@ def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
     if not masks or not all(isinstance(m, Expression) for m in masks):
         raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
     return tuple(dict.fromkeys(masks))
+
+
+def _first(group_or_mesh: Group, given: dict[str, Any]) -> Shared:
+    """What a first context shares with those that replace it."""
+    link = _link(group_or_mesh, given)
+    gpus = "cuda" in link.transport.blind and torch.cuda.is_available()
+    return Shared(link, torch.cuda.get_device_name() if gpus else "cpu")
 
 
 def _link(group_or_mesh: Group, given: dict[str, Any]) -> Link:

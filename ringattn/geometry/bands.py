@@ -383,7 +383,8 @@ def areas(bands: Bands) -> Ints:
     gap, step = data[:, K0] - data[:, Q0], data[:, QS]
     lo = np.where(data[:, LO] > -INF, (data[:, LO] - gap) // step, -nq)
     hi = np.where(data[:, HI] < INF, (data[:, HI] - gap) // step, nk)
-    return staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
+    below, beyond = staircase(nq, nk, np.stack((lo - 1, hi)))
+    return beyond - below
 
 
 def counts(bands: Bands) -> Ints:
@@ -404,7 +405,8 @@ def counts(bands: Bands) -> Ints:
 
 
 def staircase(nq: Ints, nk: Ints, c: Ints) -> Ints:
-    """Pairs ``(i, j)``, ``0 <= i < nq``, ``0 <= j < nk``, with ``j - i <= c``: a sum of clamped ramps."""
+    """Pairs ``(i, j)``, ``0 <= i < nq``, ``0 <= j < nk``, with ``j - i <= c``: a sum of clamped ramps; a row
+    for each row of ``c``."""
     start = np.minimum(np.maximum(-c, 0), nq)
     full = np.minimum(np.maximum(nk - 1 - c, start), nq)
     ramp = full - start

@@ -174,7 +174,8 @@ def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int) -> Int
 
 def _box_area(b: Ints) -> Ints:
     nq, nk, gap = b[:, 1] - b[:, 0], b[:, 3] - b[:, 2], b[:, 2] - b[:, 0]
-    return staircase(nq, nk, b[:, 5] - gap) - staircase(nq, nk, b[:, 4] - gap - 1)
+    below, beyond = staircase(nq, nk, np.stack((b[:, 4] - gap - 1, b[:, 5] - gap)))
+    return beyond - below
 
 
 def _box_hull(a: Ints, b: Ints) -> Ints:
@@ -188,11 +189,11 @@ def _merge_boxes(boxes: Ints) -> Ints:
     Boxes of the same queries first: what these see is then one tile, and no two results are to be merged.
     """
     unchanged = turn = 0
-    keys = ((2, 0), (2, 0), (0, 2))
+    keys, area = ((2, 0), (2, 0), (0, 2)), _box_area(boxes)
     while unchanged < 2 and len(boxes) > 1:
-        boxes = boxes[np.lexsort(boxes[:, keys[turn]].T)]
+        order = np.lexsort(boxes[:, keys[turn]].T)
+        boxes, area = boxes[order], area[order]
         hull = _box_hull(boxes[:-1], boxes[1:])
-        area = _box_area(boxes)
         fits = _box_area(hull) == area[:-1] + area[1:]
         if turn == 0:
             fits &= (boxes[:-1, :2] == boxes[1:, :2]).all(1)
@@ -209,7 +210,8 @@ def _merge_boxes(boxes: Ints) -> Ints:
         run = at - np.maximum.accumulate(np.where(begins, at, 0))
         chosen = np.flatnonzero(fits & (run % 2 == 0))
         boxes[chosen] = hull[chosen]
-        boxes = np.delete(boxes, chosen + 1, 0)
+        area[chosen] += area[chosen + 1]
+        boxes, area = np.delete(boxes, chosen + 1, 0), np.delete(area, chosen + 1)
     return _merge_all_pairs(boxes) if 2 < len(boxes) <= 64 else boxes
 
 

@@ -10,22 +10,25 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from ringattn.geometry.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, areas, regular
+from ringattn.geometry.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, regular
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import cut
-from ringattn.planning.cost import Rates, unhidden
-from ringattn.planning.plan import axis_spans, merge_spans
+from ringattn.planning.cost import Seconds, Terms, unhidden
+from ringattn.planning.launches import SMALL, SOME, Stacking
+from ringattn.planning.plan import axis_spans, by_kind, merge_spans
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Under one mask: the pairs of every cell; the keys that it needs, rows (cell, start, length, step); and its
-    bands, rows (cell, first key, whether it goes on where a band of the cell before ended)."""
+    """Under one mask: the pairs of every cell by kind, ``[3, cells]``; the keys that it needs, rows (cell, start,
+    length, step); and its bands, rows (cell, first key, queries, keys, whether it goes on where a band of the cell
+    before ended)."""
 
     pairs: Ints
     keys: Ints
@@ -41,21 +44,34 @@ class Cells:
         sizes = np.diff(self.starts, append=q_len)
         spans = np.stack((self.starts + offset, sizes, np.ones_like(sizes)), 1)
         self.measures = [_measure(mask, spans) for mask in masks]
-        self.pairs = np.sum([m.pairs for m in self.measures], 0)
+        self.by_kind = np.sum([m.pairs for m in self.measures], 0)
+        self.pairs = self.by_kind.sum(0)
 
-    @property
-    def total(self) -> float:
+    @cached_property
+    def total(self) -> int:
         """Pairs of all masks over the whole sequence."""
-        return float(self.pairs.sum())
+        return int(self.pairs.sum())
+
+    def even(self, terms: Terms) -> float:
+        """Seconds that the pairs take, without calls and transfers, at least and of all ranks together."""
+        return float(terms.work(self.by_kind.sum(1)).sum())
 
     def weights(self, starts: Ints) -> Ints:
         """Pairs of all masks in each of the chunks that begin at ``starts``."""
         return np.add.reduceat(self.pairs, np.searchsorted(self.starts, starts))
 
-    def bound(self, q_layout: Layout, k_layout: Layout, rates: Rates) -> float:
+    def bound(self, q_layout: Layout, k_layout: Layout, terms: Terms) -> float:
         """What the masks cost on layouts of plain runs, at least, whatever the schedule."""
         rank = self._ranks(q_layout)
-        return sum(self._bound(m, rank, k_layout, rates) for m in self.measures)
+        return sum(self._bound(m, rank, k_layout, terms) for m in self.measures)
+
+    def striped_bound(self, terms: Terms, world: int, calls: int) -> float:
+        """What the masks cost on stripes with so many calls, at least: every rank has queries in every run of as many
+        positions as ranks, and so needs all keys but its own, and those that only the last queries of a cell see."""
+        needed = [int(merge_spans(np.zeros(len(m.keys), np.int64), m.keys[:, 1:])[:, 2].sum()) for m in self.measures]
+        received = np.array([max(n - n // world - world * (len(self.starts) + 1), 0) for n in needed])
+        compute = terms.work(np.stack([m.pairs.sum(1) for m in self.measures], 1)) / world
+        return float(_least(terms, compute, terms.rates.call * calls, received).sum(0).sum())
 
     def meetings(self, q_layout: Layout, k_layout: Layout) -> int:
         """How often a run of queries meets a span of the keys it needs, about."""
@@ -71,42 +87,63 @@ class Cells:
         at = np.searchsorted(q_layout.table[first, 1], self.starts, "right") - 1
         return q_layout.table[first[at], 0]
 
-    def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, rates: Rates) -> float:
-        world = k_layout.world_size
-        work = np.bincount(rank, cells.pairs, world)
+    def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, terms: Terms) -> float:
+        world, rates = k_layout.world_size, terms.rates
+        kinds = np.stack([np.bincount(rank, pairs, world) for pairs in cells.pairs])
         keys, own = cells.keys, k_layout.table
         owner = np.concatenate((rank[keys[:, 0]], own[:, 0]))
         seen = merge_spans(owner, np.concatenate((keys[:, 1:], own[:, 1:])))
         received = np.bincount(seen[:, 0], seen[:, 2], world) - k_layout.sizes
-        compute = work + rates.pairs_per_call * _calls(cells.bands, rank, world)
-        return float((compute + unhidden(received * rates.pairs_per_token, compute, rates)).max())
+        calls = rates.call * _calls(cells.bands, rank, world, terms.stacking)
+        return float(_least(terms, terms.work(kinds), calls, received).sum(0).max())
 
 
-def _calls(bands: Ints, rank: Ints, world: int) -> Ints:
-    """Kernel calls of each rank, at least: bands that begin at the same key may become one."""
-    cell, start, goes_on = bands.T
-    head = (goes_on == 0) | (rank[cell] != rank[cell - 1])
-    width = start.max(initial=0) + 1
-    return np.bincount(np.unique(rank[cell[head]] * width + start[head]) // width, minlength=world)
+def _least(terms: Terms, work: Seconds, calls: Seconds | float, received: Ints) -> Seconds:
+    """Seconds of each pass, at least: work, calls, and foreign K/V tokens that arrive."""
+    tokens = np.array([[terms.shape.forward.token], [terms.shape.backward.token]])
+    compute = work if terms.rates.queued else work + calls
+    device = compute + unhidden(terms.topology.fastest * tokens * received, compute, terms.rates)
+    return np.maximum(device, calls) if terms.rates.queued else device
+
+
+def _calls(bands: Ints, rank: Ints, world: int, stacking: Stacking) -> Ints:
+    """Kernel calls of each rank, at least: bands that begin at the same key may become one, and where tiles are
+    stacked, small ones of one shape."""
+    cell, start, queries, keys, goes_on = bands.T
+    head = np.flatnonzero((goes_on == 0) | (rank[cell] != rank[cell - 1]))
+    if not len(head):
+        return np.zeros(world, np.int64)
+    width, side = start.max() + 1, SMALL + 1
+    place, first = np.unique(rank[cell[head]] * width + start[head], return_index=True)
+    held = place // width
+    calls = np.bincount(held, minlength=world)
+    if stacking is Stacking.NONE:
+        return calls
+    nq, nk = np.add.reduceat(np.stack((queries, keys)), head, 1)[:, first]
+    shape = np.where(np.maximum(nq, nk) <= SMALL, (held * side + nq) * side + nk, -1)
+    if stacking is Stacking.VIEWS:  # side by side
+        again = (shape[1:] == shape[:-1]) & (shape[1:] >= 0) & (np.diff(place) == nk[:-1])
+        return calls - np.bincount(held[1:][again], minlength=world)
+    shapes, times = np.unique(shape[shape >= 0], return_counts=True)
+    return calls - np.bincount(shapes // side**2, np.where(times >= SOME, times - 1, 0), world).astype(np.int64)
 
 
 def _measure(mask: BoundMask, spans: Ints) -> Measures:
     rows = regular(cut(mask.whole, Q_AXIS, spans, np.arange(len(spans))))
     data = rows.data
     keys = axis_spans(rows, K_AXIS)
-    pairs = np.bincount(data[:, TAG], areas(rows), len(spans)).astype(np.int64)
-    return Measures(pairs, merge_spans(keys[:, 0], keys[:, 1:]), _bands(rows))
+    return Measures(by_kind(rows, data[:, TAG], len(spans)), merge_spans(keys[:, 0], keys[:, 1:]), _bands(rows))
 
 
 def _bands(rows: Bands) -> Ints:
     """The bands column of :class:`Measures`; none where spans have steps or sets, whose tiles are not counted so."""
     data = rows.data
     if not len(data) or rows.sets or rows.max_step > 1:
-        return np.empty((0, 3), np.int64)
+        return np.empty((0, 5), np.int64)
     before, here = data[:-1], data[1:]
     follows = (here[:, Q0] == before[:, Q0] + before[:, QN]) & (here[:, TAG] == before[:, TAG] + 1)
     touches = (here[:, K0] <= before[:, K0] + before[:, KN]) & (before[:, K0] <= here[:, K0] + here[:, KN])
-    return np.column_stack((data[:, TAG], data[:, K0], np.concatenate(([False], follows & touches))))
+    return np.column_stack((data[:, [TAG, K0, QN, KN]], np.append(False, follows & touches)))
 
 
 def deal_by_weight(weights: Ints, world: int) -> Ints:

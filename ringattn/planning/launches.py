@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import Rows, Tile, Tiles, Window, run, window
@@ -93,6 +94,48 @@ def _stacks(tiles: Tiles, stacking: Stacking) -> tuple[list[Launch], Ints]:
                     made.append(Launch(q, k, window(nq, nk, lo, hi), area, len(part)))
                     alone[part] = False
     return made, np.flatnonzero(alone)
+
+
+def stacks(boxes: Ints, group: Ints, stacking: Stacking) -> Ints:
+    """The group of every launch that :func:`launches` makes of tiles, which are given as boxes ``(q0, nq, qs, k0, nk,
+    ks, lo, hi)``; those of one shape have their queries in common or none."""
+    if stacking is Stacking.NONE or len(boxes) < SOME:
+        return group
+    q0, nq, qs, k0, nk, ks, lo, hi = boxes.T
+    small = np.flatnonzero(np.maximum(nq, nk) <= SMALL)
+    alike = _numbered(np.stack((group, nq, nk, np.maximum(lo, 1 - nq), np.minimum(hi, nk - 1)))[:, small])
+    some = np.bincount(alike)[alike] >= SOME
+    at, alike = small[some], alike[some]
+    if not len(at):
+        return group
+    order = np.lexsort((k0[at], q0[at], alike))
+    at, alike = at[order], alike[order]
+    row = _within((np.diff(alike) != 0) | (np.diff(q0[at]) != 0))  # of disjoint queries
+    order = np.lexsort((q0[at], row, alike))
+    at, alike, row = at[order], alike[order], row[order]
+    begins = _within((np.diff(alike) != 0) | (np.diff(row) != 0)) % np.maximum(ROWS // (nq + nk)[at], 1) == 0
+    alone = np.ones(len(boxes), bool)
+    alone[at] = False
+    if stacking is Stacking.ALL:
+        return np.concatenate((group[alone], group[at[begins]]))
+    even = np.append(True, (np.diff(q0[at]) == (nq * qs)[at][1:]) & (np.diff(k0[at]) == (nk * ks)[at][1:])) | begins
+    stack = np.cumsum(begins) - 1
+    view = np.bincount(stack, ~even) == 0
+    return np.concatenate((group[alone], group[at[begins]][view], group[at[~view[stack]]]))
+
+
+def _numbered(columns: Ints) -> Ints:
+    """Equal columns by one number."""
+    order = np.lexsort(columns)
+    number = np.empty(len(order), np.int64)
+    number[order] = np.append(0, (np.diff(columns[:, order]) != 0).any(0).cumsum())[: len(order)]
+    return number
+
+
+def _within(new: NDArray[np.bool_]) -> Ints:
+    """The place of each entry in its run, where ``new`` says of all but the first whether they begin one."""
+    at = np.arange(len(new) + 1)
+    return at - np.maximum.accumulate(np.where(np.append(True, new), at, 0))
 
 
 def _disjoint(boxes: Ints) -> Iterator[Ints]:

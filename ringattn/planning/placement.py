@@ -15,12 +15,16 @@ from functools import cached_property
 
 import numpy as np
 
-from ringattn.geometry.bands import HI, K_AXIS, LO, Q_AXIS, QN, QS
+from ringattn.geometry.bands import HI, K_AXIS, KN, LO, Q_AXIS, QN, QS
 from ringattn.geometry.layouts import LAYOUTS, Layout, chunks, contiguous, dealt
 from ringattn.geometry.masks import BoundMask
-from ringattn.planning.cost import Cost, Rates, cheaper, cost
+from ringattn.geometry.spans import Ints
+from ringattn.planning.cost import Cost, Terms, cheaper, cost, settled
 from ringattn.planning.deals import Cells, deal_by_rounds, deal_by_weight
+from ringattn.planning.estimates import estimate
+from ringattn.planning.launches import SMALL, SOME, Stacking
 from ringattn.planning.plan import Plan
+from ringattn.planning.schedules import by_name
 from ringattn.planning.travel import worthwhile
 
 # Kernel calls a rank beyond which a layout is avoided, or refused where it was asked for.
@@ -47,7 +51,7 @@ class Problem:
 
     masks: tuple[BoundMask, ...]
     world_size: int
-    rates: Rates
+    terms: Terms
     schedules: tuple[str, ...] = ("exchange", "gather", "ring")
     two_shards: bool = True  # buffers must fit two shards of K/V; else a call decides what fits its own limit
 
@@ -65,7 +69,7 @@ class Offer:
     """What all masks together cost on one layout under one schedule; ``out`` says why it may not be taken."""
 
     schedule: str
-    time: float
+    seconds: float
     balance: float
     received: int
     calls: int
@@ -79,7 +83,7 @@ class Offer:
         elif not free and not all(c.fits for c in costs):
             out = "its buffers do not fit the room of two shards"
         most = max(c.received for c in costs)
-        return Offer(schedule, sum(c.time for c in costs), max(c.balance for c in costs), most, calls, out)
+        return Offer(schedule, sum(c.seconds for c in costs), max(c.balance for c in costs), most, calls, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,25 +98,25 @@ class Candidate:
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
         plans = (Plan(mask, self.q_layout, self.k_layout) for mask in self.problem.masks)
-        return tuple(cheaper(plan, self.problem.schedules, self.problem.rates) for plan in plans)
+        return tuple(cheaper(plan, self.problem.schedules, self.problem.terms) for plan in plans)
 
     @cached_property
     def offers(self) -> tuple[Offer, ...]:
         """One for each schedule, best first, those that may not be taken last."""
-        names, rates = self.problem.schedules, self.problem.rates
+        names, terms = self.problem.schedules, self.problem.terms
         free = len(names) == 1 or not self.problem.two_shards
-        offers = [Offer.of(name, [cost(p, name, rates) for p in self.plans], free) for name in names]
+        offers = [Offer.of(name, [cost(p, name, terms) for p in self.plans], free) for name in names]
         # At equal times by name: the relay comes last.
-        return tuple(sorted(offers, key=lambda o: (bool(o.out), o.time, o.schedule)))
+        return tuple(sorted(offers, key=lambda o: (bool(o.out), o.seconds, o.schedule)))
 
     @property
     def planned(self) -> bool:
         return "offers" in vars(self)
 
     @property
-    def time(self) -> float:
+    def seconds(self) -> float:
         """What candidates are compared by: that of the best schedule that may be taken."""
-        return float("inf") if self.offers[0].out else self.offers[0].time
+        return float("inf") if self.offers[0].out else self.offers[0].seconds
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def choose(problem: Problem, name: str) -> Choice:
 
 def given(problem: Problem, q_layout: Layout, k_layout: Layout) -> Choice:
     """A layout that was asked for. Nothing is planned if the schedule was, too."""
-    calls, fewest = (_least_calls(problem, *pair) for pair in ((q_layout, k_layout), _pair(problem, contiguous)))
+    calls, fewest = (_calls(problem, *pair) for pair in ((q_layout, k_layout), _pair(problem, contiguous)))
     if calls > CALL_BUDGET >= fewest:
         raise ValueError(
             f"layout={q_layout.name!r} would take about {calls:,} kernel calls on each rank and the budget is "
@@ -172,7 +176,7 @@ def given(problem: Problem, q_layout: Layout, k_layout: Layout) -> Choice:
 def _ranking(taken: Candidate) -> tuple[str, ...]:
     """Schedules that may be taken; where none may, the one of fewest calls."""
     allowed = tuple(o.schedule for o in taken.offers if not o.out)
-    return allowed or (min(taken.offers, key=lambda o: (o.calls, o.time)).schedule,)
+    return allowed or (min(taken.offers, key=lambda o: (o.calls, o.seconds)).schedule,)
 
 
 def _line(candidate: Candidate) -> Line:
@@ -186,10 +190,10 @@ def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Cand
     """The candidate of least cost, and all. Deals are looked for if asked to, or if no plain layout is good."""
     cells = _cells(problem, layouts)
     plain = [Candidate(problem, *pair, _bound(problem, cells, *pair)) for pair in layouts]
-    good = GOOD * cells.total / problem.world_size
+    good = GOOD * cells.even(problem.terms) / problem.world_size
     if not search and min((c.bound for c in plain), default=good) < good:
         best = _race(plain, SIMPLER)
-        if best.time <= good:
+        if best.seconds <= good:
             return best, plain
     candidates = [*plain, *_deals(problem, cells)] or [Candidate(problem, *_pair(problem, contiguous))]
     return _race(candidates, 1.0 if search else SIMPLER), candidates
@@ -199,13 +203,13 @@ def _race(candidates: list[Candidate], slack: float) -> Candidate:
     """The cheapest, or an earlier one that costs at most ``slack`` times as much. Candidates whose bound leaves them
     no chance are not planned."""
     taken, *others = sorted(candidates, key=lambda c: c.bound)
-    least = taken.time
+    least = taken.seconds
     for other in others:
-        limit = least * slack if candidates.index(other) < candidates.index(taken) else taken.time / slack
+        limit = least * slack if candidates.index(other) < candidates.index(taken) else taken.seconds / slack
         if other.bound >= limit:
             continue
-        least = min(least, other.time)
-        if other.time < limit:
+        least = min(least, other.seconds)
+        if other.seconds < limit:
             taken = other
     return taken
 
@@ -222,38 +226,62 @@ def _plain(problem: Problem) -> tuple[list[Pair], list[Line]]:
     lines: list[Line] = []
     for build in LAYOUTS:
         pair = _pair(problem, build)
-        calls = _least_calls(problem, *pair)
-        if pairs and (calls > CALL_BUDGET or calls * problem.world_size > PIECE_BUDGET):
-            budget = f"budget {CALL_BUDGET:,}, and {PIECE_BUDGET:,} on all ranks"
-            lines.append(Line(build.__name__, out=f"left out, about {calls:,} kernel calls a rank ({budget})"))
+        pieces = _pieces(problem, *pair)
+        if pairs and pieces * problem.world_size > PIECE_BUDGET:
+            budget = f"at most {PIECE_BUDGET:,} on all ranks are compared"
+            lines.append(Line(build.__name__, out=f"left out, about {pieces:,} pieces a rank ({budget})"))
         else:
             pairs.append(pair)
     return pairs, lines
 
 
-def _least_calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
-    """Kernel calls of an average rank, from the bands of the mask alone: a band is cut by the queries' spans and,
-    where spans interleave, by every owner of its keys."""
-    most = 0
-    for mask in problem.masks:
-        data = mask.whole.data
-        q = data[:, Q_AXIS[:3]] - np.array([mask.q_offset, 0, 0])
-        parts = q_layout.met(*q.T)
-        if k_layout.interleaved:
-            met = np.minimum(k_layout.met(*data[:, K_AXIS[:3]].T), problem.world_size)
-            parts = parts * np.minimum(met, data[:, HI] - data[:, LO] + 1)
-        most = max(most, int(parts.sum()) // problem.world_size)
-    return most
+def _pieces(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
+    """Tiles of an average rank before any are joined, from the bands of the masks alone: a band is cut by the queries'
+    spans and, where spans interleave, by every owner of its keys."""
+    return max(int(_parts(mask, q_layout, k_layout).sum()) // problem.world_size for mask in problem.masks)
+
+
+def _parts(mask: BoundMask, q_layout: Layout, k_layout: Layout) -> Ints:
+    data = mask.whole.data
+    parts = q_layout.met(*(data[:, Q_AXIS[:3]] - np.array([mask.q_offset, 0, 0])).T)
+    if not k_layout.interleaved:
+        return parts
+    met = np.minimum(k_layout.met(*data[:, K_AXIS[:3]].T), k_layout.world_size)
+    return np.asarray(parts * np.minimum(met, data[:, HI] - data[:, LO] + 1), np.int64)
+
+
+def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
+    """Kernel calls of the rank that has most, under the schedule of fewest; pieces, where these are within the budget
+    of calls or too many to be planned."""
+    pieces = _pieces(problem, q_layout, k_layout)
+    if pieces <= CALL_BUDGET or pieces * problem.world_size > PIECE_BUDGET:
+        return pieces
+    heads, stacking = problem.terms.shape.num_kv_heads, problem.terms.stacking
+    plans = [Plan(mask, q_layout, k_layout) for mask in problem.masks]
+    known = [by_name(name) for name in problem.schedules]
+    return min(max(int(estimate(p, s, settled(p, s, heads)[0], stacking).calls.max()) for p in plans) for s in known)
 
 
 def _bound(problem: Problem, cells: Cells, q_layout: Layout, k_layout: Layout) -> float:
-    if any(worthwhile(mask, problem.world_size) for mask in problem.masks):
-        return cells.total / problem.world_size  # keys may be spared
+    terms, world = problem.terms, problem.world_size
+    if any(worthwhile(mask, world, terms.shape.thin) for mask in problem.masks):
+        return cells.even(terms) / world  # keys may be spared
     if not (q_layout.interleaved or k_layout.interleaved):
-        return cells.bound(q_layout, k_layout, problem.rates)
+        return cells.bound(q_layout, k_layout, terms)
     # A tile of a triangle is there for half of the pairs of spans.
-    calls = _least_calls(problem, q_layout, k_layout) // 2
-    return cells.total / problem.world_size + problem.rates.pairs_per_call * calls
+    calls = sum(_shapes(mask, q_layout, k_layout, terms.stacking) for mask in problem.masks) // 2
+    return cells.striped_bound(terms, world, calls)
+
+
+def _shapes(mask: BoundMask, q_layout: Layout, k_layout: Layout, stacking: Stacking) -> int:
+    """Pieces of an average rank on stripes; where small ones are stacked, those of one band for each shape that several
+    have."""
+    world, parts, sizes = q_layout.world_size, _parts(mask, q_layout, k_layout), mask.whole.data[:, [QN, KN]]
+    if stacking is Stacking.NONE:
+        return int(parts.sum()) // world
+    _, first, times = np.unique(sizes // world, axis=0, return_index=True, return_counts=True)
+    many = (times >= SOME) & (sizes[first].max(1) // world <= SMALL)
+    return int((np.where(many, 1, times) * parts[first]).sum()) // world
 
 
 def _cells(problem: Problem, plain: list[Pair]) -> Cells:
@@ -273,8 +301,9 @@ def _counts(problem: Problem) -> list[int]:
 def _deals(problem: Problem, cells: Cells) -> list[Candidate]:
     """The deals of least bound, best first."""
     best: list[Candidate] = []
+    pair = float(problem.terms.rates.pair_seconds(problem.terms.shape).sum(0).min())
     for load, q_layout, k_layout in sorted(_dealt(problem, cells), key=lambda deal: deal[0]):
-        if len(best) == FINALISTS and load >= best[-1].bound:
+        if len(best) == FINALISTS and load * pair >= best[-1].bound:
             break  # no bound is below the most work of a rank
         if cells.meetings(q_layout, k_layout) <= MEETING_BUDGET:
             made = Candidate(problem, q_layout, k_layout, _bound(problem, cells, q_layout, k_layout))

@@ -13,12 +13,13 @@ from math import lcm
 
 import numpy as np
 
-from ringattn.geometry.bands import ANY, K0, K_AXIS, KS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.geometry.bands import ANY, HI, K0, K_AXIS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import INF, Ints, expand, meeting
 from ringattn.geometry.tiles import Tiles, cut, localise
+from ringattn.planning.contacts import Contacts, contacts_of
 from ringattn.planning.travel import part
 
 
@@ -27,13 +28,13 @@ class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
     The whole world's figures are computed only when asked for; a single rank's tiles never need them, unless
-    queries ``travel`` (see ``travel.py``).
+    queries ``travel``: those that save as many keys each, or none where it is 0 (see ``travel.py``).
     """
 
     mask: BoundMask
     q_layout: Layout
     k_layout: Layout
-    travel: bool = False
+    travel: int = 0
 
     @property
     def world_size(self) -> int:
@@ -57,7 +58,7 @@ class Plan:
     @cached_property
     def _parted(self) -> tuple[Bands, Bands]:
         bands = self._all_bands
-        return part(bands, self.k_layout) if self.travel else (bands, bands.take(slice(0)))
+        return part(bands, self.k_layout, self.travel) if self.travel else (bands, bands.take(slice(0)))
 
     @cached_property
     def _all_bands(self) -> Bands:
@@ -91,9 +92,13 @@ class Plan:
     @cached_property
     def work(self) -> Ints:
         """Attending pairs that each rank computes."""
-        own = np.bincount(self.world.data[:, TAG], areas(self.world), self.world_size)
-        host = self.guests.data[:, TAG] % self.world_size
-        return (own + np.bincount(host, areas(self.guests), self.world_size)).astype(np.int64)
+        return self.work_by_kind.sum(0)
+
+    @cached_property
+    def work_by_kind(self) -> Ints:
+        """Its pairs in bands without a bound, with one and with two, ``[3, world_size]``."""
+        home = by_kind(self.world, self.world.data[:, TAG], self.world_size)
+        return home + by_kind(self.guests, self.guests.data[:, TAG] % self.world_size, self.world_size)
 
     @cached_property
     def windowed(self) -> bool:
@@ -101,42 +106,30 @@ class Plan:
         return bool((self.mask.whole.data[:, LO] > -INF).any())
 
     @cached_property
-    def _meetings(self) -> tuple[Ints, Ints, Ints]:
-        """Which band of the world meets which row of the key layout's table, and in which keys."""
-        return meeting(self.world.data[:, K_AXIS[:3]], self.k_layout.table[:, 1:])
-
-    @cached_property
     def own_work(self) -> Ints:
-        """The part of each rank's work whose keys it holds itself."""
-        i, j, spans = self._meetings
-        own = self.world.data[i, TAG] == self.k_layout.table[j, 0]
-        data = self.world.data[i[own]]
-        data[:, K_AXIS[:3]] = spans[own]
-        bands = regular(Bands(data, self.world.sets))
-        return np.bincount(bands.data[:, TAG], areas(bands), self.world_size).astype(np.int64)
+        """The part of ``work_by_kind`` whose keys a rank holds itself."""
+        table = self.k_layout.table
+        bands = regular(self.meet(self.world, table)[1])
+        return by_kind(bands, table[bands.data[:, TAG], 0], self.world_size)
+
+    def meet(self, bands: Bands, rows: Ints) -> tuple[Ints, Bands]:
+        """Bands of the world cut by rows (rank, start, length, step) of their ranks' keys, ``TAG`` = row, not trimmed;
+        and which band each is of."""
+        data, width = bands.data, 1 + self.mask.kv_len
+        keys, spans = data[:, K_AXIS[:3]], rows[:, 1:].copy()
+        keys[:, 0] += data[:, TAG] * width  # one lane of the axis for each rank
+        spans[:, 0] += rows[:, 0] * width
+        i, j, met = meeting(keys, spans)
+        data = data[i]
+        data[:, K_AXIS[1:3]] = met[:, 1:]
+        data[:, K0] = met[:, 0] - data[:, TAG] * width
+        data[:, TAG] = j
+        return i, Bands(data, bands.sets)
 
     @cached_property
-    def owned(self) -> tuple[Ints, Ints]:
-        """How many owners' keys each band of the world meets; and for each rank how many tiles come of it, owner by
-        owner, if bands that begin at the same key and end in the same span of an owner become one tile, and own ones
-        wherever they end."""
-        i, j, _ = self._meetings
-        owner = self.k_layout.table[j, 0]
-        order = np.argsort(i * self.world_size + owner, kind="stable")
-        i, j, owner = i[order], j[order], owner[order]
-        last = np.ones(len(i), bool)
-        last[:-1] = (i[1:] != i[:-1]) | (owner[1:] != owner[:-1])
-        i, j, owner = i[last], j[last], owner[last]
-        rank, start, step = self.world.data[:, [TAG, K0, KS]][i].T
-        start = np.where(step > 1, -1 - i, start)  # spans with steps do not join
-        end = np.where(rank == owner, 0, j + 1)
-        place = (rank * self.world_size + owner) * (len(self.k_layout.table) + 1) + end
-        order = np.lexsort((start, place))
-        place, start, rank = place[order], start[order], rank[order]
-        new = np.ones(len(i), bool)
-        new[1:] = (place[1:] != place[:-1]) | (start[1:] != start[:-1])
-        tiles = np.bincount(rank[new], minlength=self.world_size)
-        return np.bincount(i, minlength=len(self.world)), tiles
+    def contacts(self) -> Contacts:
+        """The keys of every rank and the pieces of its bands that meet them."""
+        return contacts_of(self)
 
     @cached_property
     def world_needs(self) -> Ints:
@@ -170,12 +163,10 @@ class Plan:
         rank, host = np.divmod(merged[:, 0], self.world_size)
         return np.column_stack((rank, host, merged[:, 1:]))
 
-    @cached_property
-    def visited(self) -> Ints:
-        """Travelling queries that each rank sends and hosts."""
-        rows = self.visits
-        sent, hosted = (np.bincount(rows[:, end], rows[:, 3], self.world_size) for end in (0, 1))
-        return np.asarray(sent + hosted, np.int64)
+    @property
+    def visits_made(self) -> Ints:
+        """Rows (rank, host, queries): there and back again."""
+        return self.visits[:, [0, 1, 3]]
 
     def guest_tiles(self, host: int, guests: Frame) -> Tiles:
         """The tiles of the queries that visit ``host``, against its shard."""
@@ -185,6 +176,12 @@ class Plan:
     def tiles(self, rank: int, keys: Frame) -> Tiles:
         """The rank's tiles against a frame of keys, coalesced, in order of queries then keys."""
         return localise(self.rank_bands(rank), self.q_frame(rank), keys)
+
+
+def by_kind(bands: Bands, rank: Ints, count: int) -> Ints:
+    """Pairs of regular bands by their number of bounds and by rank, ``[3, count]``."""
+    kind = (bands.data[:, [LO, HI]] * (-1, 1) < INF).sum(1)
+    return np.bincount(kind * count + rank, areas(bands), 3 * count).astype(np.int64).reshape(3, count)
 
 
 def axis_spans(bands: Bands, axis: tuple[int, ...]) -> Ints:

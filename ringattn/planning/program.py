@@ -205,7 +205,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stackin
         not (plan.received.any() or len(plan.visits)),
         schedule.name,
         cut,
-        plan.travel,
+        plan.travel > 0,
         stacking,
     )
 

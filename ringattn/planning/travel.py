@@ -13,29 +13,26 @@ from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import meeting
 
-# Keys a travelling query must save its rank for each row that travels: q and out forward, q, out, dout and dq
-# backward, with all heads, against K and V with the KV heads alone, twice, and their gradients.
-THIN = 16
 
-
-def worthwhile(mask: BoundMask, world_size: int) -> bool:
-    """Whether the mask has rows that may travel: few queries that need more keys than a rank holds."""
+def worthwhile(mask: BoundMask, world_size: int, thin: int) -> bool:
+    """Whether the mask has rows that may travel: few queries that need more keys than a rank holds, at least ``thin``
+    for each query."""
     nq, nk = counts(mask.whole)
-    return bool(((nq * THIN <= nk) & (nk * world_size >= mask.kv_len)).any())
+    return bool(((nq * thin <= nk) & (nk * world_size >= mask.kv_len)).any())
 
 
-def part(bands: Bands, k_layout: Layout) -> tuple[Bands, Bands]:
+def part(bands: Bands, k_layout: Layout, least: int) -> tuple[Bands, Bands]:
     """The world's bands (``TAG`` = rank) as those that are computed at home and those that travel, whose ``TAG`` is
-    ``rank * world_size + host``."""
+    ``rank * world_size + host``. A query that travels saves its rank at least so many keys each time."""
     nq, nk = counts(bands)
-    thin = (nq * THIN <= nk) & (nk >= k_layout.sizes.max())  # few queries that need more than a shard
+    thin = (nq * least <= nk) & (nk >= k_layout.sizes.max())  # few queries that need more than a shard
     if not thin.any():
         return bands, bands.take(thin)
     world = k_layout.world_size
     pieces = _cut_by_owner(bands.take(thin), k_layout)
     nq, nk = counts(pieces)
     rank, host = np.divmod(pieces.data[:, TAG], world)
-    leaves = (nq * THIN <= nk) & (rank != host)
+    leaves = (nq * least <= nk) & (rank != host)
     home = pieces.take(~leaves)
     home.data[:, TAG] //= world
     return concat((bands.take(~thin), home)), pieces.take(leaves)

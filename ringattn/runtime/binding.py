@@ -23,12 +23,16 @@ from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.kernels import KERNELS, Call
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
-from ringattn.planning.cost import Rates
+from ringattn.planning.cost import Terms
+from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import PLACEMENTS, Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program, compile_program
+from ringattn.planning.rates import Rates
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, two_shards
+from ringattn.planning.shape import TYPICAL, Shape
+from ringattn.planning.topology import Topology
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.wire import Kind
@@ -52,7 +56,8 @@ class Options:
         a schedule asked for by name takes.
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
-    rates: how much a device computes while a token arrives and a call starts; every ``auto`` uses it.
+    rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on
+        all ranks. None: what is known of the device.
     compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
         call they belong to (NCCL).
     """
@@ -61,7 +66,8 @@ class Options:
     kv_bytes: int | None = None
     check_nan: bool = False
     seed: int = 0
-    rates: Rates = field(default_factory=Rates)
+    rates: Rates | None = None
+    topology: Topology | None = None
     compare_every: int = 64
 
     def __post_init__(self) -> None:
@@ -83,13 +89,17 @@ class Options:
         plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
-        if not isinstance(self.rates, Rates):
-            raise ValueError(f"Options.rates={shown(self.rates)}: must be a ringattn.Rates")
+        for kind in (Rates, Topology):
+            name = kind.__name__.lower()
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                hint = "; None is what is known of the device"
+                raise ValueError(f"Options.{name}={shown(given)}: must be a ringattn.{kind.__name__}{hint}")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a context."""
+    """The arguments of a context, and the ``device`` whose rates are its defaults: "cpu", or a GPU's name."""
 
     seqlen: int
     masks: tuple[Expression, ...]
@@ -99,6 +109,18 @@ class Settings:
     schedule: str
     kernel: str
     options: Options
+    shape: Shape | None = None
+    device: str = "cpu"
+
+    @property
+    def terms(self) -> Terms:
+        """What costs are reckoned with."""
+        known, stacking = (
+            hardware(self.device),
+            Stacking.of("cpu" if self.device == "cpu" else "cuda", positional=False),
+        )
+        options, shape = self.options, self.shape or TYPICAL
+        return Terms(options.topology or known.topology, options.rates or known.rates, shape, stacking)
 
     @property
     def digest(self) -> bytes:
@@ -118,15 +140,18 @@ class Load:
     stacking: Stacking = Stacking.VIEWS
     stay: bool = False
 
-
-TYPICAL = Load(8, 0)  # for those who ask before any call: 8 KV heads, of no known size
+    @staticmethod
+    def of(terms: Terms) -> Load:
+        """That of the calls a plan was made for."""
+        return Load(terms.shape.num_kv_heads, terms.shape.row_bytes, terms.stacking)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a context and its replacements have in common."""
+    """What a context and its replacements have in common. ``device``: see :class:`Settings`."""
 
     link: Link
+    device: str = "cpu"
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
 
@@ -175,7 +200,7 @@ class Binding:
         self.q_layout, self.k_layout = self.choice.taken.q_layout, self.choice.taken.k_layout
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
-        self.last = TYPICAL  # the load of the last call
+        self.last = Load.of(settings.terms)  # the load of the last call; before any, of the one expected
         self._programs: dict[Hashable, Program] = {}
         self._prepared: OrderedDict[Hashable, Prepared] = OrderedDict()
         self.checked: OrderedDict[Hashable, Execution] = OrderedDict()
@@ -183,7 +208,7 @@ class Binding:
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, layout = self.settings, self.settings.layout
         schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
-        problem = Problem(bound, self.world_size, s.options.rates, schedules, s.options.kv_bytes is None)
+        problem = Problem(bound, self.world_size, s.terms, schedules, s.options.kv_bytes is None)
         if not isinstance(layout, Layout):
             return choose(problem, layout)
         if (layout.seqlen, layout.world_size) != (s.seqlen, self.world_size):

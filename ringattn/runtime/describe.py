@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ringattn.geometry.masks import Expression
+from ringattn.planning.estimates import estimate
+from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
+from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program, Row
-from ringattn.runtime.binding import Binding
+from ringattn.planning.schedules import by_name
+from ringattn.runtime.binding import Binding, Options
 
 MAX_STEPS = 8
 
@@ -21,6 +27,7 @@ def describe(binding: Binding) -> str:
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {binding.rank}",
         f"layout {binding.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
         *_table(choice),
         "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
         f"kernel {settings.kernel}"
@@ -31,29 +38,42 @@ def describe(binding: Binding) -> str:
     return "\n".join(lines)
 
 
+def _shape(binding: Binding) -> str:
+    """The shape of calls that costs are of."""
+    shape, told = binding.settings.terms.shape, binding.settings.shape is not None
+    sizes = f"{shape.head_dim}" if shape.values == shape.head_dim else f"{shape.head_dim} and {shape.values}"
+    return (
+        f"calls of {shape.num_heads} heads over {shape.num_kv_heads} of {sizes}, batch {shape.batch}, {shape.dtype}"
+        f"{'' if told else ' (a guess: tell with shape=ringattn.Shape(...))'}"
+    )
+
+
+def _given(options: Options) -> str:
+    names = [name for name in ("rates", "topology") if getattr(options, name) is not None]
+    return f", with the {' and '.join(names)} of Options" if names else ""
+
+
 def _table(choice: Choice) -> list[str]:
     """A line for every layout and schedule: what it costs beside the one taken, or why it was left out."""
-    best = choice.lines[0].offers[0].time
+    best = choice.lines[0].offers[0].seconds
     return [row for number, line in enumerate(choice.lines) for row in _rows(line, best, taken=number == 0)]
 
 
 def _rows(line: Line, best: float, taken: bool) -> list[str]:
     if not line.offers:
-        return [
-            f"    {line.layout:11} {line.out or f'not planned, at least {line.bound / max(best, 1):.2f} x the time'}"
-        ]
+        return [f"    {line.layout:11} {line.out or f'not planned, at least {line.bound / best:.2f} x the time'}"]
     rows = []
     for number, offer in enumerate(line.offers):
         note = f": {offer.out}" if offer.out else ": taken" if taken and number == 0 else ""
         rows.append(
-            f"    {line.layout:11} {offer.schedule:9} {offer.time / max(best, 1):.2f} x the time, balance "
+            f"    {line.layout:11} {offer.schedule:9} {offer.seconds / best:.2f} x the time, balance "
             f"{offer.balance:.2f}, needs {offer.received:,} tokens, {offer.calls:,} calls{note}"
         )
     return rows
 
 
 def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
-    plan, program = binding.plans[mask], binding.program(mask, binding.last)
+    plan = binding.plans[mask]
     work, mean = plan.work, float(plan.work.mean())
     full = binding.settings.seqlen * binding.settings.kv_seqlen
     balance = f"{work.max() / mean:.2f}" if mean else "no work"
@@ -61,7 +81,19 @@ def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
         f"mask {mask}",
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
-        f"    rank {binding.rank}: {int(work[binding.rank]):,} pairs in {program.calls} kernel calls, "
+    ]
+    try:
+        return lines + _describe_program(binding, plan, binding.program(mask, binding.last))
+    except ValueError as none_fits:
+        return [*lines, f"    {none_fits}"]
+
+
+def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[str]:
+    guess = estimate(plan, by_name(program.schedule), program.cut, binding.last.stacking).calls
+    others = np.delete(guess, binding.rank)
+    beside = f" (about {int(others.min()):,} to {int(others.max()):,} on the others)" if len(others) else ""
+    lines = [
+        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls} kernel calls{beside}, "
         f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
         f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]

@@ -127,6 +127,7 @@ class Execution:
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
             "layout": f"{layout.name} {layout.digest}",
             "schedule": f"{program.schedule} (cut {program.cut}{travel})",
+            "planned for": str(s.terms),
             "digest of the mask": self.call.mask.digest,
         }
 

@@ -190,7 +190,12 @@ def call(**arguments):
         (lambda: ra.alibi(torch.ones(4, dtype=torch.complex64)), "must be real numbers"),
         (lambda: ra.Options(kv_bytes="1"), "Options.kv_bytes='1'"),
         (lambda: ra.Options(seed="x"), "Options.seed='x': must be an integer"),
-        (lambda: ra.Options(rates=None), "must be a ringattn.Rates"),
+        (lambda: ra.Options(rates=1e9), "must be a ringattn.Rates"),
+        (lambda: ra.Options(topology="node"), "must be a ringattn.Topology"),
+        (lambda: ra.Topology(1e9), "must be a ringattn.Link"),
+        (lambda: ra.Shape(6, 4, 64), "num_kv_heads must divide num_heads"),
+        (lambda: ra.Shape(8, 4, 64, dtype="int8"), "dtype='int8': must be one of float16"),
+        (lambda: ra.ContextParallel(None, 8, shape=(8, 8, 64)), "must be a ringattn.Shape"),
         (lambda: ra.ContextParallel(None, 8, options={}), "must be a ringattn.Options"),
         (lambda: ra.Layout.from_spans([[(0, 2.7)]]), "give each rank a list of spans"),
         (lambda: ra.Layout.from_spans([[(10**12, 1)]]), "a span ends at position 1000000000000"),
@@ -215,10 +220,11 @@ def test_forward_mode_is_refused():
 
 def test_plans_and_trainings_that_differ_are_named():
     mask = ra.longformer(2, 2, causal=False)
-    rates = [ra.Rates(1e5, 1.0, 0.0, 0.0, 0.0), ra.Rates(1e-6, 0.0, 1e5, 1e6, 1e6)]
+    keys_cost = {"rates": ra.Rates(1e15, 1e15, exposed=1.0), "topology": ra.Topology(ra.Link(1e3))}
+    calls_cost = {"rates": ra.Rates(1e6, 1e6, call=1.0, step=10.0, merge=1.0), "topology": ra.Topology(ra.Link(1e18))}
 
     def travels(transport):
-        options = ra.Options(rates=rates[transport.rank % 2])
+        options = ra.Options(**(calls_cost if transport.rank % 2 else keys_cost))
         cp = ra.ContextParallel(transport, 150, mask=mask, layout="contiguous", schedule="exchange", options=options)
         return ra.attention(*qkv(q_len=50, kv_len=50), cp=cp)
 

@@ -192,12 +192,11 @@ def test_turns_give_dense_attention(name, layout, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["global_count", "global_scattered", "documents_window_globals", "longformer_both"])
-def test_turns_of_travelling_queries(name, schedule, monkeypatch):
-    monkeypatch.setattr("ringattn.planning.travel.THIN", 2)
+def test_turns_of_travelling_queries(name, schedule):
     mask, predicate = cases.ALL[name]
     for world in (2, 3, 5):
         made = contiguous(cases.SEQLEN, world)
-        plan = Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, travel=True)
+        plan = Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, travel=2)
         assert len(plan.visits)
         check(plan, schedule, max(schedule.cuts(plan, HEADS)), Stacking.NONE, cases.dense(predicate))
 

@@ -20,6 +20,8 @@ from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.ring import batch_context
 from ringattn.loss import IGNORED, shift_labels
 from ringattn.packing import Packing, pack
+from ringattn.runtime.binding import Shared
+from ringattn.runtime.link import Link
 
 TOLD = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
 FILLS = {"labels": IGNORED}
@@ -172,8 +174,9 @@ class ShardingCollator:
         s = self._settings
         place = PlanningRank(self._rank, self._world_size, s.options.timeout or 60.0)
         return ContextParallel(
-            place, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options
-        )
+            None, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options,
+            shape=s.shape, _shared=Shared(Link(place, s.options.compare_every), s.device),
+        )  # fmt: skip
 
 
 def replica_sampler(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -50,16 +51,40 @@ class Step:
         return Frame(np.concatenate([s for _, s in self.keys] or [np.empty((0, 3), np.int64)]))
 
 
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """What a schedule moves in a pass, and behind what it hides.
+
+    moved: rows (src, dst, tokens) of K/V, a message each, of all heads or of one chunk. steps: batches of messages.
+    exposed: the part of a rank's transfers that nothing hides. hider: the rest hides behind all of a rank's work, or
+    behind that on its own shard. copied: tokens that each rank copies into a buffer of its own.
+    """
+
+    moved: Ints
+    steps: int
+    exposed: float = 0.0
+    hider: Literal["all", "own"] = "all"
+    copied: Ints | int = 0
+
+
 @dataclass(frozen=True)
 class Schedule:
     """steps: ``(plan, rank, cut)`` to the rank's steps. cuts: ``(plan, kv_heads)`` to the cuts worth trying, the
     preferred first. buffers: ``(plan, cut, kv_heads)`` to the key rows of one head that its K/V buffers hold at
-    most on any rank (gradients take as many, in fp32)."""
+    most on any rank (gradients take as many, in fp32).
+
+    What its cost follows from: turn: ``(hops, cut)`` to the step in which keys are computed whose owner is so many
+    ranks before. flow: ``(plan, cut)`` to what moves. by_heads: whether the cut is chunks of heads, each of which makes
+    all calls.
+    """
 
     name: str
     steps: Callable[[Plan, int, int], list[Step]]
     cuts: Callable[[Plan, int], Iterable[int]]
     buffers: Callable[[Plan, int, int], int]
+    turn: Callable[[Ints, int], Ints]
+    flow: Callable[[Plan, int], Flow]
+    by_heads: bool = False
 
     def fit(self, plan: Plan, kv_heads: int, room: int) -> int | None:
         """The preferred cut whose buffers hold at most ``room`` rows of one head; None where none does."""
@@ -70,6 +95,14 @@ class Schedule:
 def two_shards(plan: Plan, kv_heads: int) -> int:
     """The room that is taken unless a limit is given: rows of one head in two shards of K/V."""
     return 2 * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
+
+
+def straight(plan: Plan) -> Ints:
+    """Rows (src, dst, tokens): the messages that bring every need straight from its owner."""
+    rows, message = messages(plan.world_needs)
+    first = np.flatnonzero(np.diff(message, prepend=0))
+    tokens = np.add.reduceat(rows[:, 3], first) if len(first) else rows[:, 3]
+    return np.stack((rows[first, 1], rows[first, 0], tokens), 1)
 
 
 def own_step(plan: Plan, rank: int) -> Step:

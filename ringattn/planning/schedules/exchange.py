@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from ringattn.geometry.spans import Ints
 from ringattn.planning.plan import Plan
-from ringattn.planning.schedules.base import Schedule, Step, collected, own_step, returned
+from ringattn.planning.schedules.base import Flow, Schedule, Step, collected, own_step, returned, straight
 
 
 def exchange(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
@@ -21,4 +24,13 @@ def _buffers(plan: Plan, cut: int, kv_heads: int) -> int:
     return int(plan.received.max(initial=0)) * kv_heads
 
 
-EXCHANGE = Schedule("exchange", exchange, lambda plan, kv_heads: (1,), _buffers)
+def _turn(hops: Ints, cut: int) -> Ints:
+    return np.minimum(hops, 1)
+
+
+def _flow(plan: Plan, cut: int) -> Flow:
+    moved = straight(plan)
+    return Flow(moved, int(len(moved) > 0), hider="own")
+
+
+EXCHANGE = Schedule("exchange", exchange, lambda plan, kv_heads: (1,), _buffers, _turn, _flow)

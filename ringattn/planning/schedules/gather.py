@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ringattn.geometry.spans import Ints
 from ringattn.planning.plan import Plan
-from ringattn.planning.schedules.base import Schedule, Step, collected, own_step, returned
+from ringattn.planning.schedules.base import Flow, Schedule, Step, collected, own_step, returned, straight
 
 HEAD_CHUNKS = 4  # of a gather that room does not force to more: one computes while the next travels
 
@@ -35,4 +36,15 @@ def _buffers(plan: Plan, cut: int, kv_heads: int) -> int:
     return rows * min(2 * -(-kv_heads // cut), kv_heads)
 
 
-GATHER = Schedule("gather", gather, _cuts, _buffers)
+def _turn(hops: Ints, cut: int) -> Ints:
+    return np.zeros_like(hops)
+
+
+def _flow(plan: Plan, cut: int) -> Flow:
+    """The first heads arrive before anything is computed."""
+    moved = straight(plan)
+    takes_part = np.bincount(moved[:, :2].reshape(-1), minlength=plan.world_size) > 0
+    return Flow(moved, cut * bool(len(moved)), exposed=1 / cut, copied=plan.k_layout.sizes * takes_part)
+
+
+GATHER = Schedule("gather", gather, _cuts, _buffers, _turn, _flow, by_heads=True)

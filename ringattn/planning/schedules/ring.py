@@ -9,7 +9,7 @@ import numpy as np
 
 from ringattn.geometry.spans import Intervals, Ints, expand
 from ringattn.planning.plan import Plan, merge_spans
-from ringattn.planning.schedules.base import Schedule, Step, Transfer, messages, own_step, split
+from ringattn.planning.schedules.base import Flow, Schedule, Step, Transfer, messages, own_step, split
 
 
 def ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
@@ -130,4 +130,22 @@ def _buffers(plan: Plan, cut: int, kv_heads: int) -> int:
     return steps * cut * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
 
 
-RING = Schedule("ring", ring, _cuts, _buffers)
+def _turn(hops: Ints, cut: int) -> Ints:
+    return -(-hops // cut)
+
+
+def _flow(plan: Plan, cut: int) -> Flow:
+    """Blocks come from their owners at the first step and then from ``cut`` ranks before; what a hop carries is at most
+    what the ranks behind on its stride need, each counted, up to the shard."""
+    world, needs = plan.world_size, plan.world_needs
+    hops, steps = (needs[:, 0] - needs[:, 1]) % world, -(-(world - 1) // cut)
+    wanted = np.zeros((world, steps * cut), np.int64)
+    np.add.at(wanted, (needs[:, 1], hops - 1), needs[:, 3])
+    behind = wanted.reshape(world, steps, cut)[:, ::-1].cumsum(1)[:, ::-1].reshape(world, -1)
+    owner, hop = np.nonzero(behind)
+    carried = np.minimum(behind[owner, hop], plan.k_layout.sizes[owner])
+    src = np.where(hop < cut, owner, (owner + hop + 1 - cut) % world)
+    return Flow(np.stack((src, (owner + hop + 1) % world, carried), 1), -(-int(hops.max(initial=0)) // cut))
+
+
+RING = Schedule("ring", ring, _cuts, _buffers, _turn, _flow)

@@ -1,0 +1,82 @@
+"""Topology: the links between ranks, level by level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ringattn.arguments.values import integer, number, shown
+from ringattn.geometry.spans import Ints
+
+# A token always takes some time to arrive, or every layout would cost the same to move; and costs stay finite.
+SLOWEST, FASTEST, LONGEST = 1.0, 1e18, 1e6
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a rank sends and, at the same time, receives over one level.
+
+    bytes_per_second: of one rank, each way.
+    latency: seconds that a message takes beyond its bytes, on its way and to be packed.
+    """
+
+    bytes_per_second: float
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {"bytes_per_second": (SLOWEST, FASTEST), "latency": (0.0, LONGEST)}
+        for name, (least, most) in limits.items():
+            object.__setattr__(self, name, number(f"Link.{name}", getattr(self, name), least, most))
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which ranks of a context share a node, and the links inside of nodes and between them.
+
+    intra: between ranks of one node.
+    inter: between nodes; None is the same as inside.
+    ranks_per_node: ranks of a context on one node, neighbours in its group; None: all of them.
+    """
+
+    intra: Link
+    inter: Link | None = None
+    ranks_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, link in (("intra", self.intra), ("inter", self.inter)):
+            if not isinstance(link, Link) and (link is not None or name == "intra"):
+                raise ValueError(f"Topology.{name}={shown(link)}: must be a ringattn.Link(bytes_per_second, latency)")
+        if self.ranks_per_node is not None:
+            ranks = integer("Topology.ranks_per_node", self.ranks_per_node, 1, hint="; None is one node for all ranks")
+            object.__setattr__(self, "ranks_per_node", ranks)
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """By level, the links inside of a node first."""
+        return self.intra, self.intra if self.inter is None else self.inter
+
+    def level(self, src: Ints, dst: Ints) -> Ints:
+        """The slowest level that a transfer from rank to rank crosses: 0 inside of a node, 1 between nodes."""
+        if self.ranks_per_node is None:
+            return np.zeros_like(src)
+        return (src // self.ranks_per_node != dst // self.ranks_per_node).astype(np.int64)
+
+    @property
+    def fastest(self) -> float:
+        """Seconds that a byte takes at least."""
+        return 1.0 / max(link.bytes_per_second for link in self.links)
+
+    def seconds(self, moved: Ints, world_size: int) -> NDArray[Any]:
+        """What rows (src, dst, amount) take each rank, in seconds for a byte a unit: what it receives or what it sends,
+        whichever takes longer."""
+        src, dst, amount = moved.T
+        each = np.array([1.0 / link.bytes_per_second for link in self.links])[self.level(src, dst)] * amount
+        return np.maximum(*(np.bincount(end, each, world_size) for end in (src, dst)))
+
+    def latency(self, moved: Ints, world_size: int) -> NDArray[Any]:
+        """The same of the latencies of such messages, in seconds."""
+        each = np.array([link.latency for link in self.links])[self.level(moved[:, 0], moved[:, 1])]
+        return np.maximum(*(np.bincount(moved[:, end], each, world_size) for end in (0, 1)))
