@@ -14,7 +14,9 @@ from ringattn.comm import together
 from ringattn.context import ContextParallel
 from ringattn.kernels.scores import Rule
 from ringattn.masks import Mask
+from ringattn.runtime.binding import Checked
 from ringattn.runtime.dispatch import PLAIN, Attention, draw, execution, looked_on
+from ringattn.runtime.execution import Execution
 from ringattn.runtime.record import arguments
 from ringattn.validation import checked_call
 
@@ -104,9 +106,10 @@ def _attend(
     key = None
     if bias is None and sinks is None and seed is None and type(dropout_p) is float and not dropout_p:
         key = _key(q, k, v, mask, scale, softcap, return_lse)
-        made = None if key is None else cp.binding.checked.get(key)
-        if made is not None:
-            return Attention.apply(q, k, v, made)
+        known = None if key is None else cp.binding.checked.get(key)
+        if known is not None:
+            prepared, scores, grad = known
+            return Attention.apply(q, k, v, Execution(cp.binding, prepared, scores, None, grad))
     call = checked_call(q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse)
     tensors = call.q, call.k, call.v, call.bias, call.sinks
     if looked_on(*tensors):
@@ -114,7 +117,7 @@ def _attend(
         return out, lse
     made = execution(cp.binding, mask or cp.masks[0], call, draw(cp.binding, call.dropout_p, call.seed))
     if key is not None and call.q is q:
-        cp.binding.remember(key, made)
+        cp.binding.remember(key, Checked(made.call, made.scores, made.grad))
     given = call.bias, call.rule_params, call.sinks
     extras = given if any(x is not None for x in given) else ()
     with torch.autocast(q.device.type, enabled=False):

@@ -4,6 +4,7 @@ said: all rules of arguments that look at more than one of them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,16 +12,111 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ringattn.arguments.tensors import FLOATS, plain
-from ringattn.arguments.values import flag, number, seed_of, shown
+from ringattn.arguments.values import flag, integer, listed, number, seed_of, shown
+from ringattn.geometry.layouts import NAMED, Layout, named
+from ringattn.geometry.masks import Expression
+from ringattn.kernels import KERNELS
 from ringattn.kernels.partial import accumulator_dtype
 from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
 from ringattn.masks import Mask
+from ringattn.planning.placement import PLACEMENTS
+from ringattn.planning.schedules import SCHEDULES
+from ringattn.planning.shape import Shape
+from ringattn.runtime.link import Link
 from ringattn.runtime.record import NO_SEED, CallRecord
+from ringattn.runtime.settings import ContextSettings, Options
 
 if TYPE_CHECKING:
     from ringattn.context import ContextParallel
 
 SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied to their values
+
+
+# -- a context ---------------------------------------------------------------------------------
+
+STACK = 1024  # masks of one context
+
+
+def checked_context(given: dict[str, Any]) -> dict[str, Any]:
+    """A context's arguments, as what they stand for."""
+    if not isinstance(given["options"], Options):
+        raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
+    if integer("ulysses", given["ulysses"], 1) != 1:
+        raise NotImplementedError(f"ulysses={given['ulysses']}: the head split is not built yet; use ulysses=1")
+    if given["shape"] is not None and not isinstance(given["shape"], Shape):
+        raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
+    lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
+    masks = _masks(given["mask"])
+    check_names(given["layout"], given["schedule"], given["kernel"], given["kv_layout"])
+    for mask in masks:
+        mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
+    return {**given, **lengths, "mask": masks}
+
+
+def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
+    hint = ", a number of tokens"
+    seqlen, q_offset = (
+        integer(name, value, least, hint=hint, rule="an integer of ")
+        for name, value, least in (("seqlen", seqlen, 1), ("q_offset", q_offset, 0))
+    )
+    if kv_seqlen is not None:
+        kv_seqlen = integer("kv_seqlen", kv_seqlen, 1, hint=hint, rule="an integer of ")
+    return {"seqlen": seqlen, "kv_seqlen": kv_seqlen, "q_offset": q_offset}
+
+
+def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
+    several = isinstance(mask, Iterable) and not isinstance(mask, str)
+    masks = [mask] if isinstance(mask, Expression) else listed("mask", mask, "masks", STACK) if several else []
+    if not masks or not all(isinstance(m, Expression) for m in masks):
+        raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
+    return tuple(dict.fromkeys(masks))
+
+
+def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> None:
+    """Raises ``ValueError`` for what does not fit the ranks, or the contexts before."""
+    options, world = settings.options, link.transport.world_size
+    if options.compare_every != link.compare_every:
+        raise ValueError(
+            f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
+            f"together, and the first said {link.compare_every}"
+        )
+    if options.timeout not in (None, link.transport.timeout):
+        raise ValueError(
+            f"Options.timeout={options.timeout}, but the transport's deadline is {link.transport.timeout} s: it is "
+            "set when the transport is made; leave Options.timeout out here"
+        )
+    if self_attention and world > settings.seqlen:
+        raise ValueError(
+            f"seqlen={settings.seqlen} over {world} ranks: more ranks than tokens; use fewer ranks "
+            "(empty shards are legal with kv_seqlen or q_offset only)"
+        )
+    layout, keys = settings.layout, settings.kv_layout
+    if isinstance(layout, Layout) and layout.fits != (settings.seqlen, world):
+        raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {world} ranks; build it for these")
+    if isinstance(keys, Layout) and keys.fits != (settings.kv_seqlen, world):
+        raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {world} ranks")
+    if isinstance(layout, Layout) and keys in (None, "auto") and settings.kv_seqlen != settings.seqlen:
+        raise ValueError(
+            f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={settings.kv_seqlen} keys; give them "
+            "a kv_layout, for instance 'contiguous'"
+        )
+
+
+def check_names(layout: str | Layout, schedule: str, kernel: str, kv_layout: str | Layout | None = None) -> None:
+    """Raises ``ValueError`` for a name that does not exist, with those that do."""
+    named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
+    named("schedule", schedule, ["auto", *(known.name for known in SCHEDULES)])
+    if isinstance(layout, Layout):
+        layout.check()
+    else:
+        named("layout", layout, PLACEMENTS)
+    if isinstance(kv_layout, Layout):
+        kv_layout.check()
+    elif kv_layout is not None:
+        named("kv_layout", kv_layout, ["auto", *(known.__name__ for known in NAMED)])
+
+
+# -- a call ------------------------------------------------------------------------------------
 
 
 def checked_call(

@@ -12,7 +12,8 @@ from ringattn.planning.placement import Choice, Line
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program, Row
 from ringattn.planning.schedules import by_name
-from ringattn.runtime.binding import Binding, Options
+from ringattn.runtime.binding import Binding
+from ringattn.runtime.settings import Options
 
 MAX_STEPS = 8
 
@@ -22,11 +23,11 @@ def describe(binding: Binding) -> str:
     settings, choice = binding.settings, binding.choice
     keys = f", {settings.kv_seqlen:,} keys" if settings.kv_seqlen != settings.seqlen else ""
     offset = f", first query at {settings.q_offset:,}" if settings.q_offset else ""
-    sizes = binding.q_layout.sizes
+    sizes = binding.held.q.sizes
     lines = [
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {binding.rank}",
-        f"layout {binding.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
         *_table(choice),
         "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
@@ -51,6 +52,10 @@ def _shape(binding: Binding) -> str:
 def _given(options: Options) -> str:
     names = [name for name in ("rates", "topology") if getattr(options, name) is not None]
     return f", with the {' and '.join(names)} of Options" if names else ""
+
+
+def _keys(binding: Binding) -> str:
+    return f", keys {binding.held.k.name}" if binding.held.k.name != binding.held.q.name else ""
 
 
 def _table(choice: Choice) -> list[str]:

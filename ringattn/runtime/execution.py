@@ -114,7 +114,7 @@ class Execution:
         bias = "no bias" if extras.bias is None else f"bias [{extras.bias[0]}, {extras.bias[1]}, ...]"
         rule = "no rule" if scores.rule is None else _in_words(scores.rule)
         travel = ", queries travel" if program.travel else ""
-        layout = self.binding.q_layout
+        layouts = self.binding.computed
         return {
             "mask": str(self.call.mask),
             "logits": f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}",
@@ -125,7 +125,8 @@ class Execution:
             "shapes": f"batch {kind.batch}, heads {kind.num_heads} over {kind.num_kv_heads}, head_dim {kind.head_dim}, "
             f"v_head_dim {kind.v_head_dim}, {kind.dtype} on {kind.device.type}",
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
-            "layout": f"{layout.name} {layout.digest}",
+            "layout": f"{layouts.q.name} {layouts.q.digest}",
+            "layout of the keys": f"{layouts.k.name} {layouts.k.digest}",
             "schedule": f"{program.schedule} (cut {program.cut}{travel})",
             "planned for": str(s.terms),
             "digest of the mask": self.call.mask.digest,

@@ -10,7 +10,7 @@ from ringattn.geometry.tiles import Tile, Tiles
 from ringattn.kernels.blockwise import Blockwise
 from ringattn.kernels.sdpa import Sdpa
 from ringattn.planning.launches import SMALL, Stacking, launches
-from ringattn.runtime.binding import Load
+from ringattn.runtime.settings import Load
 from tests.support.ring import check, on_ranks, single_process
 
 

@@ -16,8 +16,9 @@ from ringattn.planning.placement import Problem, choose
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import by_name
 from ringattn.planning.shape import TYPICAL
-from ringattn.runtime.binding import Load, Settings, Shared
+from ringattn.runtime.binding import Shared
 from ringattn.runtime.link import Link
+from ringattn.runtime.settings import ContextSettings, Load
 from tests.support.ring import on_ranks, tensors
 
 
@@ -204,7 +205,7 @@ def test_defaults_are_those_of_the_device():
     assert made["NVIDIA H200"].program(made["NVIDIA H200"].masks[0]).calls < 100, "as calls on that device will be"
     assert "an H100 or H200" in made["NVIDIA H200"].describe()
     own = ra.Options(rates=ra.Rates(1e12, 1e12))
-    settings = Settings(8, (ra.causal(),), 8, 0, "auto", "auto", "auto", own, None, "NVIDIA H200")
+    settings = ContextSettings(8, (ra.causal(),), 8, 0, "auto", "auto", "auto", own, None, "NVIDIA H200")
     assert settings.terms.rates == own.rates and settings.terms.topology == GPUS[0].topology
 
 

@@ -9,7 +9,7 @@ from ringattn.geometry.layouts import contiguous, striped, zigzag
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Row, compile_program
 from ringattn.planning.schedules import by_name
-from ringattn.runtime.binding import Load
+from ringattn.runtime.settings import Load
 from ringattn.testing import dense_attention
 from tests.support import cases
 from tests.support.ring import S, check, on_ranks, single_process, tensors
