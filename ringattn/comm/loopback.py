@@ -1,6 +1,8 @@
 """A world of rank-threads in one process: every rank runs the same code as a real one, messages pass through
 mailboxes in memory. It tests a ring of any size without processes, and with several ranks on one GPU."""
 
+from __future__ import annotations
+
 import threading
 import time
 import uuid
@@ -192,6 +194,11 @@ class LoopbackTransport:
             for label in told:
                 log.hear(label)
         log.check()
+
+    @property
+    def board(self) -> LoopbackTransport:
+        """See `Voters`."""
+        return self
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""

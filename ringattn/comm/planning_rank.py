@@ -47,6 +47,11 @@ class PlanningRank:
     def heed(self) -> None:
         """There is nobody to listen to."""
 
+    @property
+    def board(self) -> PlanningRank:
+        """See `Voters`."""
+        return self
+
     def publish(self, key: str, value: str) -> None:
         """Refused, like all that ranks compare notes with."""
         self._refuse()

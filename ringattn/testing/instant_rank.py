@@ -56,6 +56,11 @@ class InstantRank:
     def heed(self) -> None:
         """There is nobody to listen to."""
 
+    @property
+    def board(self) -> InstantRank:
+        """See `Voters`."""
+        return self
+
     def publish(self, key: str, value: str) -> None:
         """Nobody reads it."""
 

@@ -168,17 +168,17 @@ def exchange_a_wait_that_serves_all(transport: Transport) -> None:
 
 def exchange_store(transport: Transport) -> None:
     rank, world = transport.rank, transport.world_size
-    assert transport.lookup("nothing") is None
-    assert not transport.await_key("nothing", 0.05)
-    transport.publish(f"from {rank}", f"ünï {rank}")
+    assert transport.board.lookup("nothing") is None
+    assert not transport.board.await_key("nothing", 0.05)
+    transport.board.publish(f"from {rank}", f"ünï {rank}")
     for peer in range(world):
-        assert transport.await_key(f"from {peer}", 20.0)
-        assert transport.lookup(f"from {peer}") == f"ünï {peer}"
-    if transport.count("arrived") == world:
-        transport.forget("from 0")
-        transport.publish("all", "here")
-    assert transport.await_key("all", 20.0)
-    assert transport.lookup("from 0") is None
+        assert transport.board.await_key(f"from {peer}", 20.0)
+        assert transport.board.lookup(f"from {peer}") == f"ünï {peer}"
+    if transport.board.count("arrived") == world:
+        transport.board.forget("from 0")
+        transport.board.publish("all", "here")
+    assert transport.board.await_key("all", 20.0)
+    assert transport.board.lookup("from 0") is None
 
 
 def exchange_agreement(transport: Transport) -> None:
@@ -269,9 +269,9 @@ def test_gloo_subgroups_and_meshes() -> None:
 def two_transports(rank: int, world_size: int, make: Callable[[float], Transport]) -> None:
     both = [make(20) for _ in range(2)]
     for number, transport in enumerate(both):
-        transport.publish("key", str(number))
+        transport.board.publish("key", str(number))
         agree(transport, 0, {"transport": str(number)})
-    assert [transport.lookup("key") for transport in both] == ["0", "1"]
+    assert [transport.board.lookup("key") for transport in both] == ["0", "1"]
     peer = 1 - rank
     arriving = [torch.zeros(3), torch.zeros(3)]
     batches = [
@@ -321,9 +321,9 @@ def test_ranks_are_named_in_runs(ranks: list[int], text: str) -> None:
 
 def leave_together(transport: Transport) -> None:
     """A rank that has given up stays until the other survivor has too, not to be taken for dead itself."""
-    if transport.count("gave up") == 2:
-        transport.publish("both gave up", "")
-    assert transport.await_key("both gave up", 20.0)
+    if transport.board.count("gave up") == 2:
+        transport.board.publish("both gave up", "")
+    assert transport.board.await_key("both gave up", 20.0)
 
 
 def post_after_a_death(rank: int, world_size: int, make: Callable[[float], Transport]) -> tuple[str, float]:
@@ -355,7 +355,7 @@ def post_to_the_silent(rank: int, world_size: int, make: Callable[[float], Trans
     transport = make(20)
     transport.timeout = 1.0
     if rank == 1:
-        assert transport.await_key("both gave up", 20.0)
+        assert transport.board.await_key("both gave up", 20.0)
         return ""
     got = torch.zeros(4), torch.zeros(4)
     peer = 2 - rank
@@ -489,7 +489,7 @@ def test_an_exception_on_one_rank_releases_all() -> None:
             raise KeyError("mine")
         pending = transport.post([], [(torch.zeros(1), (transport.rank + 1) % 4)], "step 0")
         try:
-            pending.wait() if transport.rank else transport.await_key("never", 60)
+            pending.wait() if transport.rank else transport.board.await_key("never", 60)
         except PeerError as error:
             released.append(str(error))
             raise
