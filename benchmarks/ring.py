@@ -65,6 +65,7 @@ def ring_call(
     seqlen: int, mask: ringattn.Mask, head_major: bool = False, group: Any = None, **settings: Any
 ) -> tuple[Callable[[], object], Any]:
     """One call with its backward; ``head_major``: q, k, v and dout lie in memory as the raw operator's do."""
+    settings = {"shape": ringattn.Shape(HEADS, HEADS, DIM, dtype="float32"), **settings}
     cp = ringattn.ContextParallel(group or dist.group.WORLD, seqlen, mask=mask, **settings)
     q, k, v, dout = (t.transpose(1, 2) for t in tensors(*[cp.local_seqlen] * 4))
     if not head_major:

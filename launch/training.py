@@ -26,8 +26,17 @@ def make_context(config: Config, world: World, masks: Masks) -> ringattn.Context
         layout=config.layout,
         schedule=config.schedule,
         kernel=config.kernel,
+        shape=_shape(config),
         options=ringattn.Options(timeout=config.timeout),
     )
+
+
+def _shape(config: Config) -> ringattn.Shape | None:
+    """The shape of the job's attention calls, where its own config says it."""
+    model = config.model
+    if model is None:
+        return None
+    return ringattn.Shape(model.num_heads, model.num_kv_heads, model.head_dim, dtype=config.dtype)
 
 
 @dataclass(frozen=True, slots=True)

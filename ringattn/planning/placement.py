@@ -39,7 +39,8 @@ CHUNKS = (2, 4, 8, 16, 32, 64)
 GOOD = 1.05
 # Chunks are not cut finer once the most work of a rank is at most this times the mean.
 EVEN = 1.01
-# ``auto`` takes the simpler layout, in the order contiguous, zigzag, striped, dealt, at up to this times the cost.
+# ``auto`` takes the simpler layout, in the order contiguous, zigzag, striped, dealt, and the schedule of fewer calls,
+# at up to this times the cost.
 SIMPLER = 1.02
 # Deals that are planned to the end, best bound first.
 FINALISTS = 2
@@ -104,12 +105,15 @@ class Candidate:
 
     @cached_property
     def offers(self) -> tuple[Offer, ...]:
-        """One for each schedule, best first, those that may not be taken last."""
+        """One for each schedule, best first: of those that take about as long the one of fewest calls; those that may
+        not be taken last."""
         names, terms = self.problem.schedules, self.problem.terms
         free = len(names) == 1 or not self.problem.two_shards
         offers = [Offer.of(name, [cost(p, name, terms) for p in self.plans], free) for name in names]
-        # At equal times by name: the relay comes last.
-        return tuple(sorted(offers, key=lambda o: (bool(o.out), o.seconds, o.schedule)))
+        good = SIMPLER * min((o.seconds for o in offers if not o.out), default=0.0)
+        return tuple(
+            sorted(offers, key=lambda o: (bool(o.out), o.seconds > good, o.calls * (o.seconds <= good), o.seconds))
+        )
 
     @property
     def planned(self) -> bool:
@@ -117,8 +121,8 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """What candidates are compared by: that of the best schedule that may be taken."""
-        return float("inf") if self.offers[0].out else self.offers[0].seconds
+        """What candidates are compared by: those of the fastest schedule that may be taken."""
+        return min((offer.seconds for offer in self.offers if not offer.out), default=float("inf"))
 
 
 @dataclass(frozen=True)
