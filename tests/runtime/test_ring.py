@@ -207,7 +207,7 @@ def test_describe_says_what_and_why():
 
 def test_a_second_turn_only_where_there_is_something_to_hide():
     def turns(mask):
-        cp = ra.ContextParallel(PlanningRank(1, 4), 4096, mask=mask, layout="contiguous")
+        cp = ra.ContextParallel(PlanningRank(1, 4), 4096, mask=mask, layout="contiguous", schedule="ring")
         return cp.program(mask).two_turns
 
     assert turns(ra.causal()) and turns(ra.sliding_window(255))

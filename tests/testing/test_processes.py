@@ -38,6 +38,12 @@ def hang(rank: int, world_size: int) -> None:
 
 
 def die(rank: int, world_size: int) -> int:
+    """One rank dies, once all have connected."""
+    store = dist.distributed_c10d._get_default_store()
+    connected = store.add("connected", 1)
+    while rank == 1 and connected < world_size:
+        time.sleep(0.01)
+        connected = store.add("connected", 0)
     if rank == 1:
         os._exit(5)
     return rank
