@@ -130,7 +130,7 @@ def _key(
     """What the rules of a call look at, for one that nothing but these can make another; None for the others."""
     if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or looked_on():
         return None
-    if q.is_nested or k.is_nested or v.is_nested or forward_ad._current_level >= 0:
+    if q.is_meta or q.is_nested or k.is_nested or v.is_nested or forward_ad._current_level >= 0:
         return None
     if type(scale) not in NUMBERS or type(softcap) not in NUMBERS or not (mask is None or type(mask) is Mask):
         return None

@@ -9,6 +9,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -161,18 +162,19 @@ class Link:
         log.posted, log.finished = 0, True
 
     def _end_together(self) -> None:
-        transport = self.transport
-        rank, world, token, got = (
-            transport.rank,
-            transport.world_size,
-            torch.zeros(1, dtype=torch.uint8, device="cpu"),
-            torch.empty(1, dtype=torch.uint8, device="cpu"),
-        )
+        transport, (token, got) = self.transport, self._tokens
+        rank, world = transport.rank, transport.world_size
         away = 1
         while away < world:
             to, source = (rank + away) % world, (rank - away) % world
             transport.post([(token, to)], [(got, source)], f"end, {away} ranks away").wait()
             away *= 2
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """What ranks send each other at the end of a call, and where it arrives."""
+        with torch.inference_mode(False):  # later calls that train use it too
+            return torch.zeros(1, dtype=torch.uint8, device="cpu"), torch.empty(1, dtype=torch.uint8, device="cpu")
 
     def draw(self, start: int) -> int:
         """The next number of a counter that counts alike on all ranks, mixed with ``start``."""

@@ -1,6 +1,10 @@
 """Masks against their predicates by brute force, their algebra by hypothesis, and their refusals."""
 
 import itertools
+import os
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +144,25 @@ def test_a_lattice_cut_by_a_window_and_scattered_tokens_stays_small():
         return np.isin(q - k, [0, 4, 8]) | ~((np.abs(q - k) <= 2) | (q == 20) | (k == 20))
 
     check(mask, predicate, 25, 25, 0)
+
+
+def test_a_pickled_mask_is_the_same_in_another_process():
+    """Functions lie, and strings hash, elsewhere there."""
+    masks = [mask for mask, _ in cases.ALL.values()]
+    assert all(hash(mask) for mask in masks)
+    code = """
+import pickle, sys
+import ringattn as ra
+from tests.support import cases
+sent, here = pickle.loads(sys.stdin.buffer.read()), [mask for mask, _ in cases.ALL.values()]
+assert sent == here and [hash(m) for m in sent] == [hash(m) for m in here] and len({*sent, *here}) == len(here)
+assert all(a.digest == b.digest and (a.handle == b.handle).all() for a, b in zip(sent, here))
+q = ra.pack([[0, 3]]).pack([__import__("torch").ones(3, 1, 4)])
+ra.attention(q, q, q, cp=ra.ContextParallel(None, 3, mask=ra.causal()), mask=pickle.loads(pickle.dumps(ra.causal())))
+print(pickle.dumps(here).hex())
+"""
+    made = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(masks), capture_output=True, check=True,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )  # fmt: skip
+    assert pickle.loads(bytes.fromhex(made.stdout.decode())) == masks

@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, Rows, choose, sdpa, sdpa_cuda
+from ringattn.kernels.base import Needs
+from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.pieces import Piece, Shape, TileBand
 from ringattn.kernels.scores import TileScores
@@ -34,6 +36,14 @@ TILES: list[tuple[int, int, Window]] = [
     (63, 257, (None, 20)),
     (257, 127, (None, 130)),  # the first row sees one key
     (257, 127, (None, 200)),
+    (257, 127, (None, 131)),
+    (128, 64, (None, 64)),
+    (300, 299, (None, 1)),
+    (64, 1, (None, 63)),
+    (5, 3, (None, 3)),
+    (257, 127, (3, 200)),
+    (257, 127, (140, 140)),
+    (300, 100, (99, None)),
     (63, 63, (0, None)),
     (257, 257, (10, None)),
     (127, 257, (140, None)),
@@ -387,6 +397,29 @@ def test_auto_takes_the_first_that_does_not_refuse() -> None:
 def test_an_explicit_kernel_never_falls_back() -> None:
     with pytest.raises(NotImplementedError, match=r"'sdpa'.*v_head_dim 32 must equal head_dim 64"):
         choose("sdpa", make_call(v_head_dim=32), KERNELS)
+
+
+def test_a_kernel_says_what_it_lacks_here() -> None:
+    class Elsewhere(TileKernel):
+        name, reads_delta = "elsewhere", False
+        needs = Needs(frozenset({"cpu"}), packages={"numpy": "1.0", "no-such-package": "2.5"})
+
+        def refuse(self, call: Call) -> None:
+            raise AssertionError("not asked, as it cannot run")
+
+    with pytest.raises(NotImplementedError, match=r"no-such-package 2.5 or newer is needed, found none: pip install"):
+        choose("elsewhere", make_call(), [Elsewhere()])
+    assert choose("auto", make_call(), [Elsewhere(), *KERNELS]).name == "sdpa"
+    Elsewhere.needs = Needs(packages={"numpy": "999"})
+    with pytest.raises(NotImplementedError, match=r"numpy 999 or newer is needed, found \d"):
+        choose("elsewhere", make_call(), [Elsewhere()])
+
+
+def test_what_backward_cannot_give_is_refused_before() -> None:
+    """On CUDA the gradient of lse takes eight more head columns, of which flash has 256."""
+    for head_dim, dlse, refused in ((248, True, False), (256, True, True), (256, False, False)):
+        call = Call("cuda", torch.bfloat16, head_dim, head_dim, 4, 2, dlse=dlse)
+        assert ("where lse has a gradient" in (sdpa.Sdpa().refuse(call) or "")) == refused
 
 
 def test_auto_without_a_fit_lists_every_reason() -> None:

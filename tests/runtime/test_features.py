@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import ringattn as ra
+from ringattn import validation
+from ringattn.kernels import reference, scores
+from ringattn.kernels.blockwise import Blockwise
+from ringattn.runtime import binding
 from tests.support import cases
 from tests.support.ring import S, check, tensors
 
@@ -290,3 +294,57 @@ def test_ranks_that_ask_for_different_features_are_told():
     ):
         with pytest.raises(ValueError, match=text):
             ra.Loopback(2, timeout=10).run(lambda t, f=features: one_rank(t, f))
+
+
+class Clipped:
+    """A bias rule of another name: the distance, at most."""
+
+    name = "clipped"
+
+    def __init__(self, params):
+        self.params = params
+
+    def bias(self, heads, q, k):
+        return -self.params[heads, None, None].minimum((q[:, None] - k).abs()).unsqueeze(0)
+
+    def refuse(self, num_heads):
+        return (
+            None if len(self.params) == num_heads else f"clipped has {len(self.params)} distances for {num_heads} heads"
+        )
+
+
+class AlibiAlone(Blockwise):
+    """A kernel that computes ALiBi and no other rule."""
+
+    name = "alibi-alone"
+
+    def refuse(self, call):
+        return f"{[*call.features]}: not computed" if call.features - {"alibi"} else None
+
+
+def test_a_rule_is_a_feature_of_its_own(monkeypatch):
+    q, k, v, *_ = tensors()
+    cp = ra.ContextParallel(None, S)
+    with pytest.raises(ValueError, match="must be a tensor or a rule such as"):
+        ra.attention(q, k, v, cp=cp, bias=Clipped(torch.ones(4)))  # not one that is known
+    monkeypatch.setitem(scores.RULES, "clipped", Clipped)
+    monkeypatch.setattr(scores, "FEATURES", scores.FEATURES | {"clipped"})
+    monkeypatch.setattr(reference, "FEATURES", scores.FEATURES)
+    monkeypatch.setattr(binding, "KERNELS", (AlibiAlone(), Blockwise()))
+    monkeypatch.setattr(validation, "KERNELS", (AlibiAlone(), Blockwise()))
+    alone, limit = cp.replace(kernel="alibi-alone"), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=q.dtype)
+    with pytest.raises(NotImplementedError, match=r"\['clipped'\]: not computed"):
+        ra.attention(q, k, v, cp=alone, bias=Clipped(limit))
+    with pytest.raises(ValueError, match="clipped has 2 distances for 4 heads"):
+        ra.attention(q, k, v, cp=cp, bias=Clipped(limit[:2]))
+    at = torch.arange(S)
+    bias = -limit[:, None, None].minimum((at[:, None] - at).abs())[None]
+    torch.testing.assert_close(
+        ra.attention(q, k, v, cp=cp, bias=Clipped(limit)), ra.attention(q, k, v, cp=cp, bias=bias)
+    )
+
+
+def test_seeds_that_are_drawn_follow_from_numbers_alone():
+    """Not from how an interpreter hashes."""
+    link = ra.ContextParallel(None, S).link
+    assert [link.draw(7), link.draw(7), link.draw(8)] == [566040723559224272, 200518654509178738, 2529129928028215185]
