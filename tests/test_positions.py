@@ -18,6 +18,7 @@ from transformers import (
 
 import ringattn as ra
 from ringattn.integrations.transformers import ShardingCollator, masks_of, register, shard_batch
+from ringattn.integrations.transformers.ring import batch_context
 
 S = 8
 POSITIONS = {
@@ -64,10 +65,9 @@ def logits(rank: int, world: int, device: str = "cpu") -> dict[tuple[int, str], 
             right = expected(model.cpu(), ids, case)
             register(cp, model.to(device))
             batch = shard_batch(cp, {"input_ids": ids, "position_ids": torch.tensor(positions)})
-            length = int(batch["cu_seq_lens_q"][-1])
             batch = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
             out = model(**batch, use_cache=False).logits.detach().cpu()
-            whole = (cp if length == S else cp.replace(seqlen=length)).unshard(out)
+            whole = batch_context(cp, batch["cu_seq_lens_q"].tolist()).unshard(out)
             found[number, case] = float((whole.reshape(right.shape) - right).abs().max())
     return found
 

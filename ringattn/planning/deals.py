@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ringattn.geometry.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, regular
 from ringattn.geometry.layouts import Layout
@@ -22,6 +24,7 @@ from ringattn.geometry.tiles import cut
 from ringattn.planning.cost import Seconds, Terms, unhidden
 from ringattn.planning.launches import SMALL, SOME, Stacking
 from ringattn.planning.plan import axis_spans, by_kind, merge_spans
+from ringattn.planning.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Measures:
     pairs: Ints
     keys: Ints
     bands: Ints
+    known: dict[Rates, NDArray[Any]] = field(default_factory=dict)
+
+    def weighed(self, rates: Rates) -> NDArray[Any]:
+        """The pairs of every cell as so many without a bound."""
+        if rates not in self.known:
+            self.known[rates] = rates.weigh(self.pairs)
+        return self.known[rates]
 
 
 class Cells:
@@ -89,20 +99,19 @@ class Cells:
 
     def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, terms: Terms) -> float:
         world, rates = k_layout.world_size, terms.rates
-        kinds = np.stack([np.bincount(rank, pairs, world) for pairs in cells.pairs])
         keys, own = cells.keys, k_layout.table
         owner = np.concatenate((rank[keys[:, 0]], own[:, 0]))
         seen = merge_spans(owner, np.concatenate((keys[:, 1:], own[:, 1:])))
         received = np.bincount(seen[:, 0], seen[:, 2], world) - k_layout.sizes
+        work = np.multiply.outer(terms.pair, np.bincount(rank, cells.weighed(rates), world))
         calls = rates.call * _calls(cells.bands, rank, world, terms.stacking)
-        return float(_least(terms, terms.work(kinds), calls, received).sum(0).max())
+        return float(_least(terms, work, calls, received).sum(0).max())
 
 
 def _least(terms: Terms, work: Seconds, calls: Seconds | float, received: Ints) -> Seconds:
     """Seconds of each pass, at least: work, calls, and foreign K/V tokens that arrive."""
-    tokens = np.array([[terms.shape.forward.token], [terms.shape.backward.token]])
     compute = work if terms.rates.queued else work + calls
-    device = compute + unhidden(terms.topology.fastest * tokens * received, compute, terms.rates)
+    device = compute + unhidden(terms.topology.fastest * np.multiply.outer(terms.token, received), compute, terms.rates)
     return np.maximum(device, calls) if terms.rates.queued else device
 
 

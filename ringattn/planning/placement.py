@@ -305,7 +305,7 @@ def _counts(problem: Problem) -> list[int]:
 def _deals(problem: Problem, cells: Cells) -> list[Candidate]:
     """The deals of least bound, best first."""
     best: list[Candidate] = []
-    pair = float(problem.terms.rates.pair_seconds(problem.terms.shape).sum(0).min())
+    pair = float(problem.terms.pair.sum())
     for load, q_layout, k_layout in sorted(_dealt(problem, cells), key=lambda deal: deal[0]):
         if len(best) == FINALISTS and load * pair >= best[-1].bound:
             break  # no bound is below the most work of a rank
