@@ -131,7 +131,11 @@ def coalesce(boxes: Ints, enough: float = 0.0) -> Ints:
     lanes = np.column_stack((boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5]))
     kinds, lane = np.unique(lanes, axis=0, return_inverse=True)
     which = lane.reshape(-1)
-    return np.concatenate([_coalesce_lane(boxes[which == i], *kind, enough=enough) for i, kind in enumerate(kinds.tolist())])
+    merged = [
+        _coalesce_lane(boxes[which == i], qs, ks, q_rest, k_rest, enough)
+        for i, (qs, ks, q_rest, k_rest) in enumerate(kinds.tolist())
+    ]
+    return np.concatenate(merged)
 
 
 def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int, enough: float) -> Ints:
