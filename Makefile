@@ -14,7 +14,7 @@ ARGS ?=
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := $(filter-out common gpu,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 # only these files, so that a machine's own python needs no more packages than they do
-GPU_TESTS = $(shell grep -l 'mark\.gpu' tests/test_*.py)
+GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(INSTALLED))
 
 .DEFAULT_GOAL := help
@@ -60,12 +60,15 @@ imports: $(SETUP) ## the directions of import
 bench: $(SETUP) ## the benchmarks that run on a CPU; results under benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.$$name; done
 
-gpu: $(SETUP) ## where there is a GPU: its tests, then its benchmarks
+gpu: $(SETUP) ## where there is a GPU: its tests, then its benchmark; elsewhere the benchmark's code, dry
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  set -ex; \
 	  $(PYTHON) -m pytest -o addopts=-q -W ignore::pytest.PytestConfigWarning -m gpu $(GPU_TESTS) $(ARGS); \
 	  $(PYTHON) -m benchmarks.gpu; \
-	else echo "no GPU here (torch sees no CUDA device): nothing to run"; fi
+	else \
+	  echo "no GPU here (torch sees no CUDA device): its tests and figures want one; whether its benchmark runs:"; \
+	  OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.gpu --dry; \
+	fi
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@ accumulation, with transfers that take no time: what is left of the kernel's rat
 costs. Random data, medians, bf16, 32 heads over 8, head_dim 128.
 
     python -m benchmarks.gpu
+    python -m benchmarks.gpu --dry  # the same code at tiny sizes on any machine: whether it runs, no figures
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,62 +24,82 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ringattn
 from benchmarks.common import write
-from ringattn.comm import Solo
-from ringattn.comm.agreement import AGREED
-
-HEADS, KV_HEADS, DIM = 32, 8, 128
-FORWARD, BOTH = 4 * HEADS * DIM, 14 * HEADS * DIM  # FLOP of one attending pair
+from ringattn.testing import InstantRank
 
 
-class Instant(Solo):
-    """One rank of a world that agrees to everything and whose transfers take no time: what is received is the random
-    data put there first."""
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and on which device. ``longest``: tokens of the local-global case; ``matmul``: rows and columns
+    of the matrices whose product is the ceiling; ``budget``: of the seconds that a case may take, the part it gets."""
 
-    blind = frozenset({"cuda"})
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    kernel: str = "auto"
+    seqlens: tuple[int, ...] = (4096, 8192, 16384, 32768)
+    window: int = 1024
+    shards: tuple[int, ...] = (4096, 8192, 16384)
+    world: int = 8
+    longest: int = 131072
+    matmul: int = 8192
+    budget: float = 1.0
+    backends: dict[str, SDPBackend] = field(
+        default_factory=lambda: {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    )
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-        self._seen: set[int] = set()
+    @property
+    def forward_flop(self) -> int:
+        """FLOP of one attending pair."""
+        return 4 * self.heads * self.dim
 
-    def post(self, sends: Any, recvs: Any, what: str) -> Any:
-        for tensor, _ in recvs:
-            if tensor.data_ptr() not in self._seen:
-                self._seen.add(tensor.data_ptr())
-                tensor.normal_()
-        return super().post((), (), what)
+    @property
+    def both_flop(self) -> int:
+        """The same, forward and backward."""
+        return 14 * self.heads * self.dim
 
-    def await_key(self, key: str, timeout: float) -> bool:
-        return True
+    def tensors(self, seqlen: int) -> list[Tensor]:
+        """q, k, v and the gradient of out."""
+        shapes = ((seqlen, self.heads), (seqlen, self.kv_heads), (seqlen, self.kv_heads), (seqlen, self.heads))
+        return [torch.randn(1, n, h, self.dim, device=self.device, dtype=self.dtype) for n, h in shapes]
 
-    def lookup(self, key: str) -> str:
-        return AGREED
+    def context(self, group: InstantRank | None, seqlen: int, **settings: Any) -> ringattn.ContextParallel:
+        return ringattn.ContextParallel(group, seqlen, kernel=self.kernel, **settings)
 
+    def milliseconds(self, case: Callable[[], object], seconds: float = 1.5) -> float:
+        """Median over as many runs as fit the seconds, after two warm-up runs."""
+        for _ in range(2):
+            case()
+        times: list[float] = []
+        deadline = time.monotonic() + seconds * self.budget
+        while len(times) < 5 or (time.monotonic() < deadline and len(times) < 50):
+            times.append(self._timed(case))
+        return statistics.median(times)
 
-def milliseconds(case: Callable[[], object], budget: float = 1.5) -> float:
-    """Median over as many runs as fit the budget (seconds), after two warm-up runs."""
-    for _ in range(2):
-        case()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    deadline = time.monotonic() + budget
-    while len(times) < 5 or (time.monotonic() < deadline and len(times) < 50):
+    def _timed(self, case: Callable[[], object]) -> float:
+        """Milliseconds of one run."""
+        if self.device == "cpu":
+            begun = time.perf_counter()
+            case()
+            return 1000 * (time.perf_counter() - begun)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         start.record()
         case()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+        return start.elapsed_time(end)
 
 
-def tensors(seqlen: int) -> list[Tensor]:
-    shapes = ((seqlen, HEADS), (seqlen, KV_HEADS), (seqlen, KV_HEADS), (seqlen, HEADS))
-    return [torch.randn(1, n, h, DIM, device="cuda", dtype=torch.bfloat16) for n, h in shapes]
+DRY = Sizes(
+    device="cpu", dtype=torch.float32, heads=4, kv_heads=2, dim=8, kernel="reference", seqlens=(64, 128), window=16,
+    shards=(32, 64), world=4, longest=256, matmul=64, budget=0.0, backends={"math": SDPBackend.MATH},
+)  # fmt: skip
 
 
-def ringattn_case(cp: ringattn.ContextParallel, backward: bool) -> Callable[[], object]:
-    q, k, v, dout = tensors(cp.local_seqlen)
+def ringattn_case(sizes: Sizes, cp: ringattn.ContextParallel, backward: bool) -> Callable[[], object]:
+    q, k, v, dout = sizes.tensors(cp.local_seqlen)
     inputs = [t.requires_grad_(backward) for t in (q, k, v)]
 
     def run() -> None:
@@ -90,8 +112,8 @@ def ringattn_case(cp: ringattn.ContextParallel, backward: bool) -> Callable[[], 
     return run
 
 
-def torch_case(seqlen: int, causal: bool, backend: SDPBackend, backward: bool) -> Callable[[], object]:
-    q, k, v, dout = (t.transpose(1, 2) for t in tensors(seqlen))
+def torch_case(sizes: Sizes, seqlen: int, causal: bool, backend: SDPBackend, backward: bool) -> Callable[[], object]:
+    q, k, v, dout = (t.transpose(1, 2) for t in sizes.tensors(seqlen))
     inputs = [t.requires_grad_(backward) for t in (q, k, v)]
 
     def run() -> None:
@@ -106,39 +128,44 @@ def torch_case(seqlen: int, causal: bool, backend: SDPBackend, backward: bool) -
 
 
 def tera(pairs: int, flop: int, ms: float) -> float:
-    return round(pairs * flop / ms / 1e9, 1)
+    """TFLOP/s, four digits of them."""
+    return float(f"{pairs * flop / ms / 1e9:.4g}")
 
 
-def kernels() -> list[dict[str, Any]]:
+def kernels(sizes: Sizes) -> list[dict[str, Any]]:
     rows = []
-    masks = {"full": ringattn.full(), "causal": ringattn.causal(), "window 1024": ringattn.sliding_window(1023)}
-    for seqlen in (4096, 8192, 16384, 32768):
+    window = ringattn.sliding_window(sizes.window - 1)
+    masks = {"full": ringattn.full(), "causal": ringattn.causal(), f"window {sizes.window}": window}
+    for seqlen in sizes.seqlens:
         for name, mask in masks.items():
             pairs = mask.area(seqlen, seqlen)
-            cp = ringattn.ContextParallel(None, seqlen, mask=mask)
+            cp = sizes.context(None, seqlen, mask=mask)
             row: dict[str, Any] = {"seqlen": seqlen, "mask": name}
-            for key, flop, backward in (("forward", FORWARD, False), ("both", BOTH, True)):
-                row[f"ringattn_{key}"] = tera(pairs, flop, milliseconds(ringattn_case(cp, backward), 0.5))
+            for key, flop, backward in (("forward", sizes.forward_flop, False), ("both", sizes.both_flop, True)):
+                took = sizes.milliseconds(ringattn_case(sizes, cp, backward), 0.5)
+                row[f"ringattn_{key}"] = tera(pairs, flop, took)
                 if name.startswith("window"):
                     continue
-                for label, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-                    case = torch_case(seqlen, name == "causal", backend, backward)
-                    row[f"torch_{label}_{key}"] = tera(pairs, flop, milliseconds(case, 0.5))
+                for label, backend in sizes.backends.items():
+                    case = torch_case(sizes, seqlen, name == "causal", backend, backward)
+                    row[f"torch_{label}_{key}"] = tera(pairs, flop, sizes.milliseconds(case, 0.5))
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
 
 
-def virtual_ring(causal_rates: dict[int, tuple[float, float]]) -> list[dict[str, Any]]:
+def virtual_ring(sizes: Sizes, causal_rates: dict[int, tuple[float, float]]) -> list[dict[str, Any]]:
     rows = []
-    world = 8
-    for shard in (4096, 8192, 16384):
+    world = sizes.world
+    for shard in sizes.shards:
         for schedule in ("ring", "exchange", "gather"):
             for rank in (0, world - 1):
-                cp = ringattn.ContextParallel(Instant(rank, world), shard * world, layout="zigzag", schedule=schedule)
+                cp = sizes.context(InstantRank(rank, world), shard * world, layout="zigzag", schedule=schedule)
                 pairs = int(cp.plan.work[rank])
-                forward = tera(pairs, FORWARD, milliseconds(ringattn_case(cp, False)))
-                both = tera(pairs, BOTH, milliseconds(ringattn_case(cp, True)))
+                forward, both = (
+                    tera(pairs, flop, sizes.milliseconds(ringattn_case(sizes, cp, backward)))
+                    for flop, backward in ((sizes.forward_flop, False), (sizes.both_flop, True))
+                )
                 best = causal_rates.get(2 * shard, (float("nan"),) * 2)
                 row = {
                     "shard": shard, "world": world, "rank": rank, "schedule": schedule,
@@ -150,35 +177,47 @@ def virtual_ring(causal_rates: dict[int, tuple[float, float]]) -> list[dict[str,
     return rows
 
 
-def local_global() -> dict[str, Any]:
-    cp = ringattn.ContextParallel(None, 131072, mask=ringattn.longformer(1023, 64))
+def local_global(sizes: Sizes) -> dict[str, Any]:
+    on_gpu = sizes.device == "cuda"
+    cp = sizes.context(None, sizes.longest, mask=ringattn.longformer(sizes.window - 1, sizes.window // 16))
     pairs = int(cp.plan.work[0])
-    torch.cuda.reset_peak_memory_stats()
-    both = milliseconds(ringattn_case(cp, True))
-    return {"seqlen": 131072, "both": tera(pairs, BOTH, both), "peak_bytes": torch.cuda.max_memory_allocated()}
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    both = tera(pairs, sizes.both_flop, sizes.milliseconds(ringattn_case(sizes, cp, True)))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    return {"seqlen": sizes.longest, "both": both, "peak_bytes": peak}
 
 
-def main(json: str = "") -> None:
-    """Measure, print and write JSON."""
-    if not torch.cuda.is_available():
-        print("no CUDA device here: nothing to measure")
-        return
+def measure(sizes: Sizes) -> dict[str, Any]:
+    """Everything, printed as it comes."""
     torch.manual_seed(0)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    matmul = round(2 * 8192**3 / milliseconds(lambda: a @ b, 0.5) / 1e9, 1)
-    print(f"matmul 8192^3 bf16: {matmul} TFLOP/s (the ceiling to divide by)")
-    table = kernels()
+    n = sizes.matmul
+    a, b = (torch.randn(n, n, device=sizes.device, dtype=sizes.dtype) for _ in range(2))
+    matmul = tera(n**3, 2, sizes.milliseconds(lambda: a @ b, 0.5))
+    print(f"matmul {n}^3 {str(sizes.dtype).removeprefix('torch.')}: {matmul} TFLOP/s (the ceiling to divide by)")
+    table = kernels(sizes)
     rates = {r["seqlen"]: (r["ringattn_forward"], r["ringattn_both"]) for r in table if r["mask"] == "causal"}
     result = {
         "unit": "TFLOP/s by exact area",
         "matmul": matmul,
         "kernels": table,
-        "virtual_ring": virtual_ring(rates),
-        "local_global": local_global(),
+        "virtual_ring": virtual_ring(sizes, rates),
+        "local_global": local_global(sizes),
     }
     print(result["local_global"])
-    chip = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
-    write(json or f"gpu-{chip}", result)
+    return result
+
+
+def main(json: str = "", dry: bool = False) -> None:
+    """Measure, print and write JSON; with --dry run the same code at tiny sizes on the CPU, and write nothing."""
+    if dry:
+        measure(DRY)
+        print("a dry run: everything has run, and none of these figures says anything")
+    elif not torch.cuda.is_available():
+        print("no CUDA device here: nothing to measure; --dry shows whether the benchmark runs")
+    else:
+        chip = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+        write(json or f"gpu-{chip}", measure(Sizes()))
 
 
 if __name__ == "__main__":

@@ -62,13 +62,13 @@ def tile(length: int, window: Window, kernel: Kernel | None = None, call: Scores
     if call is not None:
         at = torch.arange(length)
         scores = TileScores(window, SCALE, call.softcap, call, Place(slice(0, length), at, at, slice(0, HEADS)))
-    kernel.forward(q, k, v, scores, acc, fresh=True)
+    kernel.forward_tile(q, k, v, scores, acc, fresh=True)
     lse = acc.lse.float()
     rows = Rows(q, dout, acc.out.clone(), lse, (dout * acc.out).sum(-1).transpose(1, 2), None)
     grads = Grads(*(torch.zeros_like(x) for x in (q, k, v)))
     return (
-        lambda: kernel.forward(q, k, v, scores, acc, fresh=False),
-        lambda: kernel.backward(rows, k, v, scores, grads),
+        lambda: kernel.forward_tile(q, k, v, scores, acc, fresh=False),
+        lambda: kernel.backward_tile(rows, k, v, scores, grads),
     )
 
 
@@ -84,7 +84,7 @@ def rates(pairs: dict[str, int], cases: dict[str, Pair], rounds: int) -> list[di
     return rows
 
 
-def main(rounds: int = 3, json: str = "kernels") -> None:
+def main(rounds: int = 3, json: str = "kernels-cpu") -> None:
     """Measure, print and write JSON."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

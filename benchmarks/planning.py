@@ -16,7 +16,7 @@ import typer
 
 import ringattn
 from benchmarks.common import write
-from ringattn.comm import Solo
+from ringattn.comm import PlanningRank
 from ringattn.geometry.layouts import contiguous, zigzag
 from ringattn.planning.cost import Terms
 from ringattn.planning.placement import Choice, Problem, choose
@@ -34,14 +34,6 @@ def median_seconds(case: Callable[[], object], rounds: int) -> float:
         case()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-class Rank(Solo):
-    """A rank of a world that never talks: planning needs no messages."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
 
 
 def spread(count: int) -> ringattn.Mask:
@@ -120,7 +112,7 @@ def placements(rounds: int) -> list[dict[str, Any]]:
 
 def replacements(batches: int = 50, seqlen: int = 1 << 17, count: int = 200) -> list[dict[str, Any]]:
     """``replace()`` with new documents every batch on 8 ranks, layout and schedule chosen anew."""
-    first = ringattn.ContextParallel(Rank(3, 8), seqlen)
+    first = ringattn.ContextParallel(PlanningRank(3, 8), seqlen)
     rows = []
     for program in (False, True):
         wall, cpu = [], []
@@ -153,14 +145,14 @@ def launches(seqlen: int = 1 << 17, world: int = 8) -> list[dict[str, Any]]:
     }
     rows = []
     for name, mask in masks.items():
-        first = ringattn.ContextParallel(Rank(0, world), seqlen, mask=mask)
-        ranks = [ringattn.ContextParallel(Rank(rank, world), seqlen, mask=mask) for rank in range(world)]
-        stages = [stage for cp in ranks for stage in cp.program(mask).stages]
+        first = ringattn.ContextParallel(PlanningRank(0, world), seqlen, mask=mask)
+        ranks = [ringattn.ContextParallel(PlanningRank(rank, world), seqlen, mask=mask) for rank in range(world)]
+        turns = [turn for cp in ranks for turn in cp.program(mask).forward]
         row = {"mask": name, "layout": first.q_layout.name, "schedule": first.schedule, "ranks": world}
         row |= {
             "calls_a_rank": max(cp.program(mask).calls for cp in ranks),
-            "calls_a_step": max(len(stage.launches) for stage in stages),
-            "tiles_a_step": max(len(stage.tiles) for stage in stages),
+            "calls_a_step": max(len(turn.launches) for turn in turns),
+            "tiles_a_step": max(sum(len(work.tiles) for work in turn.work) for turn in turns),
         }
         rows.append(row)
         print(f"{name} on {world} ranks, {row['layout']} and {row['schedule']}: at most {row['calls_a_rank']:,} kernel "

@@ -25,7 +25,7 @@ from ringattn.planning.rates import Rates
 from ringattn.planning.shape import Shape
 from ringattn.planning.topology import Link, Topology
 from ringattn.rolling import roll
-from ringattn.runtime.binding import Options
+from ringattn.runtime.settings import Options
 
 __all__ = [
     "ContextParallel",

@@ -23,7 +23,7 @@ from ringattn.context import ContextParallel
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.spans import Ints, meeting
-from ringattn.runtime.link import Link
+from ringattn.runtime.link import Link, Moved
 
 
 def roll(
@@ -181,7 +181,7 @@ def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
         out = local.index_select(dim, leaving).movedim(dim, 0).contiguous()
         back = out.new_empty((len(arriving), *out.shape[1:]))
         sends, recvs = _parcels(out, routes.leaving), _parcels(back, routes.arriving)
-        link.traffic.count("roll", sends, recvs)
+        link.traffic.count([Moved.of("roll", sends, recvs)])
         pending = link.transport.post(sends, recvs, f"roll along dim {dim}")
         rolled = torch.full_like(local, fill, memory_format=torch.contiguous_format)
         rolled.index_copy_(dim, here_to, local.index_select(dim, here_from))

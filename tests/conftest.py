@@ -1,12 +1,21 @@
-"""Settings of every test: one thread, one seed, and which marked tests run where."""
+"""Settings of every test: one thread, one seed, which marked tests run where, and what their processes have loaded."""
 
+import multiprocessing
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from processes import poisoned_memory
+
+# What `ringattn.testing.run_processes` and `ringattn check` fork their processes from has these loaded.
+multiprocessing.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed", "torch.distributed.checkpoint", "torch._dynamo", "numpy", "pytest"),
+        *("ringattn", "ringattn.testing", "transformers.trainer"),
+        *("transformers.models.llama.modeling_llama", "transformers.models.gemma3.modeling_gemma3"),
+    ]
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +40,13 @@ def _seeded() -> None:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """Uninitialised memory is NaN, so a result that reads any of it shows."""
-    with poisoned_memory():
+    """Uninitialised memory is NaN (integers: the largest value), so a result that reads any of it shows."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
         yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(deterministic)

@@ -29,7 +29,7 @@ from ringattn.check.subject import (
 )
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal, documents
-from ringattn.runtime.binding import Options
+from ringattn.runtime.settings import Options
 
 JITTER = 1e-12  # relative, of the weights: what it does to a result bounds what other roundings can do
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringattn.loss import IGNORED
-from ringattn.runtime.binding import check_names
+from ringattn.validation import check_names
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 PROBES = 12  # tokens perturbed one at a time, spread over the sequence

@@ -4,6 +4,7 @@ from ringattn.comm.agreement import agree
 from ringattn.comm.calls import TORN, CallLog, CallMismatch, Kind, Label, PeerError, together, told
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.meeting import Meeting
+from ringattn.comm.planning_rank import PlanningRank
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
 from ringattn.comm.transport import Pending, Solo, Transport
@@ -19,6 +20,7 @@ __all__ = [
     "Meeting",
     "PeerError",
     "Pending",
+    "PlanningRank",
     "ProcessGroupTransport",
     "SharedMemoryTransport",
     "Solo",

@@ -58,33 +58,33 @@ class _Ballot:
     def cast(self) -> str:
         """Takes part, and returns the verdict, which is the same on every rank."""
         transport = self.transport
-        transport.publish(self.facts_keys[transport.rank], self.facts)
-        if transport.count(self.alike) == transport.world_size:
+        transport.board.publish(self.facts_keys[transport.rank], self.facts)
+        if transport.board.count(self.alike) == transport.world_size:
             self._decide(lambda: AGREED)
         # Counted after the line above: if all are alike, that has been decided before the last one is here.
-        if transport.count(self.here) == transport.world_size:
+        if transport.board.count(self.here) == transport.world_size:
             self._decide(lambda: json.dumps(("differ", *self._differences())))
         return self._await_verdict()
 
     def clear(self) -> None:
         """Frees the keys of a call on which all agreed: nobody reads facts any more, and the last rank to
         have read the verdict frees what the ranks share."""
-        self.transport.forget(self.facts_keys[self.transport.rank])
-        if self.transport.count(self.read) == self.transport.world_size:
+        self.transport.board.forget(self.facts_keys[self.transport.rank])
+        if self.transport.board.count(self.read) == self.transport.world_size:
             for key in (self.alike, self.here, self.decided, self.verdict, self.read):
-                self.transport.forget(key)
+                self.transport.board.forget(key)
 
     def _decide(self, verdict: Callable[[], str]) -> None:
         """Only the first to decide does: no rank that gives up fails alone, no late one passes alone."""
-        if self.transport.count(self.decided) == 1:
-            self.transport.publish(self.verdict, verdict())
+        if self.transport.board.count(self.decided) == 1:
+            self.transport.board.publish(self.verdict, verdict())
 
     def _await_verdict(self) -> str:
         transport = self.transport
         if not self._decided_in_time():
             self._decide(lambda: json.dumps(("missing", self._missing(), False)))
-            transport.await_key(self.verdict, min(5.0, transport.timeout or 5.0))
-        verdict = transport.lookup(self.verdict)
+            transport.board.await_key(self.verdict, min(5.0, transport.timeout or 5.0))
+        verdict = transport.board.lookup(self.verdict)
         if verdict is None:
             raise PeerError(
                 f"call {self.call}: the rank that was to say whether all ranks agree fell silent "
@@ -96,7 +96,7 @@ class _Ballot:
         begun = time.monotonic()
         deadline = begun + self.transport.timeout
         warn_after = 0.0
-        while not self.transport.await_key(self.verdict, min(max(deadline - time.monotonic(), 0.0), _SLICE)):
+        while not self.transport.board.await_key(self.verdict, min(max(deadline - time.monotonic(), 0.0), _SLICE)):
             waited = time.monotonic() - begun
             if waited > self.transport.timeout:
                 return False
@@ -107,7 +107,7 @@ class _Ballot:
         return True
 
     def _missing(self) -> str:
-        absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.lookup(key) is None]
+        absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.board.lookup(key) is None]
         late = name_ranks(absent) if absent else "the last rank"  # which came since
         if not self.transport.timeout:
             return f"call {self.call}: rank {self.transport.rank} was interrupted before {late} came"
@@ -118,7 +118,7 @@ class _Ballot:
 
     def _differences(self) -> tuple[str, bool]:
         """Who differs in what, and whether in the kind of call."""
-        facts = [json.loads(self.transport.lookup(key) or "{}") for key in self.facts_keys]
+        facts = [json.loads(self.transport.board.lookup(key) or "{}") for key in self.facts_keys]
         lines = [f"call {self.call}: the ranks disagree; give every rank the same"]
         names = sorted(set().union(*facts))
         for name in names:

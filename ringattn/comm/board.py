@@ -31,7 +31,7 @@ def _import_without_group() -> None:
 _import_without_group()
 
 
-class Board:
+class GroupBoard:
     """A rank's view of a process group and its store.
 
     The group is not kept alive: what the board holds ends with it.
@@ -100,21 +100,26 @@ class Board:
         assert self._store is not None, "it lives as long as the group"
         return self._store
 
+    @property
+    def board(self) -> GroupBoard:
+        """See `Voters`."""
+        return self
+
     def publish(self, key: str, value: str) -> None:
-        """See `Transport`."""
+        """See `Board`."""
         self._ask(lambda: self._open_store.set(key, value))
 
     def lookup(self, key: str) -> str | None:
-        """See `Transport`."""
+        """See `Board`."""
         # get() alone would block on an absent key
         return self._ask(lambda: self._open_store.get(key).decode() if self._open_store.check([key]) else None)
 
     def count(self, key: str) -> int:
-        """See `Transport`."""
+        """See `Board`."""
         return self._ask(lambda: self._open_store.add(key, 1))
 
     def await_key(self, key: str, timeout: float) -> bool:
-        """See `Transport`. Asks again and again: a store's own wait logs a warning when its time is over."""
+        """See `Board`. Asks again and again: a store's own wait logs a warning when its time is over."""
         deadline, pause = time.monotonic() + timeout, 0.0005
         while not self._ask(lambda: self._open_store.check([key])):
             left = deadline - time.monotonic()
@@ -125,7 +130,7 @@ class Board:
         return True
 
     def forget(self, key: str) -> None:
-        """See `Transport`."""
+        """See `Board`."""
         try:
             self._ask(lambda: self._open_store.delete_key(key))
         except NotImplementedError:
@@ -141,6 +146,6 @@ class Board:
             ) from error
 
 
-def _end(board: weakref.ref[Board]) -> None:
+def _end(board: weakref.ref[GroupBoard]) -> None:
     if (alive := board()) is not None:
         alive._end()

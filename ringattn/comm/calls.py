@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import IntEnum
+from functools import lru_cache
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -194,7 +195,7 @@ class CallLog:
         """That of the next batch of the call under way. Outside of any call, batches are told apart by their order
         alone."""
         self.posted += not self.labelled
-        mark = zlib.crc32(what.encode()) if self.number else 0
+        mark = _mark(what) if self.number else 0
         return Label(self.epoch, self.number, self.chain, mark, self.rank, Kind.TENSORS, f"{what} of {self.text}")
 
     def failure(self, error: BaseException, what: str = "", number: int = 0) -> Label:
@@ -227,7 +228,7 @@ class CallLog:
 
     def check(self) -> None:
         """Raises if a rank has failed in this epoch, or waits in an agreement that this one has gone past."""
-        if self.broken:
+        if self.broken or not (self._heard or self._waiting):
             return
         failure = self._heard.get(self.epoch)
         if failure is not None and failure.number <= self.current:  # a call before the one that failed is still right
@@ -257,6 +258,11 @@ class CallLog:
         ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
         rule = "every rank must make the same calls, with the same settings, in the same order"
         return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
+
+
+@lru_cache(maxsize=1024)
+def _mark(what: str) -> int:
+    return zlib.crc32(what.encode())
 
 
 def _kind(text: str) -> str:

@@ -31,7 +31,7 @@ def connect(store: Transport) -> dict[int, socket.socket]:
     secret = secrets.token_bytes(_SECRET)
     address = f"ringattn-{secrets.token_hex(16)}"
     with _Listener(address, secret, store.world_size) as listener:
-        store.publish(f"socket {store.rank}", f"{address} {secret.hex()}")
+        store.board.publish(f"socket {store.rank}", f"{address} {secret.hex()}")
         found: dict[int, socket.socket] = {}
         missing = [0]
         try:
@@ -49,9 +49,9 @@ def connect(store: Transport) -> dict[int, socket.socket]:
 
 
 def _call(store: Transport, rank: int, deadline: float) -> socket.socket:
-    if not store.await_key(f"socket {rank}", _left(deadline)):
+    if not store.board.await_key(f"socket {rank}", _left(deadline)):
         raise TimeoutError("it has published no socket")
-    address, secret = (store.lookup(f"socket {rank}") or "").split()
+    address, secret = (store.board.lookup(f"socket {rank}") or "").split()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.settimeout(_left(deadline))

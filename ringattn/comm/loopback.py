@@ -1,11 +1,14 @@
 """A world of rank-threads in one process: every rank runs the same code as a real one, messages pass through
 mailboxes in memory. It tests a ring of any size without processes, and with several ranks on one GPU."""
 
+from __future__ import annotations
+
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -18,6 +21,7 @@ from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, na
 RANKS = 4096  # threads that a process bears
 Result = TypeVar("Result")
 _Address = tuple[int, int, int, int]  # source, destination, epoch, number
+_Receive = tuple[Tensor, _Address]
 
 
 class Loopback:
@@ -91,7 +95,8 @@ class _World:
         self.world_size = world_size
         self.timeout = timeout
         self.name = f"loopback-{uuid.uuid4().hex[:12]}"
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         # The n-th receive of an epoch takes the n-th send, whatever the order in which batches are waited for.
         self.mail: dict[_Address, tuple[Tensor, Label]] = {}
         self.sent: Counter[tuple[int, int, int]] = Counter()
@@ -105,7 +110,7 @@ class _World:
     def leave(self, rank: int | None, error: BaseException | None = None) -> None:
         """Marks a rank (None: the caller of `run`) as gone; only the first error counts, and one that a rank was told
         by another does not count against the other's."""
-        with self.changed:
+        with self.lock:
             if rank is not None:
                 self.left.add(rank)
             origins = {label.rank for label in self.failures.values()}
@@ -149,17 +154,17 @@ class LoopbackTransport:
         """Copies the sends into their mailboxes at once; receives are filled by `wait()`."""
         check_batch(self, sends, recvs)
         world, rank, label = self._world, self.rank, self.log.label(what)
-        copies = [(tensor.detach().clone(), peer) for tensor, peer in sends]
-        with world.changed:
-            self.heed()
+        copies = [((tensor.detach() if tensor.requires_grad else tensor).clone(), peer) for tensor, peer in sends]
+        receives: list[_Receive] = []
+        with world.lock:
+            self._heed()
             for copy, peer in copies:
                 way = rank, peer, label.epoch
                 world.mail[*way, world.sent[way]] = copy, label
                 world.sent[way] += 1
-            receives = []
             for tensor, peer in recvs:
                 way = peer, rank, label.epoch
-                receives.append((tensor, (*way, world.asked[way])))
+                receives += [(tensor, (*way, world.asked[way]))]
                 world.asked[way] += 1
             world.changed.notify_all()
         return _Receives(self, receives, label, what)
@@ -169,7 +174,7 @@ class LoopbackTransport:
 
     def warn(self, label: Label) -> None:
         """See `Transport`."""
-        with self._world.changed:
+        with self._world.lock:
             if label.kind is Kind.FAILURE:
                 self._world.failures.setdefault(label.epoch, label)
             else:
@@ -178,27 +183,37 @@ class LoopbackTransport:
 
     def heed(self) -> None:
         """See `Transport`."""
-        with self._world.changed:
-            failure = self._world.failures.get(self.log.epoch)
-            told = [*([] if failure is None else [failure]), *self._world.waiting.values()]
-        for label in told:
-            self.log.hear(label)
-        self.log.check()
+        with self._world.lock:
+            self._heed()
+
+    def _heed(self) -> None:
+        """The same, with the condition held."""
+        world, log = self._world, self.log
+        if world.failures or world.waiting:
+            told = [label for label in (world.failures.get(log.epoch), *world.waiting.values()) if label is not None]
+            for label in told:
+                log.hear(label)
+        log.check()
+
+    @property
+    def board(self) -> LoopbackTransport:
+        """See `Voters`."""
+        return self
 
     def publish(self, key: str, value: str) -> None:
         """See `Transport`."""
-        with self._world.changed:
+        with self._world.lock:
             self._world.store[key] = value
             self._world.changed.notify_all()
 
     def lookup(self, key: str) -> str | None:
         """See `Transport`."""
-        with self._world.changed:
+        with self._world.lock:
             return self._world.store.get(key)
 
     def count(self, key: str) -> int:
         """See `Transport`."""
-        with self._world.changed:
+        with self._world.lock:
             number = int(self._world.store.get(key, "0")) + 1
             self._world.store[key] = str(number)
             self._world.changed.notify_all()
@@ -207,7 +222,7 @@ class LoopbackTransport:
     def await_key(self, key: str, timeout: float) -> bool:
         """See `Transport`. Raises PeerError when another rank has failed meanwhile."""
         world = self._world
-        with world.changed:
+        with world.lock:
             epoch = self.log.epoch
             world.changed.wait_for(
                 lambda: key in world.store or epoch in world.failures or world.failure is not None, timeout
@@ -219,16 +234,14 @@ class LoopbackTransport:
 
     def forget(self, key: str) -> None:
         """See `Transport`."""
-        with self._world.changed:
+        with self._world.lock:
             self._world.store.pop(key, None)
 
 
 class _Receives:
     """The receives of one batch that have not come yet."""
 
-    def __init__(
-        self, transport: LoopbackTransport, receives: list[tuple[Tensor, _Address]], label: Label, what: str
-    ) -> None:
+    def __init__(self, transport: LoopbackTransport, receives: list[_Receive], label: Label, what: str) -> None:
         self._transport = transport
         self._world = transport._world
         self._receives = receives
@@ -239,31 +252,44 @@ class _Receives:
         """Fills the receives in order. Raises PeerError on the deadline, or when a peer failed or left."""
         deadline = time.monotonic() + self._world.timeout
         while self._receives:
-            tensor, address = self._receives[0]
-            sent, label = self._take(address, deadline)
-            if not label.fits(self._label):
-                raise self._transport.log.mismatch(self._label, label)
-            if (sent.dtype, sent.numel()) != (tensor.dtype, tensor.numel()):
-                raise PeerError(
-                    f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, rank {address[1]} expects "
-                    f"{tensor.numel()} x {tensor.dtype}: the ranks are not at the same call"
-                )
-            with torch.no_grad():
-                tensor.copy_(sent.view_as(tensor))
-            del self._receives[0]
+            for tensor, address, sent, label in self._take(deadline):
+                if not label.fits(self._label):
+                    raise self._transport.log.mismatch(self._label, label)
+                if (sent.dtype, sent.shape) != (tensor.dtype, tensor.shape):
+                    sent = self._shaped(sent, tensor, address)
+                tensor.copy_(sent)
 
-    def _take(self, address: _Address, deadline: float) -> tuple[Tensor, Label]:
+    def _shaped(self, sent: Tensor, tensor: Tensor, address: _Address) -> Tensor:
+        if (sent.dtype, sent.numel()) != (tensor.dtype, tensor.numel()):
+            raise PeerError(
+                f"{self._what}: rank {address[0]} sent {sent.numel()} x {sent.dtype}, rank {address[1]} expects "
+                f"{tensor.numel()} x {tensor.dtype}: the ranks are not at the same call"
+            )
+        return sent.view_as(tensor)
+
+    def _take(self, deadline: float) -> list[tuple[Tensor, _Address, Tensor, Label]]:
+        """What has come, at least one message, with where it belongs."""
+        mail, receives = self._world.mail, self._receives
+        with self._world.lock:
+            if receives[0][1] not in mail:
+                self._await(receives[0][1], deadline)
+            there = list(takewhile(lambda receive: receive[1] in mail, receives))
+            came = [(*receive, *mail.pop(receive[1])) for receive in there]
+            del receives[: len(came)]
+        return came
+
+    def _await(self, address: _Address, deadline: float) -> None:
+        """Waits for a message, with the condition held."""
         world, (peer, rank, *_) = self._world, address
+        while not (address in world.mail or peer in world.left or world.failure or time.monotonic() > deadline):
+            self._transport._heed()
+            world.changed.wait(deadline - time.monotonic())
+        if address in world.mail:
+            return
         sources = name_ranks([source for _, (source, *_) in self._receives])
         who = f"{self._what}: rank {rank}, waiting for {sources}"
-        with world.changed:
-            while not (address in world.mail or peer in world.left or world.failure or time.monotonic() > deadline):
-                self._transport.heed()
-                world.changed.wait(deadline - time.monotonic())
-            if address in world.mail:
-                return world.mail.pop(address)
-            self._transport.heed()
-            world.check_failure(who)
-            if peer in world.left:
-                raise PeerError(f"{who}: rank {peer} has returned without sending it")
+        self._transport._heed()
+        world.check_failure(who)
+        if peer in world.left:
+            raise PeerError(f"{who}: rank {peer} has returned without sending it")
         raise PeerError(f"{who}: nothing came within {world.timeout} s")

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.board import Board
+from ringattn.comm.board import GroupBoard
 from ringattn.comm.calls import CallLog, CallMismatch, Label, PeerError
 from ringattn.comm.shared_memory import transport_over
 from ringattn.comm.transport import Transport
@@ -22,7 +22,7 @@ _NEW = "a new one"
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[float, tuple[int, Transport]]] = WeakKeyDictionary()
 
 
-class Meeting(Board):
+class Meeting(GroupBoard):
     """One meeting of a group's ranks, which each rank counts. What raises between `with` and `transport()` on one rank
     raises on all that come."""
 

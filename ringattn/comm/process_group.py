@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.arguments.values import deadline
-from ringattn.comm.board import Board
+from ringattn.comm.board import GroupBoard
 from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
 from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
@@ -29,7 +29,7 @@ PAUSE = 0.1  # seconds between two looks at what others have told
 _CPU = torch.device("cpu")
 
 
-class ProcessGroupTransport(Board):
+class ProcessGroupTransport(GroupBoard):
     """Moves tensors between the ranks of a process group.
 
     Construction is collective over the group: a small all-reduce on each device type brings the communicators

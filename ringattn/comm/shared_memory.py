@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ringattn.comm.board import GroupBoard
 from ringattn.comm.calls import Label
 from ringattn.comm.connection import Connection
 from ringattn.comm.handshake import connect
@@ -57,10 +58,18 @@ class SharedMemoryTransport:
     def __init__(self, engine: ProcessGroupTransport) -> None:
         self.rank, self.world_size = engine.rank, engine.world_size
         self.name, self.timeout, self.log = engine.name, engine.timeout, engine.log
-        self.publish, self.lookup, self.count = engine.publish, engine.lookup, engine.count
-        self.await_key, self.forget, self.check_open = engine.await_key, engine.forget, engine.check_open
+        self._board = engine.board
         self._peers = {rank: Connection(found, self.log) for rank, found in connect(engine).items()}
         engine.at_end(self._peers.clear)
+
+    @property
+    def board(self) -> GroupBoard:
+        """See `Voters`."""
+        return self._board
+
+    def check_open(self) -> None:
+        """See `Transport`."""
+        self._board.check_open()
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See `Transport`. Raises ValueError for tensors that are not in the CPU's memory."""

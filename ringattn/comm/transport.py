@@ -1,6 +1,8 @@
-"""What a transport is: it moves tensors between the ranks of one group and keeps a small key/value store
-with which they can compare notes. It knows nothing of masks, plans or kernels, so the same ring runs over
+"""What a transport is: it moves tensors between the ranks of one group, and has a board on which they can compare
+notes. It knows nothing of masks, plans or kernels, so the same ring runs over
 processes, threads or a world of one."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
@@ -25,27 +27,8 @@ class Pending(Protocol):
         """
 
 
-class Voters(Protocol):
-    """The ranks of one group, and how they can agree.
-
-    Attributes:
-        rank: this rank, counted within the group.
-        world_size: ranks in the group.
-        timeout: seconds, the deadline on every wait.
-        log: which call this rank is at.
-    """
-
-    rank: int
-    world_size: int
-    timeout: float
-    log: CallLog
-
-    def warn(self, label: Label) -> None:
-        """Tells every rank, without waiting, of a failure, or that this rank waits for them in an agreement: what waits
-        there, in `wait()` or `agree()`, hears and checks it."""
-
-    def heed(self) -> None:
-        """Raises if a rank has warned of a failure of this epoch, or is known to be dead."""
+class Board(Protocol):
+    """A small key/value store that the ranks of one group share: what they leave each other there needs no message."""
 
     def publish(self, key: str, value: str) -> None:
         """Stores `value` under `key`, for every rank to see."""
@@ -61,6 +44,33 @@ class Voters(Protocol):
 
     def forget(self, key: str) -> None:
         """Frees `key`, which no rank will use again. A store that cannot may keep it."""
+
+
+class Voters(Protocol):
+    """The ranks of one group, and how they can agree.
+
+    Attributes:
+        rank: this rank, counted within the group.
+        world_size: ranks in the group.
+        timeout: seconds, the deadline on every wait.
+        log: which call this rank is at.
+    """
+
+    rank: int
+    world_size: int
+    timeout: float
+    log: CallLog
+
+    @property
+    def board(self) -> Board:
+        """Where they leave each other notes."""
+
+    def warn(self, label: Label) -> None:
+        """Tells every rank, without waiting, of a failure, or that this rank waits for them in an agreement: what waits
+        there, in `wait()` or `agree()`, hears and checks it."""
+
+    def heed(self) -> None:
+        """Raises if a rank has warned of a failure of this epoch, or is known to be dead."""
 
 
 @runtime_checkable
@@ -148,12 +158,11 @@ class Done:
 class Solo:
     """The transport of a world of one rank, for `group=None`: there is nobody to send to."""
 
-    rank = 0
-    world_size = 1
     name = "solo"
     blind = frozenset[str]()
 
     def __init__(self, timeout: float = 60.0) -> None:
+        self.rank, self.world_size = 0, 1
         self.timeout = timeout
         self.log = CallLog(0)
         self._store: dict[str, str] = {}
@@ -172,8 +181,13 @@ class Solo:
     def heed(self) -> None:
         """There is nobody to listen to."""
 
+    @property
+    def board(self) -> Solo:
+        """See `Voters`."""
+        return self
+
     def publish(self, key: str, value: str) -> None:
-        """See `Transport`."""
+        """See `Board`."""
         self._store[key] = value
 
     def lookup(self, key: str) -> str | None:

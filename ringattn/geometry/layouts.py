@@ -1,8 +1,7 @@
 """Layouts: which global positions each rank holds, in storage order. Any length, no divisibility rule.
 
 A layout is one int64 table of spans (rank, start, length, step), a partition of the sequence; shards
-may be uneven, by one token in the layouts of this file. A new layout is one function here plus its
-place in ``LAYOUTS``.
+may be uneven, by one token in ``LAYOUTS``. A new layout is one function here plus its place there.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from ringattn.arguments.values import LARGEST, integer, integers, listed, shown
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.spans import Ints
 
+BLOCK = 64  # positions of a block of `cyclic`
 CHECKED = 1 << 26  # positions of a given layout: all are looked at, which takes half a second for as many
 
 
@@ -107,6 +107,11 @@ class Layout:
     def spans(self, rank: int) -> tuple[Span, ...]:
         return tuple(Span(*row) for row in self.frame(rank).spans.tolist())
 
+    @property
+    def fits(self) -> tuple[int, int]:
+        """What it is for: a length and a number of ranks."""
+        return self.seqlen, self.world_size
+
     @cached_property
     def interleaved(self) -> bool:
         """Whether the spans of the ranks run through each other."""
@@ -135,6 +140,13 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({self.name}, seqlen={self.seqlen}, world_size={self.world_size})"
+
+
+class Layouts(NamedTuple):
+    """Where queries and where keys lie."""
+
+    q: Layout
+    k: Layout
 
 
 def _table_rows(name: str, rank: int, spans: Iterable[Sequence[int]]) -> Iterator[tuple[int, ...]]:
@@ -205,7 +217,17 @@ def dealt(name: str, seqlen: int, world_size: int, spans: Ints, rank: Ints) -> L
     return _build(name, seqlen, world_size, rank[new], spans[new, 0], length, np.ones_like(length))
 
 
+def cyclic(seqlen: int, world_size: int) -> Layout:
+    """Blocks of ``BLOCK`` positions go round the ranks. Append-stable: a position's rank and its place there do not
+    depend on the length, so a cache that grows is appended to and never moved. Shards differ by up to a block."""
+    start = np.arange(0, seqlen, BLOCK, dtype=np.int64)
+    length = np.minimum(BLOCK, seqlen - start)
+    return _build("cyclic", seqlen, world_size, start // BLOCK % world_size, start, length, np.ones_like(start))
+
+
+# Those that a context chooses from, and those that it takes by name.
 LAYOUTS: tuple[Callable[[int, int], Layout], ...] = (contiguous, zigzag, striped)
+NAMED = (*LAYOUTS, cyclic)
 
 
 def named(kind: str, name: str, choices: Sequence[str]) -> str:

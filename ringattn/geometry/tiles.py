@@ -5,6 +5,7 @@ Neighbouring tiles whose common hull has exactly their pairs become one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,24 +31,68 @@ from ringattn.geometry.bands import (
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.spans import INF, Ints, cross_spans, overlapping
 
+Window = tuple[int | None, int | None]
 Rows = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One kernel call: rows ``q`` of the shard against rows ``k`` of a frame.
+    """Rows ``q`` of a shard against rows ``k`` of a frame, one kernel call.
 
     ``window = (left, right)`` is bottom-right aligned: row ``i`` attends column ``j`` where
     ``i + (nk - nq) - left <= j <= i + (nk - nq) + right``; ``None`` is unbounded, both sides are >= 0,
-    no row and no column is empty. ``fresh`` says that no earlier tile of the rank touched these rows.
-    The global positions are those of the frames: ``frame.positions()[tile.k]``.
+    no row and no column is empty. The global positions are those of the frames: ``frame.positions()[tile.k]``.
     """
 
     q: Rows
     k: Rows
-    window: tuple[int | None, int | None]
+    window: Window
     area: int
-    fresh: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of one rank against one frame of keys, as a table.
+
+    ``boxes [n, 8]`` holds (q0, nq, q step, k0, nk, k step, lo, hi) of tiles whose rows and columns are evenly spaced,
+    local indices, in order of queries then keys; pairs are those with ``lo <= j - i <= hi``. ``products`` are the tiles
+    of scattered tokens, which are full.
+    """
+
+    boxes: Ints
+    products: tuple[Tile, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.boxes) + len(self.products)
+
+    def __iter__(self) -> Iterator[Tile]:
+        for (q0, nq, qs, k0, nk, ks, lo, hi), area in zip(self.boxes.tolist(), self.areas.tolist(), strict=True):
+            yield Tile(run(q0, nq, qs), run(k0, nk, ks), window(nq, nk, lo, hi), area)
+        yield from self.products
+
+    @property
+    def areas(self) -> Ints:
+        """Attending pairs of each box."""
+        _, nq, _, _, nk, _, lo, hi = self.boxes.T
+        return staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
+
+    def take(self, rows: Ints) -> Tiles:
+        """Some of the boxes alone."""
+        return Tiles(self.boxes[rows])
+
+
+NO_TILES = Tiles(np.empty((0, 8), np.int64))
+
+
+def window(nq: int, nk: int, lo: int, hi: int) -> Window:
+    """The bottom-right aligned window of pairs with ``lo <= j - i <= hi``; a side that does not bind is None."""
+    ahead = nk - nq
+    return None if lo <= 1 - nq else ahead - lo, None if hi >= nk - 1 else hi - ahead
+
+
+def run(start: int, length: int, step: int) -> slice:
+    """Evenly spaced rows."""
+    return slice(start, start + (length - 1) * step + 1, step)
 
 
 def cut(bands: Bands, axis: tuple[int, ...], spans: Ints, tags: Ints) -> Bands:
@@ -59,10 +104,10 @@ def cut(bands: Bands, axis: tuple[int, ...], spans: Ints, tags: Ints) -> Bands:
     return Bands(data[data[:, axis[1]] > 0], bands.sets)
 
 
-def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> tuple[Tile, ...]:
+def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> Tiles:
     """The tiles of :func:`regular` bands whose queries lie in ``q_frame``, against the keys of ``k_frame``."""
     scattered = (bands.data[:, [QSET, KSET]] != ANY).any(1)
-    tiles = [t for row in bands.data[scattered] if (t := _product_tile(bands, row, q_frame, k_frame))]
+    products = [t for row in bands.data[scattered] if (t := _product_tile(bands, row, q_frame, k_frame))]
     plain = cut(bands.take(~scattered), Q_AXIS, q_frame.spans, np.arange(len(q_frame.spans)))
     q_of = plain.data[:, TAG].copy()
     i, j = overlapping(*plain.hull(K_AXIS), *k_frame.hull)
@@ -76,23 +121,7 @@ def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> tuple[Tile, ...]:
     lo = np.where(pieces[:, LO] > -INF, (pieces[:, LO] - gap) // step, 1 - pieces[:, QN])
     hi = np.where(pieces[:, HI] < INF, (pieces[:, HI] - gap) // step, pieces[:, KN] - 1)
     boxes = coalesce(np.column_stack((q, k, lo, hi)))
-    return (*_tiles(boxes[np.lexsort((boxes[:, 3], boxes[:, 0]))]), *tiles)
-
-
-def _tiles(boxes: Ints) -> list[Tile]:
-    _, nq, _, _, nk, _, lo, hi = boxes.T
-    areas = staircase(nq, nk, hi) - staircase(nq, nk, lo - 1)
-    tiles = []
-    for (q0, nq, qs, k0, nk, ks, lo, hi), area in zip(boxes.tolist(), areas.tolist(), strict=True):
-        shift = nk - nq
-        left = None if lo <= 1 - nq else shift - lo
-        right = None if hi >= nk - 1 else hi - shift
-        tiles.append(Tile(_slice(q0, nq, qs), _slice(k0, nk, ks), (left, right), area))
-    return tiles
-
-
-def _slice(start: int, length: int, step: int) -> slice:
-    return slice(start, start + (length - 1) * step + 1, step)
+    return Tiles(boxes[np.lexsort((boxes[:, 3], boxes[:, 0]))], tuple(products))
 
 
 def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Tile | None:
@@ -112,7 +141,7 @@ def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Ti
         steps = np.diff(index)
         even = len(index) == 1 or (steps == steps[0]).all()
         step = int(steps[0]) if even and len(index) > 1 else 1
-        sides.append((_slice(int(index[0]), len(index), step) if even else index, len(index)))
+        sides.append((run(int(index[0]), len(index), step) if even else index, len(index)))
     (q, nq), (k, nk) = sides
     return Tile(q, k, (None, None), nq * nk)
 

@@ -2,9 +2,10 @@
 
 from ringattn.kernels.base import Call, Grads, Kernel, Rows, choose
 from ringattn.kernels.blockwise import Blockwise
+from ringattn.kernels.calls import TileCalls, tile_calls
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
 KERNELS: tuple[Kernel, ...] = (Sdpa(), Blockwise(), Reference())
 
-__all__ = ["KERNELS", "Call", "Grads", "Kernel", "Rows", "choose"]
+__all__ = ["KERNELS", "Call", "Grads", "Kernel", "Rows", "TileCalls", "choose", "tile_calls"]

@@ -1,25 +1,30 @@
-"""What a kernel is: it computes one tile of attention and knows nothing of ranks.
+"""What a kernel is: it computes the tiles of a stage of attention and knows nothing of ranks.
 
 A tile is a rectangle of queries and keys with a band through it, `scores.window = (left, right)`, aligned
 bottom-right: query `i` of `nq` attends key `j` of `nk` iff
 `i + (nk - nq) - left <= j <= i + (nk - nq) + right`, `None` meaning unbounded on that side. Tiles are
-trimmed: every row has a key and every key has a row. The forward folds the tile into a running `Partial`; the
-backward adds the tile's gradients, given the *global* out, lse and delta, so that the tiles of one attention
-may be computed in any number of calls.
+trimmed: every row has a key and every key has a row. The forward folds tiles into a running `Partial`; the
+backward adds their gradients, given the *global* out, lse and delta, so that the tiles of one attention may be
+computed in any number of calls. A kernel that computes a tile a call is a `TileKernel` (`calls.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from ringattn.kernels.partial import Partial
-from ringattn.kernels.scores import TileScores
+
+if TYPE_CHECKING:
+    from ringattn.kernels.calls import TileCalls
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Call:
     num_kv_heads: int
     windowed: bool = False  # some tile is neither a full rectangle nor a plain causal triangle
     features: frozenset[str] = frozenset()  # of "softcap", "bias", "alibi", "dropout": see `Scores.features`
+    dlse: bool = False  # lse has a gradient
 
     def __str__(self) -> str:
         return (
@@ -59,19 +65,28 @@ class Rows:
     delta: Tensor | None
     dlse: Tensor | None
 
-    def rows(self, rows: slice) -> Rows:
+    def rows(self, rows: slice | Tensor) -> Rows:
         """A view of some query rows; the slice may have a step."""
-        return self.map(lambda x: x[:, rows], lambda x: x[:, :, rows])
+        delta, dlse = (None if x is None else x[:, :, rows] for x in (self.delta, self.dlse))
+        return Rows(self.q[:, rows], self.dout[:, rows], self.out[:, rows], self.lse[:, :, rows], delta, dlse)
 
     def heads(self, heads: slice) -> Rows:
         """A view of some query heads."""
-        return self.map(lambda x: x[:, :, heads], lambda x: x[:, heads])
+        delta, dlse = (None if x is None else x[:, heads] for x in (self.delta, self.dlse))
+        q, dout, out = self.q[:, :, heads], self.dout[:, :, heads], self.out[:, :, heads]
+        return Rows(q, dout, out, self.lse[:, heads], delta, dlse)
 
     def map(self, tokens: Callable[[Tensor], Tensor], rows: Callable[[Tensor], Tensor]) -> Rows:
         """`tokens` applied to q, dout and out, `rows` to lse, delta and dlse."""
         q, dout, out = (tokens(x) for x in (self.q, self.dout, self.out))
         delta, dlse = (None if x is None else rows(x) for x in (self.delta, self.dlse))
         return Rows(q, dout, out, rows(self.lse), delta, dlse)
+
+
+def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """``rowsum(dout * out) - dlse``, ``[B, H, S]``: what the softmax's backward subtracts (D of FlashAttention-2)."""
+    delta = (dout * out).sum(-1).transpose(1, 2).contiguous()
+    return delta if dlse is None else delta - dlse
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,27 +111,61 @@ class Grads:
 
     def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
-        self.dq.add_(dq[..., : self.dq.size(-1)].transpose(1, 2))
-        self.dk.add_(dk[..., : self.dk.size(-1)].transpose(1, 2))
-        self.dv.add_(dv[..., : self.dv.size(-1)].transpose(1, 2))
+        for grad, part in ((self.dq, dq), (self.dk, dk), (self.dv, dv)):
+            grad.add_((part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a kernel runs on: types of device, the least compute capability of a CUDA device, and packages with the
+    least version of each."""
+
+    devices: frozenset[str] | None = None  # None: any
+    capability: tuple[int, int] = (0, 0)
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    def lacking(self, call: Call) -> str | None:
+        """What is missing here for a call, with what to do; None if nothing is."""
+        if self.devices is not None and call.device_type not in self.devices:
+            return f"device {call.device_type!r} has no operator here ({' and '.join(sorted(self.devices))} have)"
+        if call.device_type == "cuda" and torch.cuda.get_device_capability() < self.capability:
+            least = ".".join(map(str, self.capability))
+            return f"the CUDA device is older than compute capability {least}"
+        for name, least in self.packages.items():
+            found = _installed(name)
+            if found is None or Version(found) < Version(least):
+                return (
+                    f"package {name} {least} or newer is needed, found {found or 'none'}: pip install '{name}>={least}'"
+                )
+        return None
+
+
+@cache
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class Kernel(Protocol):
-    """Computes one tile on one device. Inputs may be strided views with a contiguous last dim."""
+    """Computes the tiles of a stage on one device. Inputs may be strided views with a contiguous last dim."""
 
     name: str
+    needs: Needs
     reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
 
     def refuse(self, call: Call) -> str | None:
-        """None if the call can be computed, else the reason in words, with the value and the rule."""
+        """None if the call can be computed, forward and backward, else the reason in words, with the value and the
+        rule."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
-        """Fold one tile into `acc`, its rows of the running result; `fresh`: nothing is in them yet."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
+        """Fold tiles into `acc`, the running result of all rows of `q`."""
         ...
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
-        """Add one tile's dq, dk, dv, given the global out, lse and delta."""
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, calls: TileCalls, grads: Grads) -> None:
+        """Add the tiles' dq, dk, dv, given the global out, lse and delta."""
         ...
 
 
@@ -133,7 +182,7 @@ def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
         names = ["auto", *named]
         near = difflib.get_close_matches(kernel, names, n=1, cutoff=0.0)[0]
         raise ValueError(f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}")
-    reason = named[kernel].refuse(call)
+    reason = _refusal(named[kernel], call)
     if reason is not None:
         raise NotImplementedError(
             f"kernel {kernel!r} cannot compute {call}: {reason}; kernel='auto' picks one that can, if any"
@@ -141,10 +190,14 @@ def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
     return named[kernel]
 
 
+def _refusal(kernel: Kernel, call: Call) -> str | None:
+    return kernel.needs.lacking(call) or kernel.refuse(call)
+
+
 def _first_fit(call: Call, registry: Sequence[Kernel]) -> Kernel:
     reasons = []
     for kernel in registry:
-        reason = kernel.refuse(call)
+        reason = _refusal(kernel, call)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Rows
+from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.operators import head_major
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import TileBand
@@ -32,7 +33,7 @@ FEWEST_ROWS = 64
 LOG2E = math.log2(math.e)
 
 
-class Blockwise:
+class Blockwise(TileKernel):
     """The `blockwise` kernel; see the module's docstring."""
 
     name = "blockwise"
@@ -41,7 +42,7 @@ class Blockwise:
     def refuse(self, call: Call) -> str | None:
         return refuse_what_is_unknown(call)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         grid = Grid.of(q, k, scores, acc.out.dtype)
         with torch.autocast(q.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():
@@ -53,7 +54,7 @@ class Blockwise:
                     home = Partial(acc.out[block.tokens], acc.lse[block.batch, block.heads, rows])
                     fold(home, grid.unfolded(block, out), lse.view(home.lse.shape), fresh)
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         grid = Grid.of(rows.q, k, scores, grads.dq.dtype)
         with torch.autocast(k.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():

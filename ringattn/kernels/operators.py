@@ -55,6 +55,8 @@ class Operator(Protocol):
         ...
 
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # Below so many keys the CPU operator finds the largest score of a row one by one, and passes over NaN: a row of
 # nothing else comes out as zeros, with an lse of 0. (The numbers of one AVX-512 register.)
 VECTOR = 16
@@ -77,9 +79,8 @@ class CpuFlash:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-        if k.size(2) < VECTOR:
+        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        if k.shape[2] < VECTOR:
             lost = (lse == 0) & (out == 0).all(-1)
             if lost.any():
                 nan = lost & _holds_nan(q, k, causal, mask)
@@ -89,9 +90,8 @@ class CpuFlash:
     def backward(
         self, query: Query, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        x, k, v = carry_dlse(query, k, v)
-        return operator(x.dout, x.q, k, v, x.out, x.lse, 0.0, causal, attn_mask=mask, scale=scale)
+        x, k, v = (query, k, v) if query.dlse is None else carry_dlse(query, k, v)
+        return _flash_backward(x.dout, x.q, k, v, x.out, x.lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
 def head_major(x: Tensor, dtype: torch.dtype) -> Tensor:

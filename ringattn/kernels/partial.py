@@ -28,7 +28,7 @@ class Partial:
     out: Tensor
     lse: Tensor
 
-    def rows(self, rows: slice) -> Partial:
+    def rows(self, rows: slice | Tensor) -> Partial:
         """A view of some query rows; the slice may have a step."""
         return Partial(self.out[:, rows], self.lse[:, :, rows])
 
@@ -54,6 +54,11 @@ class Partial:
         return Partial(out, torch.empty(batch, num_heads, seqlen, dtype=torch.float64, device=device))
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What results and gradients are summed in, for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the union of two disjoint sets of keys, as new tensors."""
     lse, weight = _join(a.lse, b.lse)
@@ -70,8 +75,9 @@ def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False
         acc.out.copy_(block_out)
         acc.lse.copy_(block_lse)
         return
+    out, dtype = acc.out, acc.out.dtype
     lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
-    acc.out.lerp_(block_out.to(acc.out.dtype), weight.to(acc.out.dtype))
+    out.lerp_(block_out if block_out.dtype == dtype else block_out.to(dtype), weight.to(dtype))
     acc.lse.copy_(lse)
 
 

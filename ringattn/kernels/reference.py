@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Rows
+from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.scores import FEATURES, Block, TileScores, Window
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Reference:
+class Reference(TileKernel):
     name = "reference"
     reads_delta = True
 
     def refuse(self, call: Call) -> str | None:
         return refuse_what_is_unknown(call)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         with torch.autocast(q.device.type, enabled=False):
             dtype, group, block = acc.out.dtype, q.size(2) // k.size(2), _whole(q, k)
             keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
@@ -40,7 +41,7 @@ class Reference:
             lse = (peak + total.log()).squeeze(-1)
         fold(acc, out, lse, fresh)
 
-    def backward(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         with torch.autocast(k.device.type, enabled=False):
             assert rows.delta is not None, "this kernel reads delta"
             dtype, group, block = grads.dq.dtype, rows.q.size(2) // k.size(2), _whole(rows.q, k)

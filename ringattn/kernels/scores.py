@@ -19,15 +19,13 @@ from torch import Tensor
 
 from ringattn.arguments.tensors import FLOATS, plain
 from ringattn.arguments.values import shown
-from ringattn.geometry.tiles import Rows
+from ringattn.geometry.tiles import Rows, Window
 
-Window = tuple[int | None, int | None]
 WHOLE = slice(None)
 # What scales, softcaps and slopes lie between. fp32 holds numbers up to 2**128 and, in full, down to 2**-126. Of q, k
 # within fp16's range, 2**16, and head sizes up to 2**9, products are below 2**41; times scale / softcap, at most 2**80,
 # they are below 2**121, and so are gradients on their way through a softcap.
 SMALLEST, GREATEST = 2.0**-40, 2.0**40
-FEATURES = frozenset({"softcap", "bias", "alibi", "dropout"})  # what a kernel may have to do beyond band and scale
 
 
 class Rule(Protocol):
@@ -38,6 +36,10 @@ class Rule(Protocol):
 
     def bias(self, heads: slice, q: Tensor, k: Tensor) -> Tensor:
         """`[1, heads or 1, nq, nk]` in the dtype of `params`, for positions `q [nq]` and `k [nk]`."""
+        ...
+
+    def refuse(self, num_heads: int) -> str | None:
+        """None if it fits so many query heads, else what does not, with the remedy."""
         ...
 
 
@@ -54,8 +56,16 @@ class Alibi:
         distance = (q.double()[:, None] - k.double()).abs_().to(self.params.dtype)  # fp64: exact below 2^53, and fast
         return (-self.params[heads, None, None] * distance).unsqueeze(0)
 
+    def refuse(self, num_heads: int) -> str | None:
+        """See `Rule`."""
+        found = int(self.params.shape[0])
+        if found == num_heads:
+            return None
+        return f"alibi has {found} slopes, q has {num_heads} heads: ringattn.alibi(slopes[{num_heads}])"
+
 
 RULES = {Alibi.name: Alibi}
+FEATURES = frozenset({"softcap", "bias", "dropout", *RULES})  # what a kernel may have to do beyond band and scale
 
 
 def alibi(slopes: Tensor | Sequence[float]) -> Rule:
@@ -115,13 +125,9 @@ class Scores:
     @property
     def features(self) -> frozenset[str]:
         """What a kernel must be able to do."""
-        asked = {
-            "softcap": self.softcap,
-            "bias": self.bias,
-            "alibi": self.rule,
-            "dropout": self.dropout,
-        }
-        return frozenset(name for name, value in asked.items() if value is not None)
+        asked = {"softcap": self.softcap, "bias": self.bias, "dropout": self.dropout}
+        rule = set() if self.rule is None else {self.rule.name}
+        return frozenset(rule.union(name for name, value in asked.items() if value is not None))
 
     @property
     def positional(self) -> bool:
@@ -186,12 +192,6 @@ class TileScores:
     softcap: float | None = None
     call: Scores | None = None  # set where bias, rule or dropout are
     place: Place | None = None
-
-    @property
-    def features(self) -> frozenset[str]:
-        """What must not be left out: see `Scores.features`."""
-        capped = frozenset() if self.softcap is None else frozenset({"softcap"})
-        return capped if self.call is None else capped | self.call.features
 
     def bias(self, block: Block) -> Tensor | None:
         """What is added to the logits of a block, `[1|batch, 1|heads, rows, cols]`, or None."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ringattn.geometry.tiles import Window
 from ringattn.kernels.base import Call, Rows
 from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
 from ringattn.kernels.pieces import Run, TileBand
-from ringattn.kernels.scores import Window
 
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM = 128
@@ -30,19 +30,17 @@ aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def takes_windows(x: Tensor) -> bool:
-    """Whether operators take this tensor's tiles whole, window included."""
-    return x.is_cuda and x.dtype in HALF
-
-
 def refuse(call: Call) -> str | None:
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the CUDA device is older than compute capability 8.0"
     if call.dtype in HALF:
         if call.v_head_dim != call.head_dim:
             return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} in {call.dtype} on CUDA"
         if call.head_dim % 8 or call.head_dim > FLASH_HEAD_DIM:
             return f"head_dim {call.head_dim} must be a multiple of 8 and at most {FLASH_HEAD_DIM}"
+        if call.dlse and call.head_dim > FLASH_HEAD_DIM - DLSE_COLUMNS:
+            return (
+                f"head_dim {call.head_dim} must be at most {FLASH_HEAD_DIM - DLSE_COLUMNS} where lse has a gradient; "
+                "use the output alone, or kernel='blockwise'"
+            )
         return None
     if call.dtype != torch.float32:
         return f"dtype {call.dtype} has no fused operator on CUDA (float16, bfloat16, float32 have)"
@@ -180,11 +178,7 @@ def _cudnn_backward(query: Query, k: Tensor, v: Tensor, causal: bool, scale: flo
 
 def _flash_backward(query: Query, k: Tensor, v: Tensor, band: TileBand, scale: float) -> Gradients:
     """Head-major like its arguments, though the operator is row-major."""
-    if query.q.size(-1) > FLASH_HEAD_DIM:
-        raise NotImplementedError(
-            f"the gradient of lse needs head_dim <= {FLASH_HEAD_DIM - DLSE_COLUMNS} here, got "
-            f"{query.q.size(-1) - DLSE_COLUMNS}: kernel='blockwise' computes it, or use the output alone"
-        )
+    assert query.q.size(-1) <= FLASH_HEAD_DIM, "refused, as the call told that lse has a gradient"
     q, k, v, dout, out = (x.transpose(1, 2) for x in (query.q, k, v, query.dout, query.out))
     left, right = _flash_window(band)
     state = torch.zeros(2, dtype=torch.int64, device=q.device).view(torch.uint64)

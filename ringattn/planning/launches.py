@@ -6,16 +6,15 @@ Masks made of many small equal blocks (BigBird, chunks, strides) have thousands 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ringattn.geometry.spans import Ints
-from ringattn.geometry.tiles import Rows, Tile
+from ringattn.geometry.tiles import Rows, Tile, Tiles, Window, run, window
 
 # Tiles of at most this many rows and columns are stacked, where there are some: larger ones fill a device alone.
 SMALL, SOME = 256, 4
@@ -42,52 +41,59 @@ class Stacking(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """Tiles of one shape, window and freshness, whose query rows are disjoint: one kernel call."""
+    """``count`` tiles of one window, whose query rows are disjoint: one kernel call. ``q`` and ``k`` are their rows,
+    tile after tile, ``area`` their pairs. ``fresh``: nothing was written to these rows of the result before."""
 
-    tiles: tuple[Tile, ...]
+    q: Rows
+    k: Rows
+    window: Window
+    area: int
+    count: int = 1
+    fresh: bool = False
 
-    @property
-    def area(self) -> int:
-        return sum(tile.area for tile in self.tiles)
-
-    @property
-    def fresh(self) -> bool:
-        return self.tiles[0].fresh
+    @staticmethod
+    def of(tile: Tile) -> Launch:
+        return Launch(tile.q, tile.k, tile.window, tile.area)
 
     def as_fresh(self) -> Launch:
         """The same for rows that nothing has touched yet."""
-        return Launch(tuple(replace(tile, fresh=True) for tile in self.tiles))
+        return replace(self, fresh=True)
 
-    @cached_property
-    def q(self) -> Rows:
-        """Query rows of all tiles, one after the other."""
-        return _laid_out([tile.q for tile in self.tiles])
-
-    @cached_property
-    def k(self) -> Rows:
-        """Key rows of all tiles, one after the other."""
-        return _laid_out([tile.k for tile in self.tiles])
+    @property
+    def tiles(self) -> list[Tile]:
+        """Its tiles one by one."""
+        if self.count == 1:
+            return [Tile(self.q, self.k, self.window, self.area)]
+        parts = (np.split(_index(rows), self.count) for rows in (self.q, self.k))
+        return [Tile(q, k, self.window, self.area // self.count) for q, k in zip(*parts, strict=True)]
 
 
-def launches(tiles: Sequence[Tile], stacking: Stacking = Stacking.ALL) -> list[Launch]:
+def launches(tiles: Tiles, stacking: Stacking = Stacking.ALL) -> list[Launch]:
     """The tiles in launches, single ones first, in their order."""
-    if stacking is Stacking.NONE:
-        return [Launch((tile,)) for tile in tiles]
-    alike: dict[tuple[int, int, tuple[int | None, int | None]], list[Tile]] = {}
-    for tile in tiles:
-        small = isinstance(tile.q, slice) and isinstance(tile.k, slice) and max(shape := _shape(tile)) <= SMALL
-        if small:
-            alike.setdefault((*shape, tile.window), []).append(tile)
-    stacked = {kind: same for kind, same in alike.items() if len(same) >= SOME}
-    together = {id(tile) for same in stacked.values() for tile in same}
-    made = [Launch((tile,)) for tile in tiles if id(tile) not in together]
-    for (nq, nk, _), same in stacked.items():
-        most = max(ROWS // (nq + nk), 1)
-        for row in _disjoint(same):
-            for stack in (Launch(tuple(row[i : i + most])) for i in range(0, len(row), most)):
-                views = isinstance(stack.q, slice) and isinstance(stack.k, slice)
-                made += [stack] if views or stacking is Stacking.ALL else [Launch((tile,)) for tile in stack.tiles]
-    return made
+    stacks, alone = _stacks(tiles, stacking) if stacking is not Stacking.NONE else ([], np.arange(len(tiles.boxes)))
+    single = Tiles(tiles.boxes[alone], tiles.products)
+    return [*map(Launch.of, single), *stacks]
+
+
+def _stacks(tiles: Tiles, stacking: Stacking) -> tuple[list[Launch], Ints]:
+    """Small tiles that are launched together, and the numbers of those that are left."""
+    boxes, alone = tiles.boxes, np.ones(len(tiles.boxes), bool)
+    small = np.flatnonzero((boxes[:, [1, 4]] <= SMALL).all(1))
+    if len(small) < SOME:
+        return [], np.flatnonzero(alone)
+    kinds, which, counts = np.unique(boxes[small][:, [1, 4, 6, 7]], axis=0, return_inverse=True, return_counts=True)
+    made = []
+    for kind in np.flatnonzero(counts >= SOME).tolist():
+        nq, nk, lo, hi = kinds[kind].tolist()
+        members, most = small[which.reshape(-1) == kind], max(ROWS // (nq + nk), 1)
+        for row in _disjoint(boxes[members]):
+            for part in (members[row[i : i + most]] for i in range(0, len(row), most)):
+                q, k = _laid_out(boxes[part][:, :3]), _laid_out(boxes[part][:, 3:6])
+                if stacking is Stacking.ALL or (isinstance(q, slice) and isinstance(k, slice)):
+                    area = int(tiles.take(part).areas.sum())
+                    made.append(Launch(q, k, window(nq, nk, lo, hi), area, len(part)))
+                    alone[part] = False
+    return made, np.flatnonzero(alone)
 
 
 def stacks(boxes: Ints, group: Ints, stacking: Stacking) -> Ints:
@@ -132,30 +138,30 @@ def _within(new: NDArray[np.bool_]) -> Ints:
     return at - np.maximum.accumulate(np.where(np.append(True, new), at, 0))
 
 
-def _disjoint(tiles: Sequence[Tile]) -> list[list[Tile]]:
-    """Tiles in rows of which no two share a query: each goes to the first row that has none of its queries."""
-    rows: list[tuple[list[Tile], set[int]]] = []
-    for tile in tiles:
-        assert isinstance(tile.q, slice)
-        wanted = range(tile.q.start, tile.q.stop, tile.q.step)
+def _disjoint(boxes: Ints) -> Iterator[Ints]:
+    """The numbers of boxes in rows of which no two share a query: each goes to the first row that has none of its
+    queries."""
+    rows: list[tuple[list[int], set[int]]] = []
+    for number, (start, length, step) in enumerate(boxes[:, :3].tolist()):
+        wanted = range(start, start + length * step, step)
         free = next((row for row in rows if row[1].isdisjoint(wanted)), None)
         if free is None:
             rows.append(free := ([], set()))
-        free[0].append(tile)
+        free[0].append(number)
         free[1].update(wanted)
-    return [row for row, _ in rows]
+    return (np.array(row) for row, _ in rows)
 
 
-def _shape(tile: Tile) -> tuple[int, int]:
-    """Rows and columns of a tile of slices."""
-    q, k = (len(range(rows.start, rows.stop, rows.step)) for rows in (tile.q, tile.k) if isinstance(rows, slice))
-    return q, k
+def _laid_out(runs: Ints) -> Rows:
+    """Rows of runs (start, length, step) of one length, one after the other."""
+    if len(runs) == 1:
+        return run(*runs[0].tolist())
+    start, length, step = runs.T
+    index = (start[:, None] + step[:, None] * np.arange(length[0])).reshape(-1)
+    stride = int(index[1] - index[0])
+    even = stride > 0 and bool((np.diff(index) == stride).all())
+    return run(int(index[0]), len(index), stride) if even else index
 
 
-def _laid_out(parts: Sequence[Rows]) -> Rows:
-    if len(parts) == 1:
-        return parts[0]
-    index: Ints = np.concatenate([np.arange(p.start, p.stop, p.step) if isinstance(p, slice) else p for p in parts])
-    step = int(index[1] - index[0])
-    even = step > 0 and bool((np.diff(index) == step).all())
-    return slice(int(index[0]), int(index[-1]) + 1, step) if even else index
+def _index(rows: Rows) -> Ints:
+    return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, slice) else rows

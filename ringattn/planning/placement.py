@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ringattn.geometry.bands import HI, K_AXIS, KN, LO, Q_AXIS, QN, QS
-from ringattn.geometry.layouts import LAYOUTS, Layout, chunks, contiguous, dealt
+from ringattn.geometry.layouts import LAYOUTS, NAMED, Layout, chunks, contiguous, dealt
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import Ints
 from ringattn.planning.cost import Cost, Terms, cheaper, cost, settled
@@ -48,13 +48,15 @@ FINALISTS = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be placed: the masks of a stack, bound, over ``world_size`` ranks, and the schedules allowed."""
+    """What is to be placed: the masks of a stack, bound, over ``world_size`` ranks, the schedules allowed, and the
+    layout of the keys where that is settled."""
 
     masks: tuple[BoundMask, ...]
     world_size: int
     terms: Terms
     schedules: tuple[str, ...] = ("exchange", "gather", "ring")
     two_shards: bool = True  # buffers must fit two shards of K/V; else a call decides what fits its own limit
+    k_layout: Layout | None = None
 
     @property
     def q_len(self) -> int:
@@ -155,7 +157,7 @@ def choose(problem: Problem, name: str) -> Choice:
     both sides. Raises ``ValueError`` for a named layout that would take more kernel calls than the budget.
     """
     if name not in ("auto", "balanced"):
-        build = {known.__name__: known for known in LAYOUTS}[name]
+        build = {known.__name__: known for known in NAMED}[name]
         return given(problem, *_pair(problem, build))
     plain, lines = _plain(problem)
     taken, candidates = _cheapest(problem, plain, search=name == "balanced")
@@ -221,6 +223,8 @@ def _race(candidates: list[Candidate], slack: float) -> Candidate:
 def _pair(problem: Problem, build: Callable[[int, int], Layout]) -> Pair:
     """A layout of the queries and one of the keys."""
     q_layout = build(problem.q_len, problem.world_size)
+    if problem.k_layout is not None:
+        return q_layout, problem.k_layout
     return q_layout, q_layout if problem.kv_len == problem.q_len else build(problem.kv_len, problem.world_size)
 
 
@@ -319,7 +323,8 @@ def _dealt(problem: Problem, cells: Cells) -> Iterator[tuple[float, Layout, Layo
     """Chunks dealt out in several ways, finer ones until they are even, and the most work of a rank. Where the keys are
     another sequence, they lie contiguously."""
     world = problem.world_size
-    other = None if problem.kv_len == problem.q_len else contiguous(problem.kv_len, world)
+    same = problem.k_layout is None and problem.kv_len == problem.q_len
+    other = None if same else problem.k_layout or contiguous(problem.kv_len, world)
     for count in _counts(problem):
         spans = chunks(problem.q_len, count)
         weights = cells.weights(spans[:, 0])
@@ -332,4 +337,4 @@ def _dealt(problem: Problem, cells: Cells) -> Iterator[tuple[float, Layout, Layo
             break
 
 
-PLACEMENTS: Sequence[str] = ("auto", "balanced", *(build.__name__ for build in LAYOUTS))
+PLACEMENTS: Sequence[str] = ("auto", "balanced", *(build.__name__ for build in NAMED))

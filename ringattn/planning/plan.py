@@ -18,7 +18,7 @@ from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import INF, Ints, expand, meeting
-from ringattn.geometry.tiles import Tile, cut, localise
+from ringattn.geometry.tiles import Tiles, cut, localise
 from ringattn.planning.contacts import Contacts, contacts_of
 from ringattn.planning.travel import part
 
@@ -168,12 +168,12 @@ class Plan:
         """Rows (rank, host, queries): there and back again."""
         return self.visits[:, [0, 1, 3]]
 
-    def guest_tiles(self, host: int, guests: Frame) -> tuple[Tile, ...]:
+    def guest_tiles(self, host: int, guests: Frame) -> Tiles:
         """The tiles of the queries that visit ``host``, against its shard."""
         bands = self.guests.take(self.guests.data[:, TAG] % self.world_size == host)
         return localise(bands, guests, self.k_layout.frame(host))
 
-    def tiles(self, rank: int, keys: Frame) -> tuple[Tile, ...]:
+    def tiles(self, rank: int, keys: Frame) -> Tiles:
         """The rank's tiles against a frame of keys, coalesced, in order of queries then keys."""
         return localise(self.rank_bands(rank), self.q_frame(rank), keys)
 

@@ -1,209 +1,406 @@
-"""Programs: one rank's schedule compiled to local indices, ready to run without looking at the plan.
+"""Programs: all that one rank does in a call, forward and backward, turn by turn, as data.
 
-Everything the loops of ``ring.py`` do is decided here once: which rows of which buffer a message
-fills or takes, which tiles a step computes, which of them meet untouched rows.
+The loops only walk the turns of a program, and whoever wants to know what a call computes, moves or holds reads them.
+Nothing is decided later: which rows of which buffer a message takes or fills, what is copied and what is added where,
+which launches run on which heads, what tells a first write from a sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from fractions import Fraction
-
-import numpy as np
+from functools import cached_property
+from itertools import chain
 
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.spans import Ints
-from ringattn.geometry.tiles import Tile
-from ringattn.planning.launches import Launch, Stacking, launches
+from ringattn.geometry.tiles import Tiles
+from ringattn.planning.launches import Launch, Stacking
 from ringattn.planning.plan import Plan
-from ringattn.planning.schedules import Schedule, Step, Transfer
+from ringattn.planning.schedules import Schedule
+from ringattn.planning.stages import ALL, Heads, Stage, Visits, stages_of, visits_of
 
 # Messages of less than this part of a shard are not worth a second turn.
 HIDDEN = 8
 
 
-@dataclass(frozen=True)
-class Move:
-    """One message of this rank: ``rows`` (slices, in message order) of a buffer, ``tokens`` in all.
+class Row(Enum):
+    """What a row of a buffer holds of one token, for all batch rows. Its value is the kind of message it travels as."""
 
-    ``home`` says whether the buffer is the rank's own shard (its K/V, or its dK/dV); else it is the
-    buffer of a step: K/V are sent from the step before and arrive in this one, gradients leave this
-    step and arrive in the next one.
-    """
+    KV = "kv"  # K and V of KV heads, in the dtype of the inputs
+    GRAD = "grad"  # dK and dV of KV heads, in that of the accumulators, as all that follow
+    Q = "q"  # q of all query heads, in the dtype of the inputs
+    PARTIAL = "partial"  # the result for a query: out, and lse in two numbers
+    QUERY = "query"  # all that backward reads of a query: q, dout, out, lse, delta, dlse
+    DQ = "dq"  # dq of all query heads
+
+    @property
+    def kept(self) -> bool:
+        """Whether numbers are in the dtype of the inputs."""
+        return self in (Row.KV, Row.Q)
+
+    @property
+    def keys(self) -> bool:
+        """Whether rows are of KV heads, not of query heads."""
+        return self in (Row.KV, Row.GRAD)
+
+    def width(self, head_dim: int, v_head_dim: int) -> int:
+        """Numbers of one head."""
+        return {
+            Row.KV: head_dim + v_head_dim, Row.GRAD: head_dim + v_head_dim, Row.Q: head_dim, Row.DQ: head_dim,
+            Row.PARTIAL: v_head_dim + 2, Row.QUERY: head_dim + 2 * v_head_dim + 3,
+        }[self]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Rows of one kind and of some heads. Buffers of one ``slot`` take the same memory, one after the other."""
+
+    slot: str
+    row: Row
+    rows: int
+    heads: Heads = ALL
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Rows of one place and the rows of another that they are written or added to, pairs of slices. None in place of a
+    buffer is the rank's own: K and V, their gradients, q, its result or its gradient, as the other's rows are."""
+
+    source: Buffer | None
+    target: Buffer | None
+    pairs: tuple[tuple[slice, slice], ...]
+
+    @property
+    def row(self) -> Row:
+        buffer = self.source or self.target
+        assert buffer is not None, "one of the two is a buffer"
+        return buffer.row
+
+    @property
+    def heads(self) -> Heads:
+        buffer = self.source or self.target
+        assert buffer is not None, "one of the two is a buffer"
+        return buffer.heads
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A message: one run of a buffer's rows, to or from a peer."""
 
     peer: int
-    rows: tuple[slice, ...]
-    tokens: int
-    home: bool
+    buffer: Buffer
+    rows: slice
+
+    @property
+    def tokens(self) -> Fraction:
+        """A token whose heads travel in parts counts once in all."""
+        return Fraction(self.rows.stop - self.rows.start, self.buffer.heads.parts)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step in local indices: the frame of its keys, its kernel calls, the chunk ``(i, n)`` of the KV heads it
-    computes, the messages around it, and the own rows it holds, as pairs (rows of the shard, rows of the frame)."""
+class Work:
+    """Tiles that are computed, in ``launches``, on ``heads``. None is the rank's own: ``keys`` and ``queries`` its
+    shard, ``grads`` the gradients of its shard, ``result`` its result (backward: dq)."""
 
-    frame: Frame
+    tiles: Tiles
     launches: tuple[Launch, ...]
-    heads: tuple[int, int] = (0, 1)
-    kv_sends: tuple[Move, ...] = ()
-    kv_recvs: tuple[Move, ...] = ()
-    grad_sends: tuple[Move, ...] = ()
-    grad_recvs: tuple[Move, ...] = ()
-    copies: tuple[tuple[slice, slice], ...] = ()
-
-    @property
-    def tiles(self) -> list[Tile]:
-        """The tiles of all launches."""
-        return [tile for launch in self.launches for tile in launch.tiles]
-
-    @property
-    def size(self) -> int:
-        """Key rows of its buffer."""
-        return self.frame.size
-
-    def kv_heads(self, number: int) -> slice:
-        """Its part of that many KV heads."""
-        i, n = self.heads
-        return slice(number * i // n, number * (i + 1) // n)
+    q_frame: Frame
+    k_frame: Frame
+    heads: Heads = ALL
+    keys: Buffer | None = None
+    grads: Buffer | None = None
+    queries: Buffer | None = None
+    result: Buffer | None = None
 
 
 @dataclass(frozen=True)
-class Visits:
-    """What a rank does with travelling queries: ``sends`` are rows of its shard that go to hosts, ``recvs`` rows of
-    ``frame``, the guests it hosts, and ``launches`` compute the guests against its own keys."""
+class Turn:
+    """One turn of a loop, in this order: ``copies`` before messages are posted, ``sends`` and ``recvs`` posted, buffers
+    filled with zeros, ``work``, the messages waited for, ``adds`` (of partial results: merged)."""
 
-    sends: tuple[Move, ...]
-    recvs: tuple[Move, ...]
-    frame: Frame
-    launches: tuple[Launch, ...]
+    copies: tuple[Copy, ...] = ()
+    sends: tuple[Parcel, ...] = ()
+    recvs: tuple[Parcel, ...] = ()
+    zeros: tuple[Buffer, ...] = ()
+    work: tuple[Work, ...] = ()
+    adds: tuple[Copy, ...] = ()
 
-    # They travel before this turn of a loop computes, are computed in the second, and results go home in the third.
-    INVITE, HOST, RETURN = 0, 1, 2
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    @property
+    def launches(self) -> list[Launch]:
+        """The kernel calls of all its work."""
+        return [launch for work in self.work for launch in work.launches]
+
+    @property
+    def own(self) -> Work | None:
+        """The work on the rank's own queries."""
+        return next((work for work in self.work if work.queries is None), None)
 
 
 @dataclass(frozen=True)
 class Program:
-    """All stages of one rank for one mask. ``stages[0]`` needs no message; it computes on the rank's own shard, or
-    not at all.
+    """What one rank does for one mask: the turns of both loops, which index n belongs together on all ranks.
 
-    ``blank`` says that some query rows are not written whole by a fresh tile first, so the result has
-    to start from the identity. ``alone`` says that no rank needs anything of another. ``schedule``, ``cut`` and
-    ``travel`` say what it was compiled from.
+    ``blank``: some query rows are not written whole by a fresh launch first, so the result starts from the identity.
+    ``alone``: no rank needs anything of another. ``schedule``, ``cut``, ``travel`` and ``stacking`` say what it was
+    compiled from.
     """
 
     rank: int
     q_frame: Frame
     k_frame: Frame
-    stages: tuple[Stage, ...]
-    visits: Visits
+    forward: tuple[Turn, ...]
+    backward: tuple[Turn, ...]
     blank: bool
     alone: bool
     schedule: str
     cut: int
     travel: bool
+    stacking: Stacking
 
-    @property
-    def two_turns(self) -> bool:
-        """Whether the backward pass computes its own shard in two turns, one while the first keys arrive and one
-        while the last gradients come home. It costs twice the calls, so it must hide some share of the shard."""
-        first = self.stages[1].size if len(self.stages) > 1 else 0
-        last = sum(move.tokens for move in self.stages[-1].grad_recvs)
-        return HIDDEN * max(first, last) >= max(self.k_frame.size, 1)
+    @cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """All buffers of both loops, each once."""
+        found: dict[Buffer, None] = {}
+        for turn in chain(self.forward, self.backward):
+            ends = (end for copy in (*turn.copies, *turn.adds) for end in (copy.source, copy.target))
+            posted = (parcel.buffer for parcel in (*turn.sends, *turn.recvs))
+            used = (b for work in turn.work for b in (work.keys, work.grads, work.queries, work.result))
+            found |= dict.fromkeys(b for b in chain(ends, posted, turn.zeros, used) if b is not None)
+        return tuple(found)
 
     @property
     def calls(self) -> int:
         """Kernel calls of one forward pass."""
-        return sum(len(stage.launches) for stage in self.stages) + len(self.visits.launches)
+        return sum(len(turn.launches) for turn in self.forward)
 
-    def tokens(self, messages: str) -> int:
-        """Tokens moved by one kind of message: kv_sends, kv_recvs, grad_sends or grad_recvs. A token whose heads
-        travel in chunks counts once."""
-        parts = (Fraction(move.tokens, s.heads[1]) for s in self.stages for move in getattr(s, messages))
-        return int(sum(parts))
+    @property
+    def two_turns(self) -> bool:
+        """Whether the backward pass computes its own shard in two turns."""
+        return any(work.keys is None and work.heads.parts == 2 for turn in self.backward for work in turn.work)
+
+    def tokens(self, row: Row, sent: bool = False) -> int:
+        """Tokens received, or sent, by one kind of message, in one pass."""
+        turns = self.backward if row in (Row.GRAD, Row.QUERY, Row.DQ) else self.forward
+        parcels = (parcel for turn in turns for parcel in (turn.sends if sent else turn.recvs))
+        return int(sum((parcel.tokens for parcel in parcels if parcel.buffer.row is row), Fraction()))
 
 
 def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL) -> Program:
-    """The local form of a rank's steps."""
-    steps = schedule.steps(plan, rank, cut)
-    own, q_frame, nothing = plan.k_layout.frame(rank), plan.q_frame(rank), Frame(np.empty((0, 3), np.int64))
-    frames = [nothing, *(step.frame for step in steps), nothing]
-    touched = np.zeros((len({step.heads for step in steps if step.keys}) or 1, q_frame.size), bool)
-    stages: list[Stage] = []
-    blank, known = False, dict[bytes, list[Launch]]()
-    for step, before, here, after in zip(steps, frames, frames[1:], frames[2:], strict=False):
-        key = here.spans.tobytes()  # chunks of heads hold the same keys
-        if key not in known:
-            known[key] = launches(plan.tiles(rank, here), stacking) if here.size else []
-        rows = touched[step.heads[0]]
-        made = []
-        for launch in known[key]:
-            seen = rows[launch.q]
-            made.append(launch if seen.any() else launch.as_fresh())
-            blank |= bool(seen.any() and not seen.all())
-            rows[launch.q] = True
-        moves = (*_kv_moves(step, rank, own, before, here), *_grad_moves(step, rank, own, here, after))
-        stages.append(Stage(here, tuple(made), step.heads, *moves, _copies(step, rank, own, here) if stages else ()))
-    visits = _visits(plan, rank, stacking)
-    if visits.sends or visits.recvs:
-        stages += [Stage(nothing, ())] * (Visits.RETURN + 1 - len(stages))
-    blank |= not touched.all()
-    alone = not (plan.received.any() or len(plan.visits))
-    return Program(rank, q_frame, own, tuple(stages), visits, blank, alone, schedule.name, cut, plan.travel > 0)
+    """The turns of a rank's steps."""
+    stages, blank = stages_of(plan, rank, schedule.steps(plan, rank, cut), stacking)
+    visits = visits_of(plan, rank, stacking)
+    own = Own(plan.q_frame(rank), plan.k_layout.frame(rank))
+    return Program(
+        rank,
+        own.queries,
+        own.keys,
+        _trimmed(forward_turns(own, stages, visits)),
+        _trimmed(backward_turns(own, stages, visits)),
+        blank,
+        not (plan.received.any() or len(plan.visits)),
+        schedule.name,
+        cut,
+        plan.travel > 0,
+        stacking,
+    )
 
 
-def _visits(plan: Plan, rank: int, stacking: Stacking) -> Visits:
-    if not plan.travel:
-        return Visits((), (), Frame(np.empty((0, 3), np.int64)), ())
-    rows, own = plan.visits, plan.q_frame(rank)
-    leaving, coming = rows[rows[:, 0] == rank, 1:], rows[rows[:, 1] == rank]
-    frame = Frame(coming[:, 2:])
-    sends = [_rows_move(host, own, leaving[leaving[:, 0] == host, 1:]) for host in np.unique(leaving[:, 0]).tolist()]
-    recvs = [_rows_move(home, frame, coming[coming[:, 0] == home, 2:]) for home in np.unique(coming[:, 0]).tolist()]
-    tiles = plan.guest_tiles(rank, frame) if len(coming) else ()
-    return Visits(tuple(sends), tuple(recvs), frame, tuple(launches(tiles, stacking)))
+def _trimmed(turns: list[Turn]) -> tuple[Turn, ...]:
+    while turns and not turns[-1]:
+        turns.pop()
+    return tuple(turns)
 
 
-def _rows_move(peer: int, frame: Frame, spans: Ints) -> Move:
-    return Move(peer, _slices(frame.rows(spans)), int(spans[:, 1].sum()), True)
+@dataclass(frozen=True)
+class Own:
+    """The rank's own queries and keys."""
+
+    queries: Frame
+    keys: Frame
 
 
-def _copies(step: Step, rank: int, own: Frame, here: Frame) -> tuple[tuple[slice, slice], ...]:
-    """The rank's own keys in a buffer: pairs of slices of equal length, of the shard and of the buffer."""
-    pairs = []
-    for owner, spans in step.keys:
-        if owner == rank:
-            for span in spans:
-                pairs.append((_slices(own.rows(span[None]))[0], _slices(here.rows(span[None]))[0]))
+def forward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
+    """At turn ``t`` stage ``t`` is computed while the keys of the next arrive. Travelling queries leave at turn 0, are
+    computed at turn 1 and return at turn 2; their results are merged last, when all rows have been written."""
+    turns = []
+    out, back = _Visit(visits, Row.Q, Row.PARTIAL), 3 if visits else 0
+    for t in range(max(len(stages), back)):
+        post = _fetch(stages, t + 1)
+        work = []
+        if t < len(stages) and stages[t].launches:
+            stage = stages[t]
+            work.append(_work(own, stage, None if t == 0 else _keys(stage, t), None))
+        turns.append(out.turn(t, post, work, own))
+    if out.home:
+        turns[-1] = replace(turns[-1], adds=(*turns[-1].adds, *out.home))
+    return turns
+
+
+def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
+    """At turn ``t`` stage ``t`` is computed while the keys of the next arrive and the gradients of the last leave.
+
+    Where there is enough to hide, half of the own shard's heads are computed first, while the first keys arrive, and
+    half last, while the last gradients come home.
+    """
+    turns, count = [], len(stages)
+    out, back = _Visit(visits, Row.QUERY, Row.DQ), 3 if visits else 0
+    halves = (Heads(0, 2), Heads(1, 2)) if _worth_two_turns(own, stages) else (ALL, None)
+    for t in range(max(count + 1, back)):
+        stage = stages[t] if 0 < t < count else None
+        grads = None if stage is None or not stage.frame.size else _grads(stage, t)
+        post = _joined(_fetch(stages, t + 1), _bring_home(stages, t - 1, grads))
+        work = []
+        if stage is not None and stage.launches:
+            work.append(_work(own, stage, _keys(stage, t), grads))
+        heads = halves[0] if t == 0 else halves[1] if t == count else None
+        if heads is not None and stages[0].launches:
+            work.append(_work(own, stages[0], None, None, heads))
+        homes: tuple[Copy, ...] = ()
+        if stage is not None and stage.copies:
+            homes = (Copy(grads, None, tuple((here, home) for home, here in stage.copies)),)
+        zeros = () if grads is None else (grads,)
+        turns.append(out.turn(t, replace(post, zeros=zeros, adds=(*homes, *post.adds)), work, own))
+    if out.home:
+        turns[-1] = replace(turns[-1], adds=(*turns[-1].adds, *out.home))
+    return turns
+
+
+def _worth_two_turns(own: Own, stages: Sequence[Stage]) -> bool:
+    """It costs twice the calls, so it must hide some share of the shard."""
+    first = stages[1].frame.size if len(stages) > 1 else 0
+    last = sum(move.tokens for move in stages[-1].grad_recvs)
+    return HIDDEN * max(first, last) >= max(own.keys.size, 1)
+
+
+def _work(own: Own, stage: Stage, keys: Buffer | None, grads: Buffer | None, heads: Heads | None = None) -> Work:
+    return Work(stage.tiles, stage.launches, own.queries, stage.frame, heads or stage.heads, keys, grads)
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _keys(stage: Stage, t: int) -> Buffer:
+    """Where the keys of stage ``t`` lie; those of the stage after are arriving in another slot."""
+    return Buffer(f"kv {t % 2}", Row.KV, stage.frame.size, stage.heads)
+
+
+def _grads(stage: Stage, t: int) -> Buffer:
+    return Buffer(f"grads {t % 2}", Row.GRAD, stage.frame.size, stage.heads)
+
+
+def _fetch(stages: Sequence[Stage], t: int) -> Turn:
+    """Sends this rank's part of the keys of stage ``t`` and receives its own."""
+    if t >= len(stages):
+        return Turn()
+    stage, held = stages[t], _keys(stages[t - 1], t - 1) if t > 1 else None
+    copies, sends = [], []
+    packed: dict[tuple[tuple[int, int, int], ...], Buffer] = {}  # the same rows may go to many ranks
+    for move in stage.kv_sends:
+        source = None if move.home else held
+        if source is not None and _in_place(move.rows):
+            sends.append(Parcel(move.peer, source, move.rows[0]))
+            continue
+        rows = tuple((r.start, r.stop, r.step) for r in move.rows)
+        if rows not in packed:
+            packed[rows] = Buffer(f"kv out {len(packed)}", Row.KV, move.tokens, stage.heads)
+            copies.append(Copy(source, packed[rows], _packing(move.rows)))
+        sends.append(Parcel(move.peer, packed[rows], slice(0, move.tokens, 1)))
+    if not stage.frame.size:
+        return Turn(tuple(copies), tuple(sends))
+    arriving = _keys(stage, t)
+    recvs = tuple(Parcel(move.peer, arriving, move.rows[0]) for move in stage.kv_recvs)
+    if stage.copies:
+        copies.append(Copy(None, arriving, stage.copies))
+    return Turn(tuple(copies), tuple(sends), recvs)
+
+
+def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None) -> Turn:
+    """Sends the gradients of stage ``t`` on their way and receives those that come here: home, or to the stage
+    ``after``."""
+    if not 0 <= t < len(stages):
+        return Turn()
+    stage, copies, sends, recvs, adds = stages[t], [], [], [], []
+    for i, move in enumerate(stage.grad_sends):
+        if _in_place(move.rows):
+            sends.append(Parcel(move.peer, _grads(stage, t), move.rows[0]))
+            continue
+        message = Buffer(f"grad out {i}", Row.GRAD, move.tokens, stage.heads)
+        copies.append(Copy(_grads(stage, t), message, _packing(move.rows)))
+        sends.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+    for i, move in enumerate(stage.grad_recvs):
+        message = Buffer(f"grad in {i}", Row.GRAD, move.tokens, stage.heads)
+        recvs.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+        adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
+    return Turn(tuple(copies), tuple(sends), tuple(recvs), adds=tuple(adds))
+
+
+class _Visit:
+    """The two ways of a visit, the same forward and backward: rows go out and rows of results come back. They travel
+    before turn 0 computes, are computed in turn 1, and results go home in turn 2. ``home`` is what then is done."""
+
+    def __init__(self, visits: Visits, out: Row, back: Row) -> None:
+        self.visits = visits
+        self.guests = Buffer(f"{out.value} in", out, visits.frame.size)
+        self.results = Buffer(f"{back.value} out", back, visits.frame.size)
+        self.leaving = [Buffer(f"{out.value} out {i}", out, move.tokens) for i, move in enumerate(visits.sends)]
+        self.returning = [Buffer(f"{back.value} in {i}", back, move.tokens) for i, move in enumerate(visits.sends)]
+        self.home: tuple[Copy, ...] = tuple(
+            Copy(message, None, _unpacking(move.rows))
+            for message, move in zip(self.returning, visits.sends, strict=True)
+        )
+
+    def turn(self, t: int, post: Turn, work: list[Work], own: Own) -> Turn:
+        """A turn with its part of the visits added."""
+        visits = self.visits
+        if not visits:
+            return replace(post, work=tuple(work))
+        if t == 0:
+            moves = list(zip(self.leaving, visits.sends, strict=True))
+            post = _joined(
+                post,
+                Turn(
+                    tuple(Copy(None, message, _packing(move.rows)) for message, move in moves),
+                    tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in moves),
+                    tuple(Parcel(move.peer, self.guests, move.rows[0]) for move in visits.recvs),
+                ),
+            )
+        if t == 1 and visits.recvs:
+            frames = visits.frame, own.keys
+            guests = Work(visits.tiles, visits.launches, *frames, queries=self.guests, result=self.results)
+            work = [*work, guests]
+        if t == 2:
+            sends = tuple(Parcel(move.peer, self.results, move.rows[0]) for move in visits.recvs)
+            arrivals = zip(self.returning, visits.sends, strict=True)
+            recvs = tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in arrivals)
+            post = _joined(post, Turn(sends=sends, recvs=recvs))
+        return replace(post, work=tuple(work))
+
+
+def _joined(*turns: Turn) -> Turn:
+    """The messages of several as those of one turn, in this order."""
+    columns = ((t.copies, t.sends, t.recvs, t.zeros, t.work, t.adds) for t in turns)
+    return Turn(*(tuple(chain(*column)) for column in zip(*columns, strict=True)))
+
+
+def _in_place(rows: tuple[slice, ...]) -> bool:
+    """Whether a buffer holds the message already, in one run."""
+    return len(rows) == 1 and rows[0].step in (None, 1)
+
+
+def _packing(rows: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
+    """Each of these rows and where it comes to lie in a message."""
+    pairs, at = [], 0
+    for part in rows:
+        n = len(range(part.start, part.stop, part.step))
+        pairs.append((part, slice(at, at + n, 1)))
+        at += n
     return tuple(pairs)
 
 
-Moves = tuple[Move, ...]
-
-
-def _kv_moves(step: Step, rank: int, own: Frame, before: Frame, here: Frame) -> tuple[Moves, Moves]:
-    """Keys leave the own shard or the step before, and arrive in this step."""
-    sends = [_move(t, t.dst, own if t.owner == rank else before, t.owner == rank) for t in step.kv if t.src == rank]
-    recvs = [_move(t, t.src, here, False) for t in step.kv if t.dst == rank]
-    return tuple(sends), tuple(recvs)
-
-
-def _grad_moves(step: Step, rank: int, own: Frame, here: Frame, after: Frame) -> tuple[Moves, Moves]:
-    """Gradients leave this step, and arrive in the own shard or in the step after."""
-    sends = [_move(t, t.dst, here, False) for t in step.grads if t.src == rank]
-    recvs = [_move(t, t.src, own if t.owner == rank else after, t.owner == rank) for t in step.grads if t.dst == rank]
-    return tuple(sends), tuple(recvs)
-
-
-def _move(transfer: Transfer, peer: int, frame: Frame, home: bool) -> Move:
-    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.tokens, home)
-
-
-def _slices(runs: Ints) -> tuple[slice, ...]:
-    """Runs (start, length, step) as slices, runs that continue each other joined."""
-    joined: list[list[int]] = []
-    for start, length, step in runs.tolist():
-        if joined and step == joined[-1][2] == 1 and start == joined[-1][0] + joined[-1][1]:
-            joined[-1][1] += length
-        else:
-            joined.append([start, length, step])
-    return tuple(slice(start, start + (length - 1) * step + 1, step) for start, length, step in joined)
+def _unpacking(rows: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
+    return tuple((there, here) for here, there in _packing(rows))

@@ -10,9 +10,10 @@ from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Program
+from ringattn.planning.program import Program, Row
 from ringattn.planning.schedules import by_name
-from ringattn.runtime.binding import Binding, Options
+from ringattn.runtime.binding import Binding
+from ringattn.runtime.settings import Options
 
 MAX_STEPS = 8
 
@@ -22,11 +23,11 @@ def describe(binding: Binding) -> str:
     settings, choice = binding.settings, binding.choice
     keys = f", {settings.kv_seqlen:,} keys" if settings.kv_seqlen != settings.seqlen else ""
     offset = f", first query at {settings.q_offset:,}" if settings.q_offset else ""
-    sizes = binding.q_layout.sizes
+    sizes = binding.held.q.sizes
     lines = [
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
         f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {binding.rank}",
-        f"layout {binding.q_layout.name} ({choice.asked}), schedule {' or else '.join(choice.schedules)}",
+        f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
         *_table(choice),
         "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
@@ -51,6 +52,10 @@ def _shape(binding: Binding) -> str:
 def _given(options: Options) -> str:
     names = [name for name in ("rates", "topology") if getattr(options, name) is not None]
     return f", with the {' and '.join(names)} of Options" if names else ""
+
+
+def _keys(binding: Binding) -> str:
+    return f", keys {binding.held.k.name}" if binding.held.k.name != binding.held.q.name else ""
 
 
 def _table(choice: Choice) -> list[str]:
@@ -94,26 +99,34 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
     beside = f" (about {int(others.min()):,} to {int(others.max()):,} on the others)" if len(others) else ""
     lines = [
         f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls} kernel calls{beside}, "
-        f"receives {program.tokens('kv_recvs'):,} and sends {program.tokens('kv_sends'):,} tokens of K/V, "
-        f"sends {program.tokens('grad_sends'):,} of gradients",
+        f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
+        f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
     if plan.travel:
-        away, guests = program.visits.sends, program.visits
-        sent = sum(move.tokens for move in away)
+        hosted = next((work for turn in program.forward for work in turn.work if work.queries is not None), None)
+        guests, calls = (0, 0) if hosted is None else (hosted.q_frame.size, len(hosted.launches))
+        hosts = len({parcel.peer for turn in program.forward for parcel in turn.sends if parcel.buffer.row is Row.Q})
         lines.append(
-            f"    queries that need many keys travel: {sent:,} go from here to {len(away)} ranks, "
-            f"{guests.frame.size:,} come here, for {len(guests.launches)} of the calls"
+            f"    queries that need many keys travel: {program.tokens(Row.Q, sent=True):,} go from here to {hosts} "
+            f"ranks, {guests:,} come here, for {calls} of the calls"
         )
-    for t, stage in enumerate(program.stages[:MAX_STEPS]):
-        shapes = ", ".join(_call(launch) for launch in stage.launches[:4]) + (" ..." if len(stage.launches) > 4 else "")
-        peers = ", ".join(f"{m.tokens:,} from rank {m.peer}" for m in stage.kv_recvs) or "nothing"
-        source = "own shard" if t == 0 else f"receives {peers}"
-        lines.append(f"    step {t}: {source}; {len(stage.launches)} calls of {shapes or 'no'} pairs")
-    if len(program.stages) > MAX_STEPS:
-        lines.append(f"    ... {len(program.stages) - MAX_STEPS} more steps")
+    return lines + _steps(program)
+
+
+def _steps(program: Program) -> list[str]:
+    """What each step computes, and what comes for it in the turn before."""
+    lines = []
+    for t, turn in enumerate(program.forward[:MAX_STEPS]):
+        launches = turn.own.launches if turn.own else ()
+        shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
+        coming = program.forward[t - 1].recvs if t else ()
+        peers = ", ".join(f"{int(p.tokens):,} from rank {p.peer}" for p in coming if p.buffer.row is Row.KV)
+        source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
+        lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs")
+    if len(program.forward) > MAX_STEPS:
+        lines.append(f"    ... {len(program.forward) - MAX_STEPS} more steps")
     return lines
 
 
 def _call(launch: Launch) -> str:
-    tiles = len(launch.tiles)
-    return f"{launch.area:,}" + (f" (in {tiles} tiles)" if tiles > 1 else "")
+    return f"{launch.area:,}" + (f" (in {launch.count} tiles)" if launch.count > 1 else "")

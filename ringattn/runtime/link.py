@@ -16,9 +16,22 @@ import torch
 from torch import Tensor
 
 from ringattn.comm import TORN, CallMismatch, Pending, Transport, agree
+from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
 
 REMEMBERED = 4096  # kinds of calls that the ranks have compared
+
+
+class Moved(NamedTuple):
+    """Bytes of one kind of message."""
+
+    kind: str
+    sent: int
+    received: int
+
+    @staticmethod
+    def of(kind: str, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> Moved:
+        return Moved(kind, *(sum(tensor.nbytes for tensor, _ in side) for side in (sends, recvs)))
 
 
 @dataclass
@@ -29,39 +42,16 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     wait_seconds: float = 0.0
 
-    def count(self, kind: str, sends: Sequence[tuple[Tensor, int]], recvs: Sequence[tuple[Tensor, int]]) -> None:
-        self.sent[kind] += sum(t.nbytes for t, _ in sends)
-        self.received[kind] += sum(t.nbytes for t, _ in recvs)
+    def count(self, moved: Sequence[Moved]) -> None:
+        """Adds what a batch of messages moves."""
+        for kind, sent, received in moved:
+            self.sent[kind] += sent
+            self.received[kind] += received
 
     def wait(self, pending: Pending) -> None:
         start = time.perf_counter()
         pending.wait()
         self.wait_seconds += time.perf_counter() - start
-
-
-class Workspace:
-    """Buffers by name, allocated once and grown when a call needs more. One call uses them at a time."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor that lives until the name is taken again."""
-        key, size = (name, dtype, like.device), int(torch.Size(shape).numel())
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            self._flat.pop(key, None)
-            with torch.inference_mode(False):  # later calls that train use the same buffer
-                flat = self._flat[key] = torch.empty(size, dtype=dtype, device=like.device)
-        return flat[:size].view(*shape)
-
-    def clear(self) -> None:
-        """Lets go of all buffers."""
-        self._flat.clear()
-
-    def buffers(self) -> list[Tensor]:
-        """All buffers held now."""
-        return list(self._flat.values())
 
 
 class _Known(NamedTuple):
@@ -188,8 +178,8 @@ class Link:
         """The next number of a counter that counts alike on all ranks, mixed with ``start``."""
         common = self.common()
         common.draws += 1
-        drawn = start, common.draws - 1
-        return hash((*drawn, common.epoch) if common.epoch else drawn) & ((1 << 62) - 1)
+        drawn = f"{start} {common.epoch} {common.draws - 1}"
+        return int.from_bytes(hashlib.blake2b(drawn.encode(), digest_size=8).digest(), "little") >> 2
 
     def common(self) -> _Common:
         """What ranks have in common by now. After a call that failed on some, that is nothing any more."""

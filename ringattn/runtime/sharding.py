@@ -16,7 +16,7 @@ from ringattn.arguments.values import shown
 from ringattn.comm import together, told
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
-from ringattn.runtime.link import Link
+from ringattn.runtime.link import Link, Moved
 
 GRADIENTS = ("whole", "share")
 
@@ -78,7 +78,7 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
             [(mine, r) for r in others if mine.numel()],
             [(parts[r], r) for r in others if parts[r].numel()],
         )
-        link.traffic.count("unshard", sends, recvs)
+        link.traffic.count([Moved.of("unshard", sends, recvs)])
         link.traffic.wait(transport.post(sends, recvs, "all shards"))
         whole = _assembled({**parts, transport.rank: mine}, layout)
         link.finish(mine.device.type)

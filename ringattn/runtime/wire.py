@@ -1,155 +1,224 @@
-"""Messages: key rows packed for the wire, and the batches they are posted in.
+"""What is copied on the way between a rank's own tensors and its buffers, ready to be called.
 
-A row of a message is one token's K and V for all batch rows and KV heads, ``[batch, num_kv_heads,
-head_dim + v_head_dim]``, so a message is one contiguous tensor ``[tokens, ...]`` and messages from
-several owners laid end to end are still one K and one V (strided views, no copy).
+A row of a buffer is one token for all batch rows, ``[rows, batch, heads, width]``, so a message is one run of rows, and
+messages from several owners laid end to end are still one K and one V (strided views, no copy). A query that travels
+backward takes along all that its gradient is made of; its lse travels as two numbers, so that fp32 messages carry what
+the fp64 running lse holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ringattn.comm import Pending
-from ringattn.planning.program import Move, Stage
-from ringattn.runtime.link import Link
+from ringattn.kernels import Grads, Rows
+from ringattn.kernels.base import row_delta
+from ringattn.kernels.partial import Partial, accumulator_dtype, fold
+from ringattn.planning.program import Buffer, Copy, Parcel, Row
+from ringattn.runtime.workspace import Workspace
+
+Index = tuple[slice, ...]
+Action = Callable[["Own"], None]
 
 
-def rows_kv(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Message rows ``[n, B, H, D + Dv]`` seen as ``k [B, n, H, D]`` and ``v [B, n, H, Dv]``."""
-    kv = rows.transpose(0, 1)
-    return kv[..., :head_dim], kv[..., head_dim:]
+class Kind(NamedTuple):
+    """The shapes, dtype and device of a call."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """That of the accumulators."""
+        return accumulator_dtype(self.dtype)
+
+    def dtype_of(self, row: Row) -> torch.dtype:
+        return self.dtype if row.kept else self.wide
+
+    def shape(self, buffer: Buffer) -> tuple[int, int, int, int]:
+        """``[rows, batch, heads, width]``."""
+        heads = buffer.heads.of(self.num_kv_heads) if buffer.row.keys else slice(0, self.num_heads)
+        return buffer.rows, self.batch, heads.stop - heads.start, buffer.row.width(self.head_dim, self.v_head_dim)
 
 
-def pack_shard(k: Tensor, v: Tensor, move: Move, out: Tensor) -> Tensor:
-    """Rows of a shard ``k, v`` (BSHD) copied into a message."""
-    at, head_dim = 0, k.shape[-1]
-    for rows in move.rows:
-        part_k, part_v = k[:, rows], v[:, rows]
-        n = part_k.shape[1]
-        to_k, to_v = rows_kv(out[at : at + n], head_dim)
-        to_k.copy_(part_k)
-        to_v.copy_(part_v)
-        at += n
-    return out
+class Own:
+    """A rank's own tensors in one pass: forward fills ``acc``, backward reads ``rows`` and adds to ``grads``."""
+
+    __slots__ = ("acc", "grads", "k", "q", "rows", "v")
+    acc: Partial
+    rows: Rows
+    grads: Grads
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.q, self.k, self.v = q, k, v
 
 
-def pack_rows(rows: Tensor, move: Move, out: Tensor) -> Tensor:
-    """Rows of a buffer copied into a message."""
-    at = 0
-    for part in (rows[r] for r in move.rows):
-        out[at : at + len(part)].copy_(part)
-        at += len(part)
-    return out
+class Memory:
+    """The buffers of one program for one kind of call."""
+
+    def __init__(self, workspace: Workspace, kind: Kind) -> None:
+        self.workspace, self.kind = workspace, kind
+
+    def whole(self, buffer: Buffer) -> Tensor:
+        kind = self.kind
+        return self.workspace.view(buffer.slot, kind.shape(buffer), kind.dtype_of(buffer.row), kind.device)
+
+    def pair(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``[n, B, H, D + Dv]`` seen as ``k [B, n, H, D]`` and ``v [B, n, H, Dv]``."""
+        kv = rows.transpose(0, 1)
+        return kv[..., : self.kind.head_dim], kv[..., self.kind.head_dim :]
+
+    def message(self, parcel: Parcel) -> tuple[Tensor, int]:
+        return self.whole(parcel.buffer)[parcel.rows], parcel.peer
+
+    def laying(self, copy: Copy) -> list[Action]:
+        """What writes the rows of a copy."""
+        assert copy.target is not None, "rows are laid into a buffer"
+        target = self.whole(copy.target)
+        if copy.source is not None:
+            source = self.whole(copy.source)
+            return [_Lay(target[here], source[there]) for there, here in copy.pairs]
+        if copy.row is Row.KV:
+            heads = copy.heads.of(self.kind.num_kv_heads)
+            return [_LayKeys(*self.pair(target[here]), (slice(None), there, heads)) for there, here in copy.pairs]
+        make = _LayQueries if copy.row is Row.Q else _LayRows
+        return [make(target[here], there) for there, here in copy.pairs]
+
+    def adding(self, copy: Copy) -> list[Action]:
+        """What adds the rows of a copy, or merges them where they are partial results."""
+        assert copy.source is not None, "rows of a buffer are added"
+        source = self.whole(copy.source)
+        if copy.target is not None:
+            target = self.whole(copy.target)
+            return [_Add(target[here], source[there]) for there, here in copy.pairs]
+        if copy.row is Row.GRAD:
+            heads = copy.heads.of(self.kind.num_kv_heads)
+            return [_AddHome(*self.pair(source[there]), (slice(None), here, heads)) for there, here in copy.pairs]
+        make = _Merge if copy.row is Row.PARTIAL else _AddQueries
+        return [make(source[there], here) for there, here in copy.pairs]
 
 
-def in_place(rows: Tensor, move: Move) -> Tensor | None:
-    """The message itself, where the buffer already holds it in one run."""
-    if len(move.rows) == 1 and move.rows[0].step in (None, 1):
-        return rows[move.rows[0]]
-    return None
+@dataclass(frozen=True, slots=True)
+class _Lay:
+    """Rows of one buffer laid into another."""
+
+    target: Tensor
+    source: Tensor
+
+    def __call__(self, own: Own) -> None:
+        self.target.copy_(self.source)
 
 
-def add_rows(rows: Tensor, move: Move, message: Tensor) -> None:
-    """A gradient message added into the rows of a buffer it belongs to."""
-    at = 0
-    for r in move.rows:
-        part = rows[r]
-        part.add_(message[at : at + len(part)])
-        at += len(part)
+@dataclass(frozen=True, slots=True)
+class _LayKeys:
+    """Own keys and values laid into a buffer."""
+
+    k: Tensor
+    v: Tensor
+    index: Index
+
+    def __call__(self, own: Own) -> None:
+        self.k.copy_(own.k[self.index])
+        self.v.copy_(own.v[self.index])
 
 
-Parcels = list[tuple[Tensor, int]]
+@dataclass(frozen=True, slots=True)
+class _LayQueries:
+    """Own queries laid into a message, as forward computes with them."""
+
+    target: Tensor
+    rows: slice
+
+    def __call__(self, own: Own) -> None:
+        self.target.copy_(own.q[:, self.rows].transpose(0, 1))
 
 
-class Batch:
-    """The messages of one turn of a loop, collected kind by kind in plan order and posted at once."""
+@dataclass(frozen=True, slots=True)
+class _LayRows:
+    """Own queries laid into a message with all that backward reads: ``q, dout, out, lse, delta, dlse`` side by side."""
 
-    def __init__(self, link: Link, direction: str, turn: int) -> None:
-        self.link, self.direction, self.turn = link, direction, turn
-        self.kinds: dict[str, tuple[Parcels, Parcels]] = {}
+    target: Tensor
+    rows: slice
 
-    def buffer(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for the messages of this turn; those of the turn before have their own."""
-        return self.link.workspace.take(f"{name} {self.turn % 2}", shape, like, dtype)
-
-    def of(self, kind: str) -> tuple[Parcels, Parcels]:
-        """The sends and the receives of one kind, to be appended to."""
-        return self.kinds.setdefault(kind, ([], []))
-
-    def fetch(self, stage: Stage | None, k: Tensor, v: Tensor, held: Tensor | None) -> Tensor | None:
-        """Sends this rank's part of a stage's keys and receives its own: the buffer they arrive in."""
-        if stage is None:
-            return None
-        sends, recvs = self.of("kv")
-        heads = stage.kv_heads(k.shape[2])
-        k, v = k[:, :, heads], v[:, :, heads]
-        shape = (k.shape[0], k.shape[2], k.shape[3] + v.shape[3])
-        packed: dict[tuple[tuple[int, int, int], ...], Tensor] = {}
-        for i, move in enumerate(stage.kv_sends):
-            ready = None if move.home else in_place(present(held), move)
-            if ready is None:
-                rows = tuple((r.start, r.stop, r.step) for r in move.rows)
-                if rows not in packed:  # the same rows may go to many ranks
-                    out = self.buffer(f"kv out {i}", (move.tokens, *shape), k, k.dtype)
-                    packed[rows] = pack_shard(k, v, move, out) if move.home else pack_rows(present(held), move, out)
-                ready = packed[rows]
-            sends.append((ready, move.peer))
-        if not stage.size:
-            return None
-        arriving = self.buffer("kv", (stage.size, *shape), k, k.dtype)
-        recvs += [(arriving[move.rows[0]], move.peer) for move in stage.kv_recvs]
-        for own, here in stage.copies:
-            to_k, to_v = rows_kv(arriving[here], k.shape[-1])
-            to_k.copy_(k[:, own])
-            to_v.copy_(v[:, own])
-        return arriving
-
-    def bring_home(self, stage: Stage | None, left: Tensor | None, dk: Tensor, dv: Tensor) -> list[tuple[Move, Tensor]]:
-        """Sends the gradients of a stage on their way and receives those that come here."""
-        if stage is None:
-            return []
-        sends, recvs = self.of("grad")
-        heads = stage.kv_heads(dk.shape[2])
-        shape = (dk.shape[0], heads.stop - heads.start, dk.shape[3] + dv.shape[3])
-        for i, move in enumerate(stage.grad_sends):
-            ready = in_place(present(left), move)
-            if ready is None:
-                ready = pack_rows(
-                    present(left), move, self.buffer(f"grad out {i}", (move.tokens, *shape), dk, dk.dtype)
-                )
-            sends.append((ready, move.peer))
-        returned = []
-        for i, move in enumerate(stage.grad_recvs):
-            message = self.buffer(f"grad in {i}", (move.tokens, *shape), dk, dk.dtype)
-            recvs.append((message, move.peer))
-            returned.append((move, message))
-        return returned
-
-    def post(self) -> Pending:
-        """Starts all of it."""
-        sends, recvs = Parcels(), Parcels()
-        for kind, (out, back) in self.kinds.items():
-            self.link.traffic.count(f"{self.direction} {kind}", out, back)
-            sends += out
-            recvs += back
-        return self.link.transport.post(sends, recvs, f"{self.direction} step {self.turn}")
+    def __call__(self, own: Own) -> None:
+        r, wide = own.rows.rows(self.rows), self.target.dtype
+        delta = row_delta(r.dout.to(wide), r.out, r.dlse) if r.delta is None else r.delta
+        dlse = torch.zeros_like(r.lse) if r.dlse is None else r.dlse
+        heads_last = [x.permute(2, 0, 1).unsqueeze(-1) for x in (r.lse, delta, dlse)]
+        rows_first = [x.transpose(0, 1) for x in (r.q, r.dout, r.out)]
+        torch.cat([x.to(wide) for x in (*rows_first, *heads_last)], -1, out=self.target)
 
 
-def present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "a message refers to the buffer of a stage that holds nothing"
-    return tensor
+def unpacked_rows(guests: Tensor, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Rows:
+    """What :class:`_LayRows` has laid side by side."""
+    q, dout, out, rest = guests.split((head_dim, v_head_dim, v_head_dim, 3), -1)
+    q, dout, out = (x.transpose(0, 1).to(dtype) for x in (q, dout, out))
+    lse, delta, dlse = (x.permute(1, 2, 0) for x in rest.unbind(-1))
+    return Rows(q, dout, out, lse, delta, dlse)
 
 
-def add_shard(dk: Tensor, dv: Tensor, move: Move, message: Tensor) -> None:
-    """A gradient message added into the rows of a shard ``dk, dv`` (BSHD)."""
-    from_k, from_v = rows_kv(message, dk.shape[-1])
-    at = 0
-    for rows in move.rows:
-        part = dk[:, rows]
-        n = part.shape[1]
-        part.add_(from_k[:, at : at + n])
-        dv[:, rows].add_(from_v[:, at : at + n])
-        at += n
+@dataclass(frozen=True, slots=True)
+class _Add:
+    """Rows of one buffer added to another."""
+
+    target: Tensor
+    source: Tensor
+
+    def __call__(self, own: Own) -> None:
+        self.target.add_(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class _AddHome:
+    """Gradients of own keys, come home."""
+
+    dk: Tensor
+    dv: Tensor
+    index: Index
+
+    def __call__(self, own: Own) -> None:
+        own.grads.dk[self.index].add_(self.dk)
+        own.grads.dv[self.index].add_(self.dv)
+
+
+@dataclass(frozen=True, slots=True)
+class _AddQueries:
+    """Gradients of own queries, come home."""
+
+    source: Tensor
+    rows: slice
+
+    def __call__(self, own: Own) -> None:
+        own.grads.dq[:, self.rows].add_(self.source.transpose(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """Results of own queries, come home."""
+
+    source: Tensor
+    rows: slice
+
+    def __call__(self, own: Own) -> None:
+        out, lse = self.source[..., :-2], self.source[..., -2:]
+        fold(own.acc.rows(self.rows), out.transpose(0, 1), lse.double().sum(-1).permute(1, 2, 0))
+
+
+def pack_partial(acc: Partial, target: Tensor) -> None:
+    """A result laid into a message, ``[rows, batch, heads, v_head_dim + 2]``: the lse rounded, and what rounding
+    left."""
+    target[..., :-2].copy_(acc.out.transpose(0, 1))
+    high = acc.lse.to(target.dtype)
+    low = (acc.lse - high).masked_fill_(high == -math.inf, 0.0)
+    target[..., -2].copy_(high.permute(2, 0, 1))
+    target[..., -1].copy_(low.permute(2, 0, 1))

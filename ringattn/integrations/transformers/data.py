@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DistributedSampler
 
-from ringattn.comm import Solo, told
+from ringattn.comm import PlanningRank, told
 from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.ring import batch_context
 from ringattn.loss import IGNORED, shift_labels
@@ -170,12 +170,12 @@ class ShardingCollator:
         return {**self.__dict__, "_context": None}
 
     def _plan(self) -> ContextParallel:
-        """A context that knows its place but cannot communicate: enough to plan and to cut."""
-        s, spot = self._settings, Solo(self._settings.options.timeout or 60.0)
-        spot.rank, spot.world_size = self._rank, self._world_size
+        """A context that knows its place and talks to nobody: enough to plan and to cut."""
+        s = self._settings
+        place = PlanningRank(self._rank, self._world_size, s.options.timeout or 60.0)
         return ContextParallel(
             None, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options,
-            shape=s.shape, _shared=Shared(Link(spot, s.options.compare_every), s.device),
+            kv_layout=s.kv_layout, shape=s.shape, _shared=Shared(Link(place, s.options.compare_every), s.device),
         )  # fmt: skip
 
 

@@ -1,0 +1,188 @@
+"""A stage's tiles as a kernel is given them, and what computes them call by call.
+
+The table of tiles is there whole, for a kernel that launches a list of tiles at once. The others compute one tile, or
+one stack of equal tiles, a call: rows are views where they are slices, and gathered where tokens are scattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ringattn.geometry.frames import Frame
+from ringattn.geometry.tiles import Rows as RowIndex
+from ringattn.geometry.tiles import Tiles
+from ringattn.kernels.base import Grads, Needs, Rows
+from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Place, Scores, TileScores
+from ringattn.planning.launches import Launch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TileCall:
+    """``count`` tiles side by side: their rows (a slice, or an index on the device; None is all of them), what becomes
+    of their scores, and whether nothing was written yet to their rows of the result."""
+
+    q: slice | Tensor | None
+    k: slice | Tensor | None
+    count: int
+    scores: TileScores
+    fresh: bool
+    plain: bool  # all its rows are views
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TileCalls:
+    """The tiles of one piece of work: the table, and the calls that compute it, in order."""
+
+    tiles: Tiles
+    calls: tuple[TileCall, ...]
+
+    def scored(self, scores: Scores) -> TileCalls:
+        """The same for a call with a bias or dropout of its own."""
+        made = (replace(call, scores=replace(call.scores, call=scores)) for call in self.calls)
+        return TileCalls(self.tiles, tuple(made))
+
+
+def tile_calls(
+    tiles: Tiles, launches: tuple[Launch, ...], frames: tuple[Frame, Frame], scores: Scores, heads: slice,
+    device: torch.device,
+) -> TileCalls:  # fmt: skip
+    """Launches made ready for a device. ``frames``: of the queries and the keys; ``heads``: the query heads. Where
+    tiles must know where they lie, they are to be :meth:`~TileCalls.scored` for each call."""
+    sizes = [frame.size for frame in frames]
+    positions = [torch.from_numpy(f.positions()).to(device) for f in frames] if scores.positional else []
+    calls = []
+    for launch in launches:
+        rows = [_ready(side, size, device) for side, size in zip((launch.q, launch.k), sizes, strict=True)]
+        place = None
+        if positions:
+            q, k = (at if r is None else at[r] for at, r in zip(positions, rows, strict=True))
+            place = Place(launch.q, q, k, heads)
+        made = TileScores(launch.window, scores.scale, scores.softcap, None, place)
+        plain = launch.count == 1 and not any(isinstance(side, Tensor) for side in rows)
+        calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, plain))
+    return TileCalls(tiles, tuple(calls))
+
+
+def _ready(rows: RowIndex, size: int, device: torch.device) -> slice | Tensor | None:
+    if isinstance(rows, slice):
+        return None if len(range(rows.start, rows.stop, rows.step)) == size and rows.step == 1 else rows
+    return torch.from_numpy(rows).to(device)
+
+
+class TileKernel:
+    """A kernel that computes a tile a call."""
+
+    needs = Needs()
+
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+        """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""
+        raise NotImplementedError
+
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+        """Adds one tile's dq, dk, dv, given the global out, lse and delta."""
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
+        """See `Kernel`."""
+        for call in calls.calls:
+            if call.plain:
+                queries, part = (q, acc) if call.q is None else (q[:, call.q], acc.rows(call.q))
+                keys, values = (k, v) if call.k is None else (k[:, call.k], v[:, call.k])
+                self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
+                continue
+            with _acc_rows(acc, call.q, call.count) as part:
+                queries, keys, values = (_rows(x, at, call.count) for x, at in ((q, call.q), (k, call.k), (v, call.k)))
+                self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
+
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, calls: TileCalls, grads: Grads) -> None:
+        """See `Kernel`."""
+        for call in calls.calls:
+            if call.plain:
+                part = rows if call.q is None else rows.rows(call.q)
+                keys, values = (k, v) if call.k is None else (k[:, call.k], v[:, call.k])
+                self.backward_tile(part, keys, values, call.scores, _views(grads, call))
+                continue
+            n = call.count
+            part = rows.map(lambda x: _rows(x, call.q, n), lambda x: _rows(x, call.q, n, 2))  # noqa: B023
+            with (
+                _grad_rows(grads.dq, call.q, n) as dq,
+                _grad_rows(grads.dk, call.k, n) as dk,
+                _grad_rows(grads.dv, call.k, n) as dv,
+            ):
+                keys, values = _rows(k, call.k, n), _rows(v, call.k, n)
+                self.backward_tile(part, keys, values, call.scores, Grads(dq, dk, dv))
+
+
+def _views(grads: Grads, call: TileCall) -> Grads:
+    if call.q is None and call.k is None:
+        return grads
+    dq = grads.dq if call.q is None else grads.dq[:, call.q]
+    return Grads(dq, *((grads.dk, grads.dv) if call.k is None else (grads.dk[:, call.k], grads.dv[:, call.k])))
+
+
+def _rows(x: Tensor, rows: slice | Tensor | None, count: int, dim: int = 1) -> Tensor:
+    """Rows of a dim, those of ``count`` tiles side by side in the batch dim."""
+    return _stacked(_take(x, rows, dim), count, dim)
+
+
+def _take(x: Tensor, rows: slice | Tensor | None, dim: int = 1) -> Tensor:
+    if rows is None:
+        return x
+    return x[(slice(None),) * dim + (rows,)] if isinstance(rows, slice) else x.index_select(dim, rows)
+
+
+def _stacked(x: Tensor, n: int, dim: int = 1) -> Tensor:
+    """``n`` equal parts of a dim side by side in the batch dim: ``[B, n * m, ...]`` as ``[B * n, m, ...]``."""
+    return x if n == 1 else x.unflatten(dim, (n, -1)).movedim(dim, 1).flatten(0, 1)
+
+
+def _unstacked(x: Tensor, n: int, dim: int = 1) -> Tensor:
+    return x if n == 1 else x.unflatten(0, (-1, n)).movedim(1, dim).flatten(dim, dim + 1)
+
+
+def _shares(part: Tensor, whole: Tensor) -> bool:
+    """Whether a part is a view, so that what is written to it is written to the whole."""
+    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def _put(whole: Tensor, rows: slice | Tensor | None, part: Tensor, dim: int) -> None:
+    """Writes rows back that were copied."""
+    if isinstance(rows, Tensor):
+        whole.index_copy_(dim, rows, part)
+    else:
+        _take(whole, rows, dim).copy_(part)
+
+
+@contextmanager
+def _acc_rows(acc: Partial, rows: slice | Tensor | None, n: int) -> Iterator[Partial]:
+    """Rows of the accumulator, in ``n`` tiles: views, or copies that are written back."""
+    part = Partial(_rows(acc.out, rows, n), _rows(acc.lse, rows, n, 2))
+    yield part
+    if not _shares(part.out, acc.out):
+        _put(acc.out, rows, _unstacked(part.out, n), 1)
+    if not _shares(part.lse, acc.lse):
+        _put(acc.lse, rows, _unstacked(part.lse, n, 2), 2)
+
+
+@contextmanager
+def _grad_rows(grad: Tensor, rows: slice | Tensor | None, n: int) -> Iterator[Tensor]:
+    """Rows of a gradient to add into, in ``n`` tiles: a view, or zeros that are added back."""
+    if not isinstance(rows, Tensor):
+        taken = _take(grad, rows)
+        view = _stacked(taken, n)
+        if _shares(view, grad):
+            yield view
+            return
+        part = torch.zeros_like(view)
+        yield part
+        taken.add_(_unstacked(part, n))
+        return
+    part = _stacked(grad.new_zeros((grad.shape[0], len(rows), *grad.shape[2:])), n)
+    yield part
+    grad.index_add_(1, rows, _unstacked(part, n))  # a key may lie in several tiles

@@ -1,0 +1,172 @@
+"""A call from its beginning on all ranks to its end on all of them, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.comm import agree, together
+from ringattn.kernels.base import row_delta
+from ringattn.kernels.scores import RULES, Rule, Scores
+from ringattn.runtime import loops
+from ringattn.runtime.binding import Binding
+from ringattn.runtime.prepared import Prepared
+
+FORWARD, BACKWARD = "attention forward", "attention backward"
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A prepared call with what it alone brings along: how its logits are made, its sinks ``[num_heads]``, and whether
+    some gradient is wanted."""
+
+    binding: Binding
+    call: Prepared
+    scores: Scores
+    sinks: Tensor | None = None
+    grad: bool = False
+    rule: str = ""  # the name of the bias rule
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse``, on all ranks together."""
+        with together(self.binding.link.transport, FORWARD):
+            return self._forward(q, k, v)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        binding, link = self.binding, self.binding.link
+        self._begin(FORWARD)
+        if binding.settings.options.check_nan:
+            _check_finite(binding, q=q, k=k, v=v)
+        if not _together(q, k, v):
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = loops.forward(q, k, v, self.call, self.scores, self.sinks, link)
+        link.finish(q.device.type, needed=not self.call.program.alone)
+        return out, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+        wants_dsinks: bool,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """``dq, dk, dv``, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is there to be added to;
+        and ``dsinks``, where wanted."""
+        with together(self.binding.link.transport, BACKWARD):
+            self._begin(BACKWARD)
+            dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+            grads = self._backward(q, k, v, out, lse, dout, dlse)
+            dsinks = None
+            if wants_dsinks and self.sinks is not None:
+                dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
+            bias, dbias = self.scores.bias, self.scores.dbias
+            self.binding.link.finish(q.device.type, needed=not self.call.program.alone)
+            return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
+
+    def _backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        call, link = self.call, self.binding.link
+        if _together(q, k, v):
+            return loops.backward(q, k, v, out, lse, dout, dlse, call, self.scores, link)
+        dense = q.contiguous(), k.contiguous(), v.contiguous()
+        found = loops.backward(*dense, out, lse, dout, dlse, call, self.scores, link)
+        return tuple(torch.empty_like(x).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
+
+    def without_tensors(self) -> Execution:
+        """What autograd may keep: tensors it keeps itself, watches over, and lets hooks move."""
+        scores = self.scores
+        if self.sinks is None and scores.bias is None and scores.rule is None:
+            return self
+        return replace(self, sinks=None, scores=replace(scores, bias=None, rule=None))
+
+    def with_tensors(
+        self, bias: Tensor | None, rule_params: Tensor | None, sinks: Tensor | None, *, wants_dbias: bool
+    ) -> Execution:
+        """The same with the tensors that autograd has kept."""
+        dbias = torch.zeros_like(bias, dtype=self.call.wide) if bias is not None and wants_dbias else None
+        rule = None if rule_params is None else RULES[self.rule](rule_params)
+        return replace(self, sinks=sinks, scores=replace(self.scores, bias=bias, dbias=dbias, rule=rule))
+
+    def _begin(self, name: str) -> None:
+        """Begins the call on all ranks, which compare what they are about to do."""
+        binding, scores, device = self.binding, self.scores, self.call.kind.device.type
+        if binding.world_size == 1:
+            return
+        rule, bias, dropout = scores.rule, scores.bias, scores.dropout
+        own = {}
+        if dropout is not None:
+            own["this call's dropout"] = f"seed {dropout.seed}"
+        if rule is not None and device == "cpu":  # reading values would wait for another device
+            own["this call's bias rule"] = _in_words(rule)
+        extras = Extras(
+            None if rule is None else rule.name,
+            None if bias is None else (bias.shape[0], bias.shape[1]),
+            None if dropout is None else dropout.p,
+            self.sinks is not None,
+            self.grad,
+        )
+        binding.link.begin(name, (self.call.signature, extras), partial(self._facts, extras), device, own)
+
+    def _facts(self, extras: Extras) -> dict[str, str]:
+        kind, s, scores, program = self.call.kind, self.binding.settings, self.scores, self.call.program
+        bias = "no bias" if extras.bias is None else f"bias [{extras.bias[0]}, {extras.bias[1]}, ...]"
+        rule = "no rule" if scores.rule is None else _in_words(scores.rule)
+        travel = ", queries travel" if program.travel else ""
+        layouts = self.binding.computed
+        return {
+            "mask": str(self.call.mask),
+            "logits": f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}",
+            "gradient": "wanted" if extras.grad else "not wanted",
+            "dropout": "none" if extras.dropout is None else f"p {extras.dropout}",
+            "sinks": "given" if extras.sinks else "none",
+            "kernel": self.call.kernel.name,
+            "shapes": f"batch {kind.batch}, heads {kind.num_heads} over {kind.num_kv_heads}, head_dim {kind.head_dim}, "
+            f"v_head_dim {kind.v_head_dim}, {kind.dtype} on {kind.device.type}",
+            "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
+            "layout": f"{layouts.q.name} {layouts.q.digest}",
+            "layout of the keys": f"{layouts.k.name} {layouts.k.digest}",
+            "schedule": f"{program.schedule} (cut {program.cut}{travel})",
+            "planned for": str(s.terms),
+            "digest of the mask": self.call.mask.digest,
+        }
+
+
+class Extras(NamedTuple):
+    """What a call brings along, as far as ranks compare it once for all calls of a kind."""
+
+    rule: str | None
+    bias: tuple[int, int] | None
+    dropout: float | None
+    sinks: bool
+    grad: bool
+
+
+def _in_words(rule: Rule) -> str:
+    return f"{rule.name} {rule.params.tolist()}"
+
+
+def _together(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """What kernels ask for: contiguous last dims."""
+    return bool(q.stride(-1) == k.stride(-1) == v.stride(-1) == 1)
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """This rank's part. A sink is a key of value 0: its logit's gradient is `p * (0 - delta)`, summed over queries."""
+    p = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _check_finite(binding: Binding, **tensors: Tensor) -> None:
+    """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    found = f"{' and '.join(bad)} holds NaN or infinity" if bad else "all finite"
+    transport = binding.link.transport
+    if transport.world_size > 1:
+        try:
+            agree(transport, transport.log.ballot(), {"values of q, k and v": found})
+        except ValueError as error:
+            raise FloatingPointError(f"{error} (Options.check_nan)") from None
+    if bad:
+        raise FloatingPointError(f"{found} (Options.check_nan)")

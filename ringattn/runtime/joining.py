@@ -1,0 +1,94 @@
+"""Joining: from what a user names as the group of a context to the link that its ranks share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.arguments.values import shown
+from ringattn.comm import Meeting, Solo, Transport, told
+from ringattn.comm.shield import shield
+from ringattn.runtime.binding import Shared
+from ringattn.runtime.link import Link
+from ringattn.runtime.settings import Options
+
+DEADLINE = 300.0  # seconds
+
+Group = dist.ProcessGroup | DeviceMesh | Transport | None
+
+
+def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
+    """What a first context shares with those that replace it. ``options`` looks at its arguments, and raises for those
+    that do not fit."""
+    link = _link(group_or_mesh, options)
+    gpus = "cuda" in link.transport.blind and torch.cuda.is_available()
+    return Shared(link, torch.cuda.get_device_name() if gpus else "cpu")
+
+
+def _link(group_or_mesh: Group, options: Callable[[], Options]) -> Link:
+    """What a first context moves messages with."""
+    group = _group(group_or_mesh)
+    if group is None:
+        asked = options()
+        return Link(Solo(asked.timeout or DEADLINE), asked.compare_every)
+    if isinstance(group, dist.ProcessGroup):
+        return _meet(group, options)
+    with told(group, "a new context"):
+        return Link(group, options().compare_every)
+
+
+def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
+    """The link that all ranks of a group make, or none."""
+    meetings: list[Meeting] = []
+    links: list[Link] = []
+
+    def meet(refusal: BaseException | None = None) -> None:
+        with Meeting(group) as meeting:
+            meetings.append(meeting)
+            if refusal is not None:
+                raise refusal
+            asked = options()  # what does not fit says so before anything is sent
+            links.append(Link(meeting.transport(asked.timeout or DEADLINE), asked.compare_every))
+
+    def stop() -> None:
+        for meeting in meetings:
+            meeting.give_up()
+
+    try:
+        shield(meet, stop)
+    except BaseException as error:
+        if not meetings:  # interrupted before it began
+            shield(partial(meet, error))
+        for link in links:  # the others have theirs already
+            with told(link.transport, "a new context"):
+                raise
+        raise
+    return links[0]
+
+
+def _group(group: Group) -> dist.ProcessGroup | Transport | None:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise NotImplementedError(
+                f"a {group.ndim}-D mesh {group.mesh_dim_names}: ring x ulysses is not built yet; pass its 1-D "
+                "sub-mesh of the context axis, e.g. mesh['cp']"
+            )
+        return group.get_group()
+    if isinstance(group, (dist.ProcessGroup, Transport)):
+        return group
+    if group is not None:
+        raise ValueError(
+            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None"
+        )
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if many and dist.is_torchelastic_launched() and not dist.is_initialized():
+        raise ValueError(
+            "group_or_mesh is None under torchrun, before torch.distributed is initialised: this rank would "
+            "attend alone; call init_process_group() first, then pass dist.group.WORLD"
+        )
+    return None

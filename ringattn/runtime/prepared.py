@@ -1,0 +1,125 @@
+"""Prepared calls: a program made ready for calls of one kind.
+
+What follows from program, shapes, dtypes and device alone is made at the first call and looked up afterwards: buffers
+and views of them, indices on the device, lists of messages and their bytes. A later call makes views of its own q, k
+and v, and calls kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ringattn.comm import Pending
+from ringattn.geometry.masks import Expression
+from ringattn.kernels import Kernel, TileCalls, tile_calls
+from ringattn.kernels.scores import Scores
+from ringattn.planning import program as planned
+from ringattn.planning.program import Parcel, Program, Row
+from ringattn.runtime.link import Link, Moved
+from ringattn.runtime.wire import Action, Kind, Memory
+from ringattn.runtime.work import Hosting, OwnWork, Work
+from ringattn.runtime.workspace import Workspace
+
+NAMES = {Row.QUERY: "q"}  # as traffic counts them
+
+
+class Turn(NamedTuple):
+    """A turn of a program, with views in place of rows. ``what`` names its messages, ``moved`` their bytes: of each
+    kind the sent and the received ones."""
+
+    what: str
+    copies: Sequence[Action]
+    sends: Sequence[tuple[Tensor, int]]
+    recvs: Sequence[tuple[Tensor, int]]
+    moved: Sequence[Moved]
+    zeros: Sequence[Tensor]
+    work: Sequence[Work]
+    adds: Sequence[Action]
+
+    def post(self, link: Link) -> Pending | None:
+        """Starts its messages, if there are any."""
+        if not (self.sends or self.recvs):
+            return None
+        link.traffic.count(self.moved)
+        return link.transport.post(self.sends, self.recvs, self.what)
+
+
+Turns = list[Turn]
+
+
+class Prepared:
+    """A program, a kernel and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
+    for what each call brings along (a bias, dropout's seed)."""
+
+    def __init__(self, program: Program, kernel: Kernel, kind: Kind, mask: Expression, scores: Scores) -> None:
+        self.program, self.kernel, self.kind, self.mask = program, kernel, kind, mask
+        self.positional, self.wide = scores.positional, kind.wide
+        self.signature = mask.digest, kind, program.schedule, program.cut, kernel.name, scores.scale, scores.softcap
+        turns = (*program.forward, *program.backward)
+        self._calls = {id(work): self._ready(work, scores) for turn in turns for work in turn.work}
+
+    def _ready(self, work: planned.Work, scores: Scores) -> TileCalls:
+        frames = work.q_frame, work.k_frame
+        return tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
+
+    def _q_heads(self, work: planned.Work) -> slice:
+        heads, group = work.heads.of(self.kind.num_kv_heads), self.kind.num_heads // self.kind.num_kv_heads
+        return slice(heads.start * group, heads.stop * group)
+
+    def turns(self, workspace: Workspace) -> tuple[Turns, Turns]:
+        """Forward's and backward's turns, on buffers of the workspace."""
+        views = workspace.views(self)
+        if views is None:
+            kind = self.kind
+            for buffer in self.program.buffers:
+                workspace.reserve(buffer.slot, math.prod(kind.shape(buffer)), kind.dtype_of(buffer.row), kind.device)
+            memory = Memory(workspace, kind)
+            views = tuple(
+                [self._turn(f"{direction} step {t + 1}", turn, memory) for t, turn in enumerate(turns)]
+                for direction, turns in (("forward", self.program.forward), ("backward", self.program.backward))
+            )
+            workspace.keep(self, views)
+        return views  # type: ignore[return-value]
+
+    def _turn(self, what: str, turn: planned.Turn, memory: Memory) -> Turn:
+        sends, recvs = ([memory.message(parcel) for parcel in parcels] for parcels in (turn.sends, turn.recvs))
+        rows = dict.fromkeys(parcel.buffer.row for parcel in (*turn.sends, *turn.recvs))
+        moved = []
+        for row in rows:
+            sent, received = _bytes(row, turn.sends, sends), _bytes(row, turn.recvs, recvs)
+            moved.append(Moved(f"{what.split()[0]} {NAMES.get(row, row.value)}", sent, received))
+        return Turn(
+            what,
+            [action for copy in turn.copies for action in memory.laying(copy)],
+            sends,
+            recvs,
+            moved,
+            [memory.whole(buffer) for buffer in turn.zeros],
+            [self._work(work, memory) for work in turn.work if _some(self._q_heads(work))],
+            [action for copy in turn.adds for action in memory.adding(copy)],
+        )
+
+    def _work(self, work: planned.Work, memory: Memory) -> Work:
+        calls = self._calls[id(work)]
+        if work.queries is not None and work.result is not None:
+            return Hosting(calls, memory.whole(work.queries), memory.whole(work.result))
+        keys, grads = (
+            None if buffer is None else memory.pair(memory.whole(buffer)) for buffer in (work.keys, work.grads)
+        )
+        if work.heads.parts == 1:
+            return OwnWork(calls, None, None, keys, grads)
+        heads = work.heads.of(self.kind.num_kv_heads)
+        return OwnWork(calls, self._q_heads(work), (slice(None), slice(None), heads), keys, grads)
+
+
+def _bytes(row: Row, parcels: Sequence[Parcel], messages: Sequence[tuple[Tensor, int]]) -> int:
+    return sum(tensor.nbytes for parcel, (tensor, _) in zip(parcels, messages, strict=True) if parcel.buffer.row is row)
+
+
+def _some(heads: slice) -> bool:
+    """Half of one head is none."""
+    return bool(heads.stop > heads.start)

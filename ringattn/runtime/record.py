@@ -1,0 +1,75 @@
+"""The record of a call: one list of what attention is asked for, from which the operators' schema, the places of their
+arguments and their fake kernels are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+NO_SEED = -1
+_TYPES = {"Tensor | None": "Tensor?", "float | None": "float?"}
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """A forward call, as tensors and numbers: the context and the mask are named by handles, tensors whose values no
+    compiled graph is specialised on.
+
+    ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grad`` says that some
+    gradient is wanted, and ``dlse`` that lse may have one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    rule: str
+    rule_params: Tensor | None
+    sinks: Tensor | None
+    context: Tensor
+    mask: Tensor
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    seed: int
+    grad: bool
+    dlse: bool
+
+    def gradients(self, of: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients by name as autograd wants them, one for each argument."""
+        return tuple(of.get(field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardRecord(CallRecord):
+    """Its backward. ``drawn`` is the seed that dropout used, int64 ``[1]``; ``wants`` names the gradients that are
+    wanted besides those of q, k and v, joined by commas."""
+
+    out: Tensor
+    lse: Tensor
+    drawn: Tensor
+    dout: Tensor
+    dout_lse: Tensor | None
+    wants: str
+
+    @property
+    def wanted(self) -> list[Tensor]:
+        """What it gives gradients of, in order."""
+        names = ["q", "k", "v", *(name for name in self.wants.split(",") if name)]
+        return [getattr(self, name) for name in names]
+
+
+def schema(record: type[CallRecord], results: str) -> str:
+    """As PyTorch's dispatcher states it."""
+    return f"({', '.join(_argument(field.name, str(field.type)) for field in fields(record))}) -> {results}"
+
+
+def _argument(name: str, kind: str) -> str:
+    return f"{_TYPES.get(kind, kind)} {name}"
+
+
+def arguments(call: CallRecord) -> Iterable[object]:
+    """A record's values, in order."""
+    return [getattr(call, field.name) for field in fields(call)]

@@ -1,0 +1,120 @@
+"""What a context is asked for: its options and arguments, and what of a call a program depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from ringattn.arguments.values import deadline, flag, integer, seed_of, shown
+from ringattn.geometry.layouts import Layout
+from ringattn.geometry.masks import Expression
+from ringattn.planning.cost import Terms
+from ringattn.planning.hardware import hardware
+from ringattn.planning.launches import Stacking
+from ringattn.planning.rates import Rates
+from ringattn.planning.shape import TYPICAL, Shape
+from ringattn.planning.topology import Topology
+
+BYTES = 1 << 62  # no limit on bytes is larger
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a context.
+
+    timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
+    kv_bytes: what the buffers in which a rank holds foreign (gather: all) K/V may take, in bytes, on top of the shards;
+        schedules cut their steps to fit. Gradient buffers have as many elements, in fp32, and messages that have to
+        be packed are copied on their way out. None: two shards of K/V, or what
+        a schedule asked for by name takes.
+    check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
+    seed: where the seeds of dropout calls without one of their own come from.
+    rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on
+        all ranks. None: what is known of the device.
+    compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
+        call they belong to (NCCL).
+    """
+
+    timeout: float | None = None
+    kv_bytes: int | None = None
+    check_nan: bool = False
+    seed: int = 0
+    rates: Rates | None = None
+    topology: Topology | None = None
+    compare_every: int = 64
+
+    def __post_init__(self) -> None:
+        plain: dict[str, object] = {
+            "check_nan": flag("Options.check_nan", self.check_nan),
+            "seed": seed_of("Options.seed", self.seed),
+        }
+        if self.timeout is not None:
+            plain["timeout"] = deadline("Options.timeout", self.timeout)
+        if self.kv_bytes is not None:
+            plain["kv_bytes"] = integer(
+                "Options.kv_bytes",
+                self.kv_bytes,
+                1,
+                BYTES,
+                "; None is two shards of K/V",
+                "a positive number of bytes, ",
+            )
+        plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
+        for kind in (Rates, Topology):
+            name = kind.__name__.lower()
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, kind):
+                hint = "; None is what is known of the device"
+                raise ValueError(f"Options.{name}={shown(given)}: must be a ringattn.{kind.__name__}{hint}")
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """The arguments of a context, and the ``device`` whose rates are its defaults: "cpu", or a GPU's name."""
+
+    seqlen: int
+    masks: tuple[Expression, ...]
+    kv_seqlen: int
+    q_offset: int
+    layout: str | Layout
+    schedule: str
+    kernel: str
+    options: Options
+    shape: Shape | None = None
+    device: str = "cpu"
+    kv_layout: str | Layout | None = None
+
+    @property
+    def terms(self) -> Terms:
+        """What costs are reckoned with."""
+        known, stacking = (
+            hardware(self.device),
+            Stacking.of("cpu" if self.device == "cpu" else "cuda", positional=False),
+        )
+        options, shape = self.options, self.shape or TYPICAL
+        return Terms(options.topology or known.topology, options.rates or known.rates, shape, stacking)
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal settings, over one link."""
+        layouts = (x.digest if isinstance(x, Layout) else str(x) for x in (self.layout, self.kv_layout))
+        words = [repr(replace(self, masks=(), layout="", kv_layout=None)), *layouts, *(m.digest for m in self.masks)]
+        return hashlib.sha256("|".join(words).encode()).digest()
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, which tiles are
+    computed together, and whether queries must ``stay``, because a bias tensor holds something for each of them."""
+
+    kv_heads: int
+    row_bytes: int
+    stacking: Stacking = Stacking.VIEWS
+    stay: bool = False
+
+    @staticmethod
+    def of(terms: Terms) -> Load:
+        """That of the calls a plan was made for."""
+        return Load(terms.shape.num_kv_heads, terms.shape.row_bytes, terms.stacking)

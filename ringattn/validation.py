@@ -1,0 +1,292 @@
+"""What a call and a context may be asked for, in which words they refuse the rest, and what is meant where nothing was
+said: all rules of arguments that look at more than one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ringattn.arguments.tensors import FLOATS, plain
+from ringattn.arguments.values import flag, integer, listed, number, seed_of, shown
+from ringattn.geometry.layouts import NAMED, Layout, named
+from ringattn.geometry.masks import Expression
+from ringattn.kernels import KERNELS
+from ringattn.kernels.partial import accumulator_dtype
+from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
+from ringattn.masks import Mask
+from ringattn.planning.placement import PLACEMENTS
+from ringattn.planning.schedules import SCHEDULES
+from ringattn.planning.shape import Shape
+from ringattn.runtime.link import Link
+from ringattn.runtime.record import NO_SEED, CallRecord
+from ringattn.runtime.settings import ContextSettings, Options
+
+if TYPE_CHECKING:
+    from ringattn.context import ContextParallel
+
+SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied to their values
+
+
+# -- a context ---------------------------------------------------------------------------------
+
+STACK = 1024  # masks of one context
+
+
+def checked_context(given: dict[str, Any]) -> dict[str, Any]:
+    """A context's arguments, as what they stand for."""
+    if not isinstance(given["options"], Options):
+        raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
+    if integer("ulysses", given["ulysses"], 1) != 1:
+        raise NotImplementedError(f"ulysses={given['ulysses']}: the head split is not built yet; use ulysses=1")
+    if given["shape"] is not None and not isinstance(given["shape"], Shape):
+        raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
+    lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
+    masks = _masks(given["mask"])
+    check_names(given["layout"], given["schedule"], given["kernel"], given["kv_layout"])
+    for mask in masks:
+        mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
+    return {**given, **lengths, "mask": masks}
+
+
+def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
+    hint = ", a number of tokens"
+    seqlen, q_offset = (
+        integer(name, value, least, hint=hint, rule="an integer of ")
+        for name, value, least in (("seqlen", seqlen, 1), ("q_offset", q_offset, 0))
+    )
+    if kv_seqlen is not None:
+        kv_seqlen = integer("kv_seqlen", kv_seqlen, 1, hint=hint, rule="an integer of ")
+    return {"seqlen": seqlen, "kv_seqlen": kv_seqlen, "q_offset": q_offset}
+
+
+def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
+    several = isinstance(mask, Iterable) and not isinstance(mask, str)
+    masks = [mask] if isinstance(mask, Expression) else listed("mask", mask, "masks", STACK) if several else []
+    if not masks or not all(isinstance(m, Expression) for m in masks):
+        raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
+    return tuple(dict.fromkeys(masks))
+
+
+def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> None:
+    """Raises ``ValueError`` for what does not fit the ranks, or the contexts before."""
+    options, world = settings.options, link.transport.world_size
+    if options.compare_every != link.compare_every:
+        raise ValueError(
+            f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
+            f"together, and the first said {link.compare_every}"
+        )
+    if options.timeout not in (None, link.transport.timeout):
+        raise ValueError(
+            f"Options.timeout={options.timeout}, but the transport's deadline is {link.transport.timeout} s: it is "
+            "set when the transport is made; leave Options.timeout out here"
+        )
+    if self_attention and world > settings.seqlen:
+        raise ValueError(
+            f"seqlen={settings.seqlen} over {world} ranks: more ranks than tokens; use fewer ranks "
+            "(empty shards are legal with kv_seqlen or q_offset only)"
+        )
+    layout, keys = settings.layout, settings.kv_layout
+    if isinstance(layout, Layout) and layout.fits != (settings.seqlen, world):
+        raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {world} ranks; build it for these")
+    if isinstance(keys, Layout) and keys.fits != (settings.kv_seqlen, world):
+        raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {world} ranks")
+    if isinstance(layout, Layout) and keys in (None, "auto") and settings.kv_seqlen != settings.seqlen:
+        raise ValueError(
+            f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={settings.kv_seqlen} keys; give them "
+            "a kv_layout, for instance 'contiguous'"
+        )
+
+
+def check_names(layout: str | Layout, schedule: str, kernel: str, kv_layout: str | Layout | None = None) -> None:
+    """Raises ``ValueError`` for a name that does not exist, with those that do."""
+    named("kernel", kernel, ["auto", *(known.name for known in KERNELS)])
+    named("schedule", schedule, ["auto", *(known.name for known in SCHEDULES)])
+    if isinstance(layout, Layout):
+        layout.check()
+    else:
+        named("layout", layout, PLACEMENTS)
+    if isinstance(kv_layout, Layout):
+        kv_layout.check()
+    elif kv_layout is not None:
+        named("kv_layout", kv_layout, ["auto", *(known.__name__ for known in NAMED)])
+
+
+# -- a call ------------------------------------------------------------------------------------
+
+
+def checked_call(
+    q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
+    softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
+    return_lse: bool,
+) -> CallRecord:  # fmt: skip
+    """The call, if all its arguments fit."""
+    return_lse = flag("return_lse", return_lse)
+    _check_types(q, k, v, bias, sinks)
+    scale, softcap, dropout_p, seed = _check_numbers(scale, softcap, dropout_p, seed)
+    q, k, v = _autocast(q, k, v)
+    _check_tensors(q, k, v, cp)
+    mask_handle = _mask_handle(mask, cp)
+    bias, rule = (bias, None) if bias is None or isinstance(bias, Tensor) else (None, bias)
+    if not torch.compiler.is_compiling():
+        _check_mode(q, k, v, bias, sinks)
+    _check_extras(bias, rule, sinks, q, cp)
+    q, scale = _apply_sign(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
+    params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
+    return CallRecord(
+        q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
+        NO_SEED if seed is None else seed, grad, return_lse and grad,
+    )  # fmt: skip
+
+
+def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:
+    one_device = len({t.device for t in (q, k, v) if isinstance(t, Tensor)}) == 1  # else that is what is said of them
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if one_device or not isinstance(t, Tensor):
+            plain(name, t)
+    if sinks is not None:
+        plain("sinks", sinks)
+    if isinstance(bias, Tensor):
+        plain("bias", bias)
+
+
+def _check_numbers(
+    scale: Any, softcap: Any, dropout_p: Any, seed: Any
+) -> tuple[float | None, float | None, float, int | None]:
+    """The numbers of a call, as plain ones unless they are symbols of a graph."""
+    if scale is not None:
+        scale = _check_scale(scale)
+    if softcap is not None:
+        softcap = number("softcap", softcap, SMALLEST, GREATEST, "; None is no cap", also=SYMBOLS, rule="a positive")
+    dropout_p = number("dropout_p", dropout_p, 0.0, 1.0, ", and below 1", also=SYMBOLS)
+    if dropout_p >= 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and below 1")
+    if seed is not None and not dropout_p:
+        raise ValueError(f"seed={shown(seed)} without dropout_p: a seed is used for dropout only; leave it out")
+    if seed is not None and not isinstance(seed, SYMBOLS):
+        seed = seed_of("seed", seed)
+    return scale, softcap, dropout_p, seed
+
+
+def _check_scale(scale: Any) -> float:
+    if isinstance(scale, Tensor):
+        if scale.requires_grad:
+            raise ValueError("scale is a tensor that requires grad, and its gradient is not computed: multiply q by it")
+        if plain("scale", scale).numel() != 1 or scale.dtype == torch.bool:
+            raise ValueError(f"scale={shown(scale)}: must be one number; None is head_dim ** -0.5")
+        scale = scale.item()
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale={scale}: must be finite; None is head_dim ** -0.5")
+    hint = ", and where it is not 0 at least 2**-40 either way; None is head_dim ** -0.5"
+    scale = number("scale", scale, -GREATEST, GREATEST, hint, also=SYMBOLS)
+    if scale and abs(scale) < SMALLEST:
+        number("scale", scale, SMALLEST, GREATEST, ", or 0; None is head_dim ** -0.5")
+    return scale
+
+
+def _check_mode(*tensors: Tensor | None) -> None:
+    """Operators without a formula drop tangents in silence."""
+    if forward_ad._current_level >= 0:
+        if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError("attention() has no forward-mode derivative (jvp): use reverse mode")
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k and v in its dtype, like torch's own attention; fp64 is left alone."""
+    kind = q.device.type
+    if q.is_meta or not torch.is_autocast_enabled(kind):  # which knows no meta device
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    q, k, v = (t if t.dtype not in FLOATS or t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    return q, k, v
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.ndim != 4:
+            raise ValueError(f"{name} has shape {_sizes(t)}: must be [batch, tokens, heads, head_dim]")
+        if t.dtype not in FLOATS:
+            raise ValueError(f"{name} is {t.dtype}: must be float16, bfloat16, float32 or float64")
+    for what, of in (
+        ("dtype", lambda t: t.dtype),
+        ("device", lambda t: t.device),
+        ("batch", lambda t: t.shape[0]),
+    ):
+        if not of(q) == of(k) == of(v):
+            found = [int(x) if what == "batch" else x for x in map(of, (q, k, v))]
+            raise ValueError(f"{what} differs: q {found[0]}, k {found[1]}, v {found[2]}; give all three the same")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {_sizes(k)} and v {_sizes(v)}: must agree in batch, length and heads")
+    if not q.shape[-1] or not v.shape[-1]:
+        raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
+    if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{int(q.shape[2])} heads over {int(k.shape[2])} KV heads: num_kv_heads must divide num_heads")
+    if q.shape[1] != cp.local_seqlen:
+        raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
+    if k.shape[1] != cp.local_kv_seqlen:
+        raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
+
+
+def _sizes(x: Tensor) -> str:
+    """A shape whose sizes are plain numbers also while a compiler traces: the text of an error must be a constant."""
+    return "(" + ", ".join([f"{int(n)}" for n in x.shape]) + (",)" if x.ndim == 1 else ")")
+
+
+def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParallel) -> ValueError:
+    turned = (
+        f"; its dims must be [batch, tokens, heads, head_dim], and dim 2 has {local}" if x.shape[2] == local else ""
+    )
+    return ValueError(
+        f"{name} has {int(x.shape[1])} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
+        f"(layout {cp.q_layout.name}); shard with cp.shard{'_kv' if name == 'k' else ''}(){turned}"
+    )
+
+
+def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
+    if mask is None:
+        return cp.mask_handles[0]
+    if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
+        listed = "; ".join(map(str, cp.masks))
+        raise ValueError(
+            f"mask {shown(mask)} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
+        )
+    return torch.from_numpy(mask.handle)
+
+
+def _check_extras(bias: Tensor | None, rule: Rule | None, sinks: Tensor | None, q: Tensor, cp: ContextParallel) -> None:
+    heads = int(q.shape[2])
+    if bias is not None:
+        _check_bias(bias, q, cp)
+    if rule is not None and type(rule) is not RULES.get(getattr(rule, "name", "")):
+        raise ValueError(f"bias={shown(rule)}: must be a tensor or a rule such as ringattn.alibi(slopes[{heads}])")
+    if rule is not None and (reason := rule.refuse(heads)) is not None:
+        raise ValueError(reason)
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype not in FLOATS or sinks.device != q.device):
+        raise ValueError(
+            f"sinks {_sizes(sinks)} {sinks.dtype} on {sinks.device}: must be floats [{heads}] on {q.device}"
+        )
+
+
+def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
+    shape = (q.shape[0], q.shape[2], cp.local_seqlen, cp.kv_seqlen)
+    fits = bias.ndim == 4 and bias.shape[0] in (1, shape[0]) and bias.shape[1] in (1, shape[1])
+    if not fits or bias.shape[2:] != shape[2:] or bias.dtype not in FLOATS or bias.device != q.device:
+        raise ValueError(
+            f"bias {_sizes(bias)} {bias.dtype} on {bias.device}: must be floats "
+            f"[1 or {int(shape[0])}, 1 or {int(shape[1])}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, "
+            "all keys in global order"
+        )
+
+
+def _apply_sign(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale: kernels mask with -inf before they scale."""
+    if scale > 0:
+        return q, scale
+    return (q * -1.0, -scale) if scale < 0 else (q * 0.0, 1.0)

@@ -1,0 +1,254 @@
+"""What README and the migration page tell people to write works, on two processes, and gives what one process gives."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ringattn
+from ringattn.testing import run_processes
+from tests.support.hf_models import build, configs
+from tests.support.rows import Rows
+
+ROOT = Path(__file__).parents[2]
+LONGEST = 10  # lines of code, blank ones and comments apart
+
+
+def blocks(page: str) -> dict[str, list[str]]:
+    """The Python blocks of a page by the heading they stand under."""
+    found: dict[str, list[str]] = {}
+    for section in re.split(r"^#+ (?=[A-Z])", (ROOT / page).read_text(), flags=re.MULTILINE)[1:]:
+        heading, _, text = section.partition("\n")
+        if code := re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            found[heading] = code
+    return found
+
+
+def everything() -> dict[str, Any]:
+    """The names that the blocks say they come from."""
+    from transformers import Trainer
+
+    from ringattn.integrations import fsdp, transformers
+
+    names = {"ringattn": ringattn, "torch": torch, "dist": dist, "F": F, "Trainer": Trainer}
+    for module in (fsdp, transformers):
+        names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/migration.md"])
+def test_blocks_are_short(page: str) -> None:
+    for heading, found in blocks(page).items():
+        if heading == "In your own model":
+            continue  # a whole training step with its own reduction
+        for code in found:
+            lines = [line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+            assert len(lines) <= LONGEST, heading
+
+
+# -- README -------------------------------------------------------------------------------------------
+
+SEQLEN = 45
+
+
+def transformers_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
+    config = configs()["gemma3"]
+    names = everything() | {"seqlen": SEQLEN, "config": config, "model": build(config), "ids": Rows(1).ids}
+    exec(code, names)
+    return {name: p.grad.full_tensor() for name, p in names["model"].named_parameters() if p.grad is not None}
+
+
+def test_the_transformers_block_equals_one_process() -> None:
+    code = blocks("README.md")["In Transformers and FSDP2"][0]
+    model, ids = build(configs()["gemma3"]), Rows(1).ids
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for found in run_processes(transformers_block, 2, code):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                bound = 2e-6 * float(parameter.grad.abs().max()) + 1e-12
+                torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)
+
+
+def trainer_block(rank: int, world_size: int, code: str, folder: Path) -> list[float]:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, not used: the group is there
+    from transformers import TrainingArguments
+
+    names, config = everything(), configs()["llama"]
+    arguments = TrainingArguments(
+        output_dir=str(folder / str(rank)), use_cpu=True, max_steps=2, logging_steps=1, report_to=[], disable_tqdm=True
+    )
+    names |= {"mesh": names["data_context_mesh"]("cpu", context=world_size), "seqlen": SEQLEN, "rows": Rows()}
+    names |= {"config": config, "model": build(config), "arguments": arguments, "__name__": "block"}
+    exec(code, names)
+    return [entry["loss"] for entry in names["trainer"].state.log_history if "loss" in entry]
+
+
+def test_the_trainer_block_trains_as_one_process(tmp_path: Path) -> None:
+    code = blocks("README.md")["In Transformers and FSDP2"][1]
+    alone, both = (run_processes(trainer_block, n, code, tmp_path / str(n), timeout=100)[0] for n in (1, 2))
+    assert len(alone) == 2
+    assert both == pytest.approx(alone, rel=1e-5)
+
+
+WIDTH, IDS = 12, 31
+
+
+def hidden_and_labels() -> tuple[nn.Module, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    model = nn.Module()
+    model.lm_head = nn.Linear(WIDTH, IDS, bias=False).double()
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn(IDS, WIDTH, generator=draw))
+    labels = torch.randint(IDS, (1, SEQLEN), generator=draw)
+    labels[:, :25] = -100
+    return model, torch.randn(1, SEQLEN, WIDTH, generator=draw, dtype=torch.float64), labels
+
+
+def loss_block(rank: int, world_size: int, code: str) -> tuple[float, Tensor]:
+    names = everything()
+    mesh = names["data_context_mesh"]("cpu", context=2)
+    cp = ringattn.ContextParallel(mesh["cp"], SEQLEN, layout="contiguous")
+    model, hidden, labels = hidden_and_labels()
+    names |= {"mesh": mesh, "cp": cp, "model": model, "hidden": cp.shard(hidden), "labels": cp.shard(labels)}
+    exec(code, names)
+    gradient = model.lm_head.weight.grad
+    dist.all_reduce(gradient)  # and divided, as DDP does
+    return float(ringattn.loss.sum_over(names["share"], mesh)), gradient / world_size
+
+
+def test_the_loss_block_equals_one_process() -> None:
+    model, hidden, labels = hidden_and_labels()
+    logits = model.lm_head(hidden)[0]
+    expected = F.cross_entropy(logits, labels[0]) + 0.3 * F.cross_entropy(logits[:-1], labels[0, 1:])
+    expected.backward()
+    for loss, gradient in run_processes(loss_block, 2, blocks("README.md")["Losses"][0]):
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
+        torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_check_block_names_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = blocks("README.md")["Is my model right?"][0]
+    where = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    model = "from tests.support.planted import Planted as Model"
+    (tmp_path / "mymodel.py").write_text(f"{where}\nimport ringattn\n{model}\n\n{code}")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "ringattn.cli", "check", "--model", "mymodel:make"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class OneLayer(nn.Module):
+    """`model(tokens, position_ids)` gives q, k and v that depend on positions; or a decoder of one layer of them."""
+
+    def __init__(self, cp: ringattn.ContextParallel | None = None) -> None:
+        super().__init__()
+        self.cp = cp
+        draw = torch.Generator().manual_seed(6)
+        self.weight = nn.Parameter(torch.randn(IDS, 3 * 2 * 4, generator=draw, dtype=torch.float64))
+
+    def qkv(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        turned = self.weight[tokens] * torch.cos(0.1 * position_ids.double())[..., None]
+        return turned.unflatten(-1, (3, 2, 4)).unbind(-3)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        out = ringattn.attention(*self.qkv(tokens, position_ids), cp=self.cp)
+        return out.flatten(2) @ self.weight[:, :8].T
+
+
+def own_model_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
+    names = everything()
+    names["dist"] = SimpleNamespace(
+        init_process_group=lambda backend: None, group=dist.group, all_reduce=dist.all_reduce
+    )
+    model = OneLayer()
+    names |= {"tokens": tokens_of(), "labels": tokens_of(1), "model": model}
+    lines = code.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("cp ="))
+    exec("\n".join(lines[: at + 1]), names)
+    model.cp = names["cp"]  # as a layer of the user's gets it
+    exec("\n".join(lines[at + 1 :]), names)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def tokens_of(seed: int = 0) -> Tensor:
+    return torch.randint(IDS, (1, SEQLEN), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_block_for_an_own_model_equals_one_process() -> None:
+    model = OneLayer(ringattn.ContextParallel(None, SEQLEN))
+    logits = model(tokens_of(), torch.arange(SEQLEN))
+    F.cross_entropy(logits[0], tokens_of(1)[0]).backward()
+    code = blocks("README.md")["In your own model"][0]
+    for found in run_processes(own_model_block, 2, code):
+        torch.testing.assert_close(found["weight"], model.weight.grad, rtol=1e-10, atol=1e-13)
+
+
+# -- migration ----------------------------------------------------------------------------------------
+
+CU_SEQLENS = (0, 11, 30, SEQLEN)
+
+
+def migration_block(rank: int, world_size: int, code: str, told: str) -> Tensor:
+    names, model = everything(), OneLayer()
+    mesh = names["data_context_mesh"]("cpu", context=world_size)
+    positions = torch.arange(SEQLEN)
+    names |= {
+        "mesh": mesh,
+        "group": dist.group.WORLD,
+        "cp_group": dist.group.WORLD,
+        "seqlen": SEQLEN,
+        "cu_seqlens": CU_SEQLENS,
+        "x": tokens_of(),
+        "y": tokens_of(1),
+        "freqs": positions,
+        "model": model.qkv,
+        "heads_of": lambda qkv: [x.transpose(1, 2) for x in qkv],
+        "sequence_first": lambda qkv: [x.transpose(0, 1) for x in qkv],
+        "logits_of": lambda out: out.flatten(2) @ model.weight[:, :8].T,
+        "cp": ringattn.ContextParallel(mesh["cp"], SEQLEN),
+    }
+    exec(code, names)
+    out = names["out"]
+    out = out.transpose(0, 1).unflatten(-1, (2, 4)) if told == "From Transformer Engine" else out
+    if told == "From torch's `context_parallel`":
+        dist.all_reduce(model.weight.grad)
+        return torch.cat([names["cp"].unshard(out).flatten(), model.weight.grad.flatten()])
+    return names["cp"].unshard(out).flatten()
+
+
+def attended(mask: ringattn.Mask, model: OneLayer) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in model.qkv(tokens_of(), torch.arange(SEQLEN)))
+    return F.scaled_dot_product_attention(q, k, v, mask.dense(SEQLEN, SEQLEN)).transpose(1, 2)
+
+
+MASKS = {
+    "From torch's `context_parallel`": [ringattn.causal()],
+    "From Transformer Engine": [ringattn.sliding_window(7)],
+    "From ring-flash-attn": [ringattn.causal(), ringattn.documents(CU_SEQLENS) & ringattn.causal()],
+}
+
+
+@pytest.mark.parametrize("heading", MASKS)
+def test_migration_blocks_equal_one_process(heading: str) -> None:
+    for code, mask in zip(blocks("docs/migration.md")[heading], MASKS[heading], strict=True):
+        model = OneLayer()
+        out = attended(mask, model)
+        expected = [out.flatten()]
+        if "backward" in code:
+            logits = out.flatten(2) @ model.weight[:, :8].T
+            F.cross_entropy(logits[0], tokens_of(1)[0]).backward()
+            expected.append(model.weight.grad.flatten())
+        for found in run_processes(
+            migration_block, 2, code.replace("sliding_window(1023)", "sliding_window(7)"), heading
+        ):
+            torch.testing.assert_close(found, torch.cat(expected).detach(), rtol=1e-10, atol=1e-12)

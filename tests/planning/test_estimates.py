@@ -1,0 +1,133 @@
+"""The estimate of kernel calls beside the programs that are compiled."""
+
+import time
+
+import numpy as np
+import pytest
+
+import ringattn as ra
+from ringattn.geometry.layouts import LAYOUTS, chunks, contiguous, dealt, zigzag
+from ringattn.planning.cost import settled
+from ringattn.planning.deals import deal_by_weight
+from ringattn.planning.estimates import estimate
+from ringattn.planning.launches import Stacking
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import compile_program
+from ringattn.planning.schedules import SCHEDULES, by_name
+
+S = 8192
+
+
+def documents(seqlen, count):
+    sizes = np.random.default_rng(0).lognormal(0, 1, count)
+    cuts = np.unique((sizes.cumsum() / sizes.sum() * seqlen).astype(int)[:-1])
+    return ra.documents([0, *cuts[cuts > 0].tolist(), seqlen])
+
+
+MASKS = {
+    "causal": ra.causal(),
+    "full": ra.full(),
+    "window": ra.sliding_window(1023),
+    "longformer": ra.longformer(255, [0, 7, 3000, 8000]),
+    "longformer both": ra.longformer(255, 64, causal=False),
+    "bigbird": ra.bigbird(64, 3, 2, 3),
+    "bigbird both": ra.bigbird(64, 3, 2, 3, causal=False),
+    "chunked": ra.chunked(64),
+    "strided": ra.strided(64),
+    "dilated": ra.dilated(8, 64),
+    "documents": documents(S, 50) & ra.causal(),
+    "prefix": ra.prefix_lm(S // 4),
+}
+
+
+def balanced(seqlen, world):
+    """Chunks dealt as they would be for work that jumps about."""
+    spans = chunks(seqlen, 8 * world)
+    return dealt("balanced", seqlen, world, spans, deal_by_weight(np.random.default_rng(1).integers(0, 100, len(spans)), world))  # fmt: skip # noqa: E501
+
+
+def true_calls(plan, schedule, cut, stacking):
+    return [compile_program(plan, schedule, cut, rank, stacking).calls for rank in range(plan.world_size)]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, balanced])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("world", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_estimated_and_compiled_calls(world, name, layout):
+    check(MASKS[name], layout, world)
+
+
+@pytest.mark.parametrize("layout", [zigzag, balanced])
+@pytest.mark.parametrize("name", ["causal", "longformer", "documents", "bigbird", "dilated"])
+def test_estimated_and_compiled_calls_of_eight_ranks(name, layout):
+    check(MASKS[name], layout, 8)
+
+
+def check(mask, layout, world):
+    placed = layout(S, world)
+    plan = Plan(mask.bind(S, S), placed, placed)
+    for schedule in SCHEDULES:
+        cut, _ = settled(plan, schedule, 8)
+        for stacking in Stacking:
+            calls = max(true_calls(plan, schedule, cut, stacking))
+            guess = int(estimate(plan, schedule, cut, stacking).calls.max())
+            assert calls / 1.5 - 4 <= guess <= 1.5 * calls + 4, (schedule.name, stacking, calls, guess)
+
+
+def test_estimates_of_every_rank():
+    """Not only of the largest; and the rows that they compute."""
+    placed = zigzag(S, 4)
+    plan = Plan(MASKS["documents"].bind(S, S), placed, placed)
+    for name in ("ring", "exchange", "gather"):
+        schedule = by_name(name)
+        found = estimate(plan, schedule, 2, Stacking.NONE)
+        programs = [compile_program(plan, schedule, 2, rank, Stacking.NONE) for rank in range(4)]
+        assert found.calls.tolist() == [program.calls for program in programs]
+        chunks_of_heads = 2 if name == "gather" else 1
+        works = [[work for turn in program.forward for work in turn.work] for program in programs]
+        rows = [sum(int(work.tiles.boxes[:, 1].sum()) for work in each) for each in works]
+        assert (found.rows * chunks_of_heads).tolist() == rows
+
+
+def test_other_lengths_of_keys_and_first_queries():
+    for q_len, kv_len, offset, mask in ((1000, 3000, 2000, ra.causal()), (500, 4000, 0, ra.global_tokens([3, 77]))):
+        plan = Plan(mask.bind(q_len, kv_len, offset), zigzag(q_len, 4), contiguous(kv_len, 4))
+        for schedule in SCHEDULES:
+            cut, _ = settled(plan, schedule, 8)
+            assert abs(max(true_calls(plan, schedule, cut, Stacking.ALL))
+                       - int(estimate(plan, schedule, cut, Stacking.ALL).calls.max())) <= 2  # fmt: skip
+
+
+def test_travelling_queries_are_calls_of_their_hosts():
+    placed = contiguous(S, 4)
+    bound = ra.longformer(255, 8, causal=False).bind(S, S)
+    stays, goes = Plan(bound, placed, placed), Plan(bound, placed, placed, travel=6)
+    assert len(goes.guests)
+    for plan in (stays, goes):
+        found = estimate(plan, by_name("exchange"), 1, Stacking.NONE).calls
+        assert abs(int(found.max()) - max(true_calls(plan, by_name("exchange"), 1, Stacking.NONE))) <= 1
+
+
+def test_some_ranks_stand_for_a_world_of_many_pieces(monkeypatch):
+    placed = zigzag(1 << 16, 64)
+    bound = ra.causal().bind(1 << 16, 1 << 16)
+    whole = estimate(Plan(bound, placed, placed), by_name("ring"), 1, Stacking.NONE).calls
+    monkeypatch.setattr("ringattn.planning.contacts.PIECES", 1000)
+    plan = Plan(bound, placed, placed)
+    some = estimate(plan, by_name("ring"), 1, Stacking.NONE).calls
+    assert not plan.contacts.known.all() and whole.max() / 1.5 <= some.max() <= 1.5 * whole.max()
+
+
+def test_a_thousand_ranks_take_milliseconds():
+    """Processor time, the least of a few turns: about ten milliseconds on an idle core."""
+    rng, seqlen, world = np.random.default_rng(0), 1 << 20, 1024
+    cuts = np.sort(rng.choice(np.arange(1, seqlen), 4999, replace=False)).tolist()
+    mask = ra.documents([0, *cuts, seqlen]) & ra.sliding_window(1023)
+    plan = Plan(mask.bind(seqlen, seqlen), contiguous(seqlen, world), contiguous(seqlen, world))
+    assert plan.contacts.known.all()
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        assert estimate(plan, by_name("exchange"), 1, Stacking.ALL).calls.max() < 64
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1

@@ -1,0 +1,351 @@
+"""Messages belong to calls: what one rank fails or refuses, all do at once, and no message ever fills another call's
+tensor; after it the next call that all ranks start together is right again."""
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+import ringattn as ra
+from ringattn.comm import Loopback, PeerError, Transport, handshake
+from ringattn.rolling import roll
+from ringattn.testing import run_processes
+from tests.support.faults import Faults, Injected
+from tests.support.steps import AT_ONCE, S, expected, gloo, inputs_of, shared_memory, step
+
+TRANSPORTS = pytest.mark.parametrize("make", [gloo, shared_memory])
+WORLDS = pytest.mark.parametrize("world", [2, 3])
+
+
+def end_slowly(rank: int, _: int) -> list[str]:
+    """Ranks 0 and 2 end their group and make one more call, while the others still are in the last act of the one
+    before."""
+    held, transport = dist.group.WORLD, shared_memory()  # held: with the group would go what warns the others
+    cp = ra.ContextParallel(transport, S)
+    x = cp.shard(torch.ones(1, S, 2))
+    cp.unshard(x)
+    post = transport.post
+
+    def dawdle(sends: Any, recvs: Any, what: str) -> Any:
+        pending = post(sends, recvs, what)
+        if rank % 2 and what.startswith("end, 2"):
+            time.sleep(rank / 2)  # rank 1 then waits for rank 3, and hears the others
+        return pending
+
+    transport.post = dawdle  # type: ignore[method-assign]
+    found = []
+    for group in ("there", "gone"):
+        if group == "gone":
+            dist.destroy_process_group()
+        try:
+            cp.unshard(x)
+            found.append("right")
+        except RuntimeError as error:
+            found.append(str(error))
+    assert held is not None
+    return found
+
+
+def test_what_fails_after_a_call_leaves_it_right_on_ranks_that_are_slower() -> None:
+    for right, refused in run_processes(end_slowly, 4):
+        assert right == "right"
+        assert "has been destroyed" in refused
+
+
+def fail_everywhere(rank: int, world: int, make: Callable[[], Transport], culprit: int) -> list[list[str]]:
+    """A fault at every batch and wait of a step, in turn; what became of that step and of the two after it."""
+
+    def fresh() -> tuple[Faults, ra.ContextParallel]:
+        transport = make()
+        return Faults(transport), ra.ContextParallel(transport, S, layout="zigzag")
+
+    faults, cp = fresh()
+    found = [[step(cp, 0)]]
+    points = torch.tensor([faults.seen])
+    dist.broadcast(points, culprit)
+    for at in range(1, int(points) + 1):
+        faults.arm(at if rank == culprit else None)
+        outcomes = [step(cp, 3 * at)]
+        faults.arm(None)
+        outcomes += [step(cp, 3 * at + 1), step(cp, 3 * at + 2)]
+        found.append(outcomes)
+        last: list[Any] = [None] * world
+        dist.all_gather_object(last, outcomes)
+        assert len({outcomes[-1] == "right" for outcomes in last}) == 1, (at, last)
+        if outcomes[-1] != "right":
+            faults, cp = fresh()
+    return found
+
+
+@TRANSPORTS
+@WORLDS
+def test_a_fault_at_every_message_is_one_on_all_ranks(make: Any, world: int) -> None:
+    ranks = run_processes(fail_everywhere, world, make, world - 1)
+    assert all(found[0] == ["right"] for found in ranks)
+    refused = 0
+    for cases_of in zip(*(found[1:] for found in ranks), strict=True):
+        assert cases_of[-1][0].startswith("Injected")
+        told = [outcomes[0] for outcomes in cases_of[:-1]]
+        assert all("Injected" in text or text == "right" for text in told), cases_of
+        if all(outcomes[1:] == ["right", "right"] for outcomes in cases_of):
+            assert all(f"rank {world - 1} failed in call" in text for text in told), cases_of
+        else:  # the culprit had done its part, and failed when the others could go on
+            refused += 1
+            assert all("right" not in outcomes[1:] for outcomes in cases_of), cases_of
+            assert all("make a new context" in outcomes[2] for outcomes in cases_of), cases_of
+    # Only in the rounds by which all ranks end a pass, forward and backward: there are three places for a fault in a
+    # round, and from the second place of the first round on, some rank may have heard all that it waits for.
+    rounds = (world - 1).bit_length()
+    assert refused <= 2 * (3 * rounds - 1)
+
+
+def differ(rank: int, world: int, make: Callable[[], Transport]) -> list[tuple[str, list[str], float]]:
+    """Calls in which rank 0 is not like the others, none of them the first of its kind; then a step that is right."""
+    q, k, v, dout = inputs_of(1)
+    masks = [ra.causal(), ra.sliding_window(5)]
+    odd = rank == 0
+
+    def attend(cp: ra.ContextParallel, **arguments: Any) -> torch.Tensor:
+        return ra.attention(*map(cp.shard, (q, k, v)), cp=cp, **arguments)
+
+    def graph(cp: ra.ContextParallel, wanted: bool) -> None:
+        leaves = [cp.shard(t).requires_grad_(wanted) for t in (q, k, v)]
+        ra.attention(*leaves, cp=cp)
+
+    def skip_backward(cp: ra.ContextParallel) -> None:
+        for number in range(2):
+            leaves = [cp.shard(t).clone().requires_grad_() for t in (q, k, v)]
+            out = ra.attention(*leaves, cp=cp)
+            if not (odd and number == 0):
+                out.backward(cp.shard(dout))
+
+    def backward_of_another_layer(cp: ra.ContextParallel) -> None:
+        leaves = [cp.shard(t).clone().requires_grad_() for t in (q, k, v)]
+        outs = [ra.attention(*leaves, cp=cp, mask=mask) for mask in masks]
+        for out in outs if odd else reversed(outs):
+            out.backward(cp.shard(dout), retain_graph=True)
+
+    ways: dict[str, Callable[[ra.ContextParallel], Any]] = {
+        "mask": lambda cp: attend(cp, mask=masks[odd]),
+        "scale": lambda cp: attend(cp, scale=0.5 if odd else 0.25),
+        "seed": lambda cp: attend(cp, dropout_p=0.5, seed=int(odd)),
+        "slopes": lambda cp: attend(cp, bias=ra.alibi([0.5, 0.25, 0.125, 0.1 + 0.1 * odd])),
+        "gradient": lambda cp: graph(cp, wanted=odd),
+        "roll": lambda cp: roll(cp, cp.shard(q), 1 + odd),
+        "kind": lambda cp: cp.unshard(cp.shard(q)) if odd else attend(cp),
+        "skipped backward": skip_backward,
+        "order of backward": backward_of_another_layer,
+        "new kind": lambda cp: attend(cp, scale=2.0 if odd else None),
+    }
+    cp = ra.ContextParallel(make(), S, mask=masks, layout="zigzag")
+    known: tuple[Callable[[], Any], ...] = (
+        lambda: [attend(cp, mask=mask) for mask in masks],
+        lambda: [attend(cp, scale=scale) for scale in (0.5, 0.25)],
+        lambda: [attend(cp, dropout_p=0.5, seed=seed) for seed in (0, 1)],
+        lambda: [attend(cp, bias=ra.alibi([0.5, 0.25, 0.125, slope])) for slope in (0.1, 0.2)],
+        lambda: [graph(cp, wanted) for wanted in (True, False)],
+        lambda: [roll(cp, cp.shard(q), by) for by in (1, 2)],
+        lambda: cp.unshard(cp.shard(q)),
+    )
+    found = []
+    for name, way in ways.items():
+        for same in known:
+            same()
+        start = time.monotonic()
+        try:
+            way(cp)
+            text = "nothing"
+        except (PeerError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"
+        seconds = time.monotonic() - start
+        found.append((f"{name}: {text}", [step(cp, 2), step(cp, 3)], seconds))
+        cp = usable(cp, name, make)
+    return found
+
+
+APART = ("kind", "skipped backward")  # after which a rank is ahead of the others
+
+
+def usable(cp: ra.ContextParallel, name: str, make: Callable[[], Transport]) -> ra.ContextParallel:
+    return ra.ContextParallel(make(), S, mask=cp.masks, layout="zigzag") if name in APART else cp
+
+
+@TRANSPORTS
+@WORLDS
+def test_ranks_that_differ_in_a_known_call_are_told_at_once(make: Any, world: int) -> None:
+    ranks = run_processes(differ, world, make)
+    for outcomes in zip(*ranks, strict=True):
+        for text, later, seconds in outcomes:
+            assert "CallMismatch" in text and "every rank must make the same calls" in text, outcomes
+            assert text.count("is at call") == 2, "both calls are named"
+            if text.startswith(APART):
+                assert all("CallMismatch" in one and "make a new context" in one for one in later), outcomes
+            else:
+                assert later == ["right", "right"], outcomes
+            assert seconds < AT_ONCE, outcomes
+
+
+def go_on_with_the_next_batch(rank: int, world: int, make: Callable[[], Transport]) -> list[str]:
+    """Rank 0 fails between two calls of batch 1, and each rank goes on with its next batch."""
+    cp = ra.ContextParallel(make(), S, layout="zigzag")
+    outcomes = []
+    for number in range(5):
+        try:
+            q, k, v, dout = map(cp.shard, inputs_of(number))
+            leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+            out = ra.attention(*leaves, cp=cp)
+            if rank == 0 and number == 1:
+                raise Injected("outside of any call")
+            out.backward(dout)
+            found = [out.detach(), *(t.grad for t in leaves)]
+            right = all(map(torch.allclose, found, expected(cp, number)))
+            outcomes.append("right" if right else "wrong")
+        except (Injected, PeerError) as error:
+            outcomes.append(str(error))
+    return outcomes
+
+
+@TRANSPORTS
+@WORLDS
+def test_ranks_at_different_batches_are_never_wrong(make: Any, world: int) -> None:
+    for outcomes in run_processes(go_on_with_the_next_batch, world, make):
+        assert outcomes[0] == "right" and "wrong" not in outcomes, outcomes
+        assert "make a new context" in outcomes[3] and "right" not in outcomes[1:], outcomes
+
+
+def recompute(rank: int, world: int, make: Callable[[], Transport]) -> int:
+    """Checkpointing stops the recomputed forward by an exception, once attention has saved what backward wants."""
+    cp = ra.ContextParallel(make(), S, layout="zigzag")
+    for number in range(10):
+        q, k, v, dout = map(cp.shard, inputs_of(number))
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        out = checkpoint(lambda *qkv: ra.attention(*qkv, cp=cp), *leaves, use_reentrant=False)
+        out.backward(dout)
+        for a, b in zip((out.detach(), *(t.grad for t in leaves)), expected(cp, number), strict=True):
+            torch.testing.assert_close(a, b)
+    return cp.link.transport.log.epoch
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_recomputation_that_autograd_stops_is_no_failure(make: Any, world: int) -> None:
+    assert run_processes(recompute, world, make) == [0] * world
+
+
+def refuse(rank: int, world: int, make: Callable[[], Transport]) -> list[tuple[str, str, float]]:
+    """Calls that the last rank refuses, at the first call of their kind and later; then a step that is right."""
+    cp = ra.ContextParallel(make(), S, layout="zigzag")
+    q, k, v, _ = map(cp.shard, inputs_of(1))
+    odd = rank == world - 1
+    ways: dict[str, Callable[[], Any]] = {
+        "tokens, but rank": lambda: ra.attention(*(x[:, 1:] if odd else x for x in (q, k, v)), cp=cp),
+        "is not one of": lambda: ra.attention(q, k, v, cp=cp, mask=ra.full() if odd else None),
+        "softcap=-1": lambda: ra.attention(q, k, v, cp=cp, softcap=-1.0 if odd else 5.0),
+        "local.size(1)": lambda: cp.unshard(q[:, 1:] if odd else q),
+        "by=": lambda: roll(cp, q, "x" if odd else 1),  # type: ignore[arg-type]
+        "x.size(1)": lambda: [cp.shard(q), ra.attention(q, k, v, cp=cp)] if odd else ra.attention(q, k, v, cp=cp),
+    }
+    found = []
+    for _ in range(2):
+        for name, way in ways.items():
+            start = time.monotonic()
+            try:
+                way()
+                text = "nothing"
+            except ValueError as error:
+                text = f"{type(error).__name__}: {error}"
+            seconds = time.monotonic() - start
+            assert name in text, (name, text)
+            found.append((text, step(cp, 2), seconds))
+    return found
+
+
+@TRANSPORTS
+@WORLDS
+def test_what_one_rank_refuses_is_refused_by_all(make: Any, world: int) -> None:
+    ranks = run_processes(refuse, world, make)
+    for outcomes in zip(*ranks, strict=True):
+        for rank, (text, later, seconds) in enumerate(outcomes):
+            assert text.startswith("ValueError") and later == "right" and seconds < AT_ONCE, outcomes
+            assert rank == world - 1 or f"rank {world - 1} refused" in text, outcomes
+
+
+def refuse_whole_keys(rank: int, world: int) -> str:
+    """A whole K at kv_seqlen=1, which lives on rank 0: right there, and too long on the others."""
+    cp = ra.ContextParallel(dist.group.WORLD, S, kv_seqlen=1, mask=ra.full())
+    q, k, v, _ = inputs_of(1)
+    start = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        ra.attention(cp.shard(q), k[:, :1], v[:, :1], cp=cp)
+    assert time.monotonic() - start < AT_ONCE
+    return str(caught.value)
+
+
+def test_whole_keys_are_refused_on_all_ranks() -> None:
+    assert all("k has 1 tokens" in text for text in run_processes(refuse_whole_keys, 2))
+
+
+def start_beside_a_stranger(rank: int, world: int) -> list[str]:
+    """Somebody else calls the ranks' sockets before they do: with nonsense, with a wrong secret, and silently."""
+    found = handshake._Listener.__init__
+
+    def and_a_stranger(self: Any, address: str, secret: bytes, world_size: int) -> None:
+        found(self, address, secret, world_size)
+        for word in (b"x", handshake._HELLO.pack(1 - rank, b"0" * 16), None):
+            stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stranger.connect(f"\0{address}")
+            if word is not None:
+                stranger.send(word)
+            strangers.append(stranger)
+
+    strangers: list[socket.socket] = []
+    handshake._Listener.__init__ = and_a_stranger  # type: ignore[method-assign]
+    cp = ra.ContextParallel(shared_memory(), S)
+    return [step(cp, 1)]
+
+
+def test_strangers_at_the_socket_are_ignored() -> None:
+    assert run_processes(start_beside_a_stranger, 2) == [["right"], ["right"]]
+
+
+def test_a_failure_in_a_loopback_world_is_one_on_all_ranks() -> None:
+    def one_rank(transport: Transport) -> list[str]:
+        cp = ra.ContextParallel(transport, S)
+        q, k, v, _ = map(cp.shard, inputs_of(1))
+        texts = []
+        for _ in range(2):
+            with pytest.raises(ValueError) as caught:
+                ra.attention(q, k, v, cp=cp, softcap=-1.0 if transport.rank == 1 else None)
+            texts.append(str(caught.value))
+            assert step(cp, 2) == "right"
+        return texts
+
+    for rank, texts in enumerate(Loopback(3, timeout=20).run(one_rank)):
+        assert all("softcap=-1.0" in text and (rank == 1 or "rank 1 refused" in text) for text in texts)
+
+
+def change_in_place(rank: int, _: int) -> list[str]:
+    """What rank 1 keeps for backward is not what it was."""
+    cp = ra.ContextParallel(shared_memory(), S)
+    leaves = [cp.shard(x).requires_grad_() for x in inputs_of(1)[:3]]
+    changed = leaves[0] * 1
+    out = ra.attention(changed, *leaves[1:], cp=cp)
+    if rank == 1:
+        changed.detach().add_(1)
+        changed.add_(1)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        out.sum().backward()
+    assert time.monotonic() - start < 2.0
+    return [str(caught.value), step(cp, 2)]
+
+
+def test_what_backward_cannot_have_on_one_rank_is_told_to_all() -> None:
+    for rank, (text, after) in enumerate(run_processes(change_in_place, 3)):
+        assert "inplace operation" in text and after == "right", text
+        assert rank == 1 or "rank 1 failed" in text, text

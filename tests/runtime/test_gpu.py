@@ -1,0 +1,140 @@
+"""On a GPU: the ring over rank-threads on one device, every dtype, and NCCL where there is more than one."""
+
+import pytest
+import torch
+
+import ringattn as ra
+from ringattn.testing import dense_attention
+
+pytestmark = pytest.mark.gpu
+S = 200
+MASKS = [
+    ra.full(),
+    ra.causal(),
+    ra.sliding_window(37),
+    ra.sliding_window(20, 9),
+    ra.longformer(33, [2, 9, 120]),
+    ra.documents([0, 30, 31, 117, S]) & ra.causal(),
+    ra.dilated(3, 11),
+]
+
+
+def inputs(dtype, dim=64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((S, 8, dim), (S, 2, dim), (S, 2, dim), (S, 8, dim))
+    return [torch.randn(2, *s, generator=generator).to("cuda", dtype) for s in shapes]
+
+
+def run(q, k, v, dout, mask, world, **settings):
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, mask=mask, **settings)
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        out, lse = ra.attention(*local, cp=cp, return_lse=True)
+        out.backward(cp.shard(dout))
+        return [cp.unshard(out.detach()), cp.unshard(lse.detach(), dim=2), *(cp.unshard(t.grad) for t in local)]
+
+    return ra.Loopback(world).run(one_rank)
+
+
+def single(q, k, v, dout, mask, dtype):
+    """Dense attention on one device in one precision: the truth (fp64) or the peer of the tolerance law."""
+    q, k, v = (t.to(dtype).detach().requires_grad_() for t in (q, k, v))
+    out, lse = dense_attention(q, k, v, mask.dense(S, S).cuda())
+    out.backward(dout.to(dtype))
+    return [out.detach(), lse.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_ring_on_one_device(mask, layout, dtype):
+    q, k, v, dout = inputs(dtype)
+    truth = single(q, k, v, dout, mask, torch.float64)
+    peer = single(q, k, v, dout, mask, dtype)
+    for schedule in ("ring", "exchange", "gather"):
+        for found in run(q, k, v, dout, mask, 3, layout=layout, schedule=schedule):
+            for name, a, b, exact in zip(("out", "lse", "dq", "dk", "dv"), found, peer, truth, strict=True):
+                finite = exact != -torch.inf
+                error, allowed = ((x.double() - exact)[finite].abs().max() for x in (a, b))
+                assert error <= 2 * allowed + 1e-5, f"{name}: {error} against {allowed}"
+                assert (a[~finite] == -torch.inf).all()
+
+
+def test_reference_on_the_device():
+    q, k, v, dout = inputs(torch.float64)
+    truth = single(q, k, v, dout, ra.causal(), torch.float64)
+    for found in run(q, k, v, dout, ra.causal(), 4, kernel="reference"):
+        for a, exact in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_lse_gradient_on_the_device():
+    q, k, v, dout = inputs(torch.bfloat16)
+    grads = []
+    for kernel in ("sdpa", "reference"):
+        local = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = ra.attention(*local, cp=ra.ContextParallel(None, S, kernel=kernel), return_lse=True)
+        ((out * dout).sum() + lse.sin().sum()).backward()
+        grads.append([t.grad for t in local])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_stacks_of_small_tiles_on_the_device():
+    q, k, v, dout = inputs(torch.float32)
+    for mask in (ra.chunked(8), ra.bigbird(8, 3, 1, 2)):
+        truth = single(q, k, v, dout, mask, torch.float64)
+        for found in run(q, k, v, dout, mask, 2):
+            for a, exact in zip(found, truth, strict=True):
+                torch.testing.assert_close(a.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_score_features_on_the_device():
+    q, k, v, dout = inputs(torch.float32)
+    sinks, bias = torch.randn(8, device="cuda"), torch.randn(1, 8, S, S, device="cuda")
+    features = {"softcap": 5.0, "sinks": sinks, "dropout_p": 0.3, "seed": 7}
+    results = []
+    for world, kernel in ((1, "reference"), (1, "blockwise"), (3, "auto")):
+        for rule in (bias, ra.alibi(torch.linspace(0.1, 0.8, 8))):
+
+            def one_rank(transport, kernel=kernel, rule=rule):
+                cp = ra.ContextParallel(transport, S, mask=MASKS[5], kernel=kernel)
+                local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+                own = cp.shard(rule, dim=2) if isinstance(rule, torch.Tensor) else rule
+                out = ra.attention(*local, cp=cp, bias=own, **features)
+                out.backward(cp.shard(dout))
+                return [cp.unshard(out.detach()), *(cp.unshard(t.grad) for t in local)]
+
+            results.append(ra.Loopback(world).run(one_rank)[0])
+    for expected, *others in (results[::2], results[1::2]):
+        for found in others:
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_on_the_device():
+    q, k, v, dout = inputs(torch.bfloat16)
+    cp = ra.ContextParallel(None, S, mask=MASKS[5])
+    grads = []
+    for attend in (ra.attention, torch.compile(ra.attention, fullgraph=True)):
+        local = [t.clone().requires_grad_() for t in (q, k, v)]
+        attend(*local, cp=cp).backward(dout)
+        grads.append([t.grad for t in local])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_buffers_stay_flat():
+    q, k, v, dout = inputs(torch.bfloat16)
+    cp = ra.ContextParallel(None, S)
+
+    def step():
+        local = [t.clone().requires_grad_() for t in (q, k, v)]
+        ra.attention(*local, cp=cp).backward(dout)
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
