@@ -146,27 +146,32 @@ def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Ti
     return Tile(q, k, (None, None), nq * nk)
 
 
-def coalesce(boxes: Ints) -> Ints:
+def coalesce(boxes: Ints, enough: float = 0.0) -> Ints:
     """Boxes ``(q0, nq, qs, k0, nk, ks, lo, hi)`` merged where a common hull holds exactly their pairs.
 
     ``lo <= j - i <= hi`` counts from the box's own corner. Merging goes between neighbours in order of
-    queries and in order of keys until nothing changes, then over all pairs where there are few.
+    queries and in order of keys until nothing changes, then over all pairs where there are few; for an estimate,
+    until no more than the part ``enough`` of the boxes merge.
     """
     if not len(boxes):
         return boxes
     if (boxes[:, 2] == 1).all() and (boxes[:, 5] == 1).all():
-        return _coalesce_lane(boxes, 1, 1, 0, 0)
+        return _coalesce_lane(boxes, 1, 1, 0, 0, enough)
     lanes = np.column_stack((boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5]))
     kinds, lane = np.unique(lanes, axis=0, return_inverse=True)
     which = lane.reshape(-1)
-    return np.concatenate([_coalesce_lane(boxes[which == i], *kind) for i, kind in enumerate(kinds.tolist())])
+    merged = [
+        _coalesce_lane(boxes[which == i], qs, ks, q_rest, k_rest, enough)
+        for i, (qs, ks, q_rest, k_rest) in enumerate(kinds.tolist())
+    ]
+    return np.concatenate(merged)
 
 
-def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int) -> Ints:
+def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int, enough: float) -> Ints:
     """Boxes whose rows are ``q_rest + qs * i`` and whose columns are ``k_rest + ks * j``, merged."""
     q, k = box[:, 0] // qs, box[:, 3] // ks
     flat = np.column_stack((q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q))
-    q0, q1, k0, k1, lo, hi = _merge_boxes(flat).T
+    q0, q1, k0, k1, lo, hi = _merge_boxes(flat, enough).T
     steps = np.full((2, len(q0)), [[qs], [ks]])
     rows, columns = (q0 * qs + q_rest, q1 - q0, steps[0]), (k0 * ks + k_rest, k1 - k0, steps[1])
     return np.stack((*rows, *columns, lo - k0 + q0, hi - k0 + q0), 1)
@@ -179,11 +184,12 @@ def _box_area(b: Ints) -> Ints:
 
 
 def _box_hull(a: Ints, b: Ints) -> Ints:
-    low, high = np.minimum(a, b), np.maximum(a, b)
-    return np.stack((low[:, 0], high[:, 1], low[:, 2], high[:, 3], low[:, 4], high[:, 5]), 1)
+    hull, high = np.minimum(a, b), np.maximum(a, b)
+    hull[:, 1::2] = high[:, 1::2]
+    return hull
 
 
-def _merge_boxes(boxes: Ints) -> Ints:
+def _merge_boxes(boxes: Ints, enough: float) -> Ints:
     """Boxes ``(q0, q1, k0, k1, lo, hi)`` in one pair of index lattices, merged as far as it goes.
 
     Boxes of the same queries first: what these see is then one tile, and no two results are to be merged.
@@ -201,18 +207,19 @@ def _merge_boxes(boxes: Ints) -> Ints:
             unchanged += turn > 0
             turn = 2 if turn == 1 else 1
             continue
-        turn = {0: 0, 1: 2, 2: 1}[turn]
-        unchanged = 0
         # Within a run of mergeable neighbours every second pair is merged: no box is used twice.
         begins = fits.copy()
         begins[1:] &= ~fits[:-1]
         at = np.arange(len(fits))
         run = at - np.maximum.accumulate(np.where(begins, at, 0))
         chosen = np.flatnonzero(fits & (run % 2 == 0))
+        little = len(chosen) <= enough * len(boxes)
+        unchanged = unchanged + (turn > 0) if little else 0
+        turn = {0: int(little), 1: 2, 2: 1}[turn]
         boxes[chosen] = hull[chosen]
         area[chosen] += area[chosen + 1]
         boxes, area = np.delete(boxes, chosen + 1, 0), np.delete(area, chosen + 1)
-    return _merge_all_pairs(boxes) if 2 < len(boxes) <= 64 else boxes
+    return _merge_all_pairs(boxes) if 2 < len(boxes) <= 64 and not enough else boxes
 
 
 def _merge_all_pairs(boxes: Ints) -> Ints:

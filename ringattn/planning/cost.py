@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,19 @@ class Terms:
     shape: Shape = field(default=TYPICAL)
     stacking: Stacking = Stacking.VIEWS
 
+    @cached_property
+    def pair(self) -> Seconds:
+        """Seconds that a pair of a band without bounds takes in each pass."""
+        return self.rates.pair_seconds(self.shape)
+
+    @cached_property
+    def token(self) -> NDArray[Any]:
+        """Bytes that travel for a K/V token in each pass."""
+        return np.array([self.shape.forward.token, self.shape.backward.token])
+
     def work(self, by_kind: NDArray[Any]) -> Seconds:
         """Seconds of pairs, ``[3, n]`` by their kind, in each pass: ``[2, n]``."""
-        return np.asarray(self.rates.pair_seconds(self.shape) @ by_kind)
+        return np.multiply.outer(self.pair, self.rates.weigh(by_kind))
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,9 @@ def cost(plan: Plan, name: str, terms: Terms) -> Cost:
     merged = np.maximum(made.rows - plan.q_layout.sizes, 0)
     all_work = terms.work(plan.work_by_kind)
     own_work = terms.work(plan.own_work) if flow.hider == "own" else all_work
-    arrive, visit = (terms.topology.seconds(rows, plan.world_size) for rows in (flow.moved, plan.visits_made))
-    messages = [(flow.moved, cut if schedule.by_heads else 1), (plan.visits_made, 2)]
-    late = sum(times * terms.topology.latency(rows, plan.world_size) for rows, times in messages)
+    arrive, wait = terms.topology.seconds(flow.moved, plan.world_size)
+    visit, pause = terms.topology.seconds(plan.visits_made, plan.world_size)
+    late = (cut if schedule.by_heads else 1) * wait + 2 * pause
     calls, steps = terms.rates.call * made.calls, terms.rates.step * flow.steps + late
     for number, one in enumerate((shape.forward, shape.backward)):
         beside = terms.rates.merge * (one.row * merged + one.copied * flow.copied)

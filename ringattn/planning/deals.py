@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ringattn.geometry.bands import K0, K_AXIS, KN, Q0, Q_AXIS, QN, TAG, Bands, regular
+from ringattn.geometry.bands import HI, K0, K_AXIS, KN, LO, Q0, Q_AXIS, QN, TAG, Bands, regular
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import Ints
@@ -22,17 +24,25 @@ from ringattn.geometry.tiles import cut
 from ringattn.planning.cost import Seconds, Terms, unhidden
 from ringattn.planning.launches import SMALL, SOME, Stacking
 from ringattn.planning.plan import axis_spans, by_kind, merge_spans
+from ringattn.planning.rates import Rates
 
 
 @dataclass(frozen=True)
 class Measures:
     """Under one mask: the pairs of every cell by kind, ``[3, cells]``; the keys that it needs, rows (cell, start,
-    length, step); and its bands, rows (cell, first key, queries, keys, whether it goes on where a band of the cell
-    before ended)."""
+    length, step); and its bands, rows (cell, first key, queries, keys, diagonals, whether it goes on where a band of
+    the cell before ended)."""
 
     pairs: Ints
     keys: Ints
     bands: Ints
+    known: dict[Rates, NDArray[Any]] = field(default_factory=dict)
+
+    def weighed(self, rates: Rates) -> NDArray[Any]:
+        """The pairs of every cell as so many without a bound."""
+        if rates not in self.known:
+            self.known[rates] = rates.weigh(self.pairs)
+        return self.known[rates]
 
 
 class Cells:
@@ -65,11 +75,11 @@ class Cells:
         rank = self._ranks(q_layout)
         return sum(self._bound(m, rank, k_layout, terms) for m in self.measures)
 
-    def striped_bound(self, terms: Terms, world: int, calls: int) -> float:
-        """What the masks cost on stripes with so many calls, at least: every rank has queries in every run of as many
-        positions as ranks, and so needs all keys but its own, and those that only the last queries of a cell see."""
-        needed = [int(merge_spans(np.zeros(len(m.keys), np.int64), m.keys[:, 1:])[:, 2].sum()) for m in self.measures]
-        received = np.array([max(n - n // world - world * (len(self.starts) + 1), 0) for n in needed])
+    def striped_bound(self, k_layout: Layout, terms: Terms, calls: int) -> float:
+        """What the masks cost on stripes of queries with so many calls, at least. A rank has queries in every run of as
+        many positions as ranks; what it does not hold of the keys of a band as wide, but for its ends, comes to it."""
+        world, held = k_layout.world_size, int(k_layout.sizes.max())
+        received = np.array([max(_keys_of_all(m.bands, world) - held, 0) for m in self.measures])
         compute = terms.work(np.stack([m.pairs.sum(1) for m in self.measures], 1)) / world
         return float(_least(terms, compute, terms.rates.call * calls, received).sum(0).sum())
 
@@ -89,27 +99,34 @@ class Cells:
 
     def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, terms: Terms) -> float:
         world, rates = k_layout.world_size, terms.rates
-        kinds = np.stack([np.bincount(rank, pairs, world) for pairs in cells.pairs])
         keys, own = cells.keys, k_layout.table
         owner = np.concatenate((rank[keys[:, 0]], own[:, 0]))
         seen = merge_spans(owner, np.concatenate((keys[:, 1:], own[:, 1:])))
         received = np.bincount(seen[:, 0], seen[:, 2], world) - k_layout.sizes
+        work = np.multiply.outer(terms.pair, np.bincount(rank, cells.weighed(rates), world))
         calls = rates.call * _calls(cells.bands, rank, world, terms.stacking)
-        return float(_least(terms, terms.work(kinds), calls, received).sum(0).max())
+        return float(_least(terms, work, calls, received).sum(0).max())
+
+
+def _keys_of_all(bands: Ints, world: int) -> int:
+    """Keys that every rank sees which has one of ``world`` queries side by side, at least."""
+    _, start, queries, keys, diagonals, _ = bands.T
+    wide = (queries >= world) & (diagonals >= world) & (keys > 2 * world)
+    spans = np.stack((start + world, keys - 2 * world, np.ones_like(keys)), 1)[wide]
+    return int(merge_spans(np.zeros(len(spans), np.int64), spans)[:, 2].sum())
 
 
 def _least(terms: Terms, work: Seconds, calls: Seconds | float, received: Ints) -> Seconds:
     """Seconds of each pass, at least: work, calls, and foreign K/V tokens that arrive."""
-    tokens = np.array([[terms.shape.forward.token], [terms.shape.backward.token]])
     compute = work if terms.rates.queued else work + calls
-    device = compute + unhidden(terms.topology.fastest * tokens * received, compute, terms.rates)
+    device = compute + unhidden(terms.topology.fastest * np.multiply.outer(terms.token, received), compute, terms.rates)
     return np.maximum(device, calls) if terms.rates.queued else device
 
 
 def _calls(bands: Ints, rank: Ints, world: int, stacking: Stacking) -> Ints:
     """Kernel calls of each rank, at least: bands that begin at the same key may become one, and where tiles are
     stacked, small ones of one shape."""
-    cell, start, queries, keys, goes_on = bands.T
+    cell, start, queries, keys, _, goes_on = bands.T
     head = np.flatnonzero((goes_on == 0) | (rank[cell] != rank[cell - 1]))
     if not len(head):
         return np.zeros(world, np.int64)
@@ -139,11 +156,12 @@ def _bands(rows: Bands) -> Ints:
     """The bands column of :class:`Measures`; none where spans have steps or sets, whose tiles are not counted so."""
     data = rows.data
     if not len(data) or rows.sets or rows.max_step > 1:
-        return np.empty((0, 5), np.int64)
+        return np.empty((0, 6), np.int64)
     before, here = data[:-1], data[1:]
     follows = (here[:, Q0] == before[:, Q0] + before[:, QN]) & (here[:, TAG] == before[:, TAG] + 1)
     touches = (here[:, K0] <= before[:, K0] + before[:, KN]) & (before[:, K0] <= here[:, K0] + here[:, KN])
-    return np.column_stack((data[:, [TAG, K0, QN, KN]], np.append(False, follows & touches)))
+    diagonals = data[:, HI] - data[:, LO] + 1
+    return np.column_stack((data[:, [TAG, K0, QN, KN]], diagonals, np.append(False, follows & touches)))
 
 
 def deal_by_weight(weights: Ints, world: int) -> Ints:

@@ -2,8 +2,8 @@
 
 All ranks' shards are laid end to end on one axis, and the key buffers of all their steps on another, with gaps between
 them, so that the tiles of the whole world come and join in one go as those of one program do. It is a program's own
-count but for a relay's buffers, which also hold what the ranks behind need, and for worlds of so many pieces that some
-ranks tell of the others.
+count but for a relay's buffers, which also hold what the ranks behind need, for the last few joins, and for worlds of
+so many pieces that some ranks tell of the others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from ringattn.planning.contacts import Contacts, laid_out, local
 from ringattn.planning.launches import Stacking, stacks
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import Schedule
+
+# Tiles are joined until a turn joins no more than this part of them: a program's take two or three times as many turns.
+ENOUGH = 0.02
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def _boxes(made: Contacts, group: Ints, in_storage_order: bool) -> tuple[Ints, I
     at = np.empty(len(order), np.int64)
     at[order] = begins = laid_out(length[order], group[order], made.step)
     keys = local(made.spans, made.keys[:, 2:], at, made.of)
-    boxes = coalesce(np.column_stack((made.queries, keys, made.bounds)))
+    boxes = coalesce(np.column_stack((made.queries, keys, made.bounds)), ENOUGH)
     return boxes, group[order][np.searchsorted(begins, boxes[:, 3], "right") - 1]
 
 

@@ -272,13 +272,14 @@ def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
 
 def _bound(problem: Problem, cells: Cells, q_layout: Layout, k_layout: Layout) -> float:
     terms, world = problem.terms, problem.world_size
-    if any(worthwhile(mask, world, terms.shape.thin) for mask in problem.masks):
-        return cells.even(terms) / world  # keys may be spared
+    spared = any(worthwhile(mask, world, terms.shape.thin) for mask in problem.masks)  # keys, by queries that travel
+    if spared or (k_layout.interleaved and not q_layout.interleaved):
+        return cells.even(terms) / world
     if not (q_layout.interleaved or k_layout.interleaved):
         return cells.bound(q_layout, k_layout, terms)
     # A tile of a triangle is there for half of the pairs of spans.
     calls = sum(_shapes(mask, q_layout, k_layout, terms.stacking) for mask in problem.masks) // 2
-    return cells.striped_bound(terms, world, calls)
+    return cells.striped_bound(k_layout, terms, calls)
 
 
 def _shapes(mask: BoundMask, q_layout: Layout, k_layout: Layout, stacking: Stacking) -> int:
@@ -309,7 +310,7 @@ def _counts(problem: Problem) -> list[int]:
 def _deals(problem: Problem, cells: Cells) -> list[Candidate]:
     """The deals of least bound, best first."""
     best: list[Candidate] = []
-    pair = float(problem.terms.rates.pair_seconds(problem.terms.shape).sum(0).min())
+    pair = float(problem.terms.pair.sum())
     for load, q_layout, k_layout in sorted(_dealt(problem, cells), key=lambda deal: deal[0]):
         if len(best) == FINALISTS and load * pair >= best[-1].bound:
             break  # no bound is below the most work of a rank

@@ -46,11 +46,13 @@ class Rates:
             object.__setattr__(self, name, number(f"Rates.{name}", getattr(self, name), least, most))
         object.__setattr__(self, "queued", flag("Rates.queued", self.queued))
 
+    def weigh(self, by_kind: NDArray[Any]) -> NDArray[Any]:
+        """Pairs, ``[3, n]`` of bands without a bound, with one, with two, as so many of bands without: ``[n]``."""
+        return np.asarray(np.array([1.0, 1.0 / self.diagonal, 1.0 / (self.diagonal * self.window)]) @ by_kind)
+
     def pair_seconds(self, shape: Shape) -> NDArray[Any]:
-        """Seconds of an attending pair, ``[pass, kind]``: forward and backward; of bands without a bound, with one,
-        with two."""
-        passes = [shape.forward.flop / self.forward, shape.backward.flop / self.backward]
-        return np.outer(passes, [1.0, 1.0 / self.diagonal, 1.0 / (self.diagonal * self.window)])
+        """Seconds that a pair of a band without bounds takes in each pass."""
+        return np.array([shape.forward.flop / self.forward, shape.backward.flop / self.backward])
 
 
 _LIMITS = {"forward": (LEAST, MOST), "backward": (LEAST, MOST), "exposed": (0.0, 1.0)}

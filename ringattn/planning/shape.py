@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ringattn.arguments.values import integer, shown
 
@@ -70,7 +71,7 @@ class Shape:
         """Bytes of an element of running results and of gradients."""
         return 8 if self.dtype == "float64" else 4
 
-    @property
+    @cached_property
     def forward(self) -> Pass:
         """q goes to its keys and (out, lse) comes home, its lse as two numbers."""
         rows, d, v = self.batch * self.num_heads, self.head_dim, self.values
@@ -78,7 +79,7 @@ class Shape:
         kv = self.batch * self.num_kv_heads * (d + v)
         return Pass(2.0 * rows * (d + v), kv * BYTES[self.dtype], query, rows * v, kv)
 
-    @property
+    @cached_property
     def backward(self) -> Pass:
         """Five matrix products for two. Gradients of K/V are wide; q, dout, out, lse, delta and dlse go to the keys and
         dq comes home."""

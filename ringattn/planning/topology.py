@@ -69,14 +69,14 @@ class Topology:
         """Seconds that a byte takes at least."""
         return 1.0 / max(link.bytes_per_second for link in self.links)
 
-    def seconds(self, moved: Ints, world_size: int) -> NDArray[Any]:
-        """What rows (src, dst, amount) take each rank, in seconds for a byte a unit: what it receives or what it sends,
-        whichever takes longer."""
+    def seconds(self, moved: Ints, world_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """What messages (src, dst, amount) take each rank, by their bytes, one for each unit of the amount, and by
+        their latencies: those that it receives or those that it sends, whichever take longer."""
+        if not len(moved):
+            return np.zeros(world_size), np.zeros(world_size)
         src, dst, amount = moved.T
-        each = np.array([1.0 / link.bytes_per_second for link in self.links])[self.level(src, dst)] * amount
-        return np.maximum(*(np.bincount(end, each, world_size) for end in (src, dst)))
-
-    def latency(self, moved: Ints, world_size: int) -> NDArray[Any]:
-        """The same of the latencies of such messages, in seconds."""
-        each = np.array([link.latency for link in self.links])[self.level(moved[:, 0], moved[:, 1])]
-        return np.maximum(*(np.bincount(moved[:, end], each, world_size) for end in (0, 1)))
+        byte, latency = np.array([(1.0 / link.bytes_per_second, link.latency) for link in self.links]).T
+        level = self.level(src, dst)
+        times = byte[level] * amount, latency[level]
+        taken, late = (np.maximum(*(np.bincount(end, time, world_size) for end in (src, dst))) for time in times)
+        return taken, late

@@ -371,6 +371,24 @@ def test_a_bound_is_never_above_the_cost(name, layout, world, rate):
     assert cells.bound(made, made, figures) <= min(costs) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", cases.ALL)
+def test_a_bound_of_stripes_is_never_above_the_cost(name, world):
+    """What must come to every rank, where keys are dear; some masks let a stripe see its own keys alone."""
+    for rate in (1.0, 1e4):
+        asked = problem(cases.ALL[name][0], world=world, token=rate, call=0.0)
+        made = striped(cases.SEQLEN, world)
+        cells = Cells(asked.masks, np.arange(0, cases.SEQLEN, 3))
+        least = min(cost(Plan(asked.masks[0], made, made), s, asked.terms).seconds for s in PLANNED)
+        assert cells.striped_bound(made, asked.terms, 0) <= least * (1 + 1e-9)
+
+
+def test_stripes_of_strides_are_found():
+    """Ranks that hold every eighth token need no others' under a stride of 64."""
+    choice = choose(problem(ra.strided(64), seqlen=1 << 14, world=8), "auto")
+    assert choice.taken.q_layout.name == "striped" and choice.taken.offers[0].received == 0
+
+
 def test_a_layout_that_would_explode_is_left_out_or_refused():
     bounds = documents_of(1 << 20, 5000)
     asked = problem(ra.documents(bounds) & ra.causal(), seqlen=1 << 20, world=1024)

@@ -175,7 +175,7 @@ class ShardingCollator:
         place = PlanningRank(self._rank, self._world_size, s.options.timeout or 60.0)
         return ContextParallel(
             None, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options,
-            shape=s.shape, _shared=Shared(Link(place, s.options.compare_every), s.device),
+            kv_layout=s.kv_layout, shape=s.shape, _shared=Shared(Link(place, s.options.compare_every), s.device),
         )  # fmt: skip
 
 
