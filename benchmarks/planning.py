@@ -63,7 +63,7 @@ def worlds(rounds: int) -> list[dict[str, Any]]:
 
             def one_rank(bound: Any = bound, placed: Any = placed) -> None:
                 plan = Plan(bound, placed, placed)
-                plan.tiles(WORLD // 2, plan.k_layout.frame(WORLD // 2))
+                plan.own_tiles(WORLD // 2, plan.k_layout.frame(WORLD // 2))
                 plan.needs(WORLD // 2)
 
             def world(bound: Any = bound, placed: Any = placed) -> None:

@@ -158,9 +158,9 @@ class ContextParallel:
         return self.plans[self.masks[0]]
 
     def program(self, mask: Mask, load: Load | None = None) -> Program:
-        """This rank's compiled schedule for one of the masks and a call of these sizes: without any, of the last
-        call, or before any call of the ``shape`` told or guessed."""
-        return self.binding.program(mask, load or self.binding.last)
+        """This rank's compiled schedule for one of the masks and a call of these sizes: without any, of the ``shape``
+        told or guessed."""
+        return self.binding.program(mask, load or self.binding.expected)
 
     @property
     def link(self) -> Link:

@@ -116,10 +116,6 @@ class Candidate:
         )
 
     @property
-    def planned(self) -> bool:
-        return "offers" in vars(self)
-
-    @property
     def seconds(self) -> float:
         """What candidates are compared by: those of the fastest schedule that may be taken."""
         return min((offer.seconds for offer in self.offers if not offer.out), default=float("inf"))
@@ -160,8 +156,8 @@ def choose(problem: Problem, name: str) -> Choice:
         build = {known.__name__: known for known in NAMED}[name]
         return given(problem, *_pair(problem, build))
     plain, lines = _plain(problem)
-    taken, candidates = _cheapest(problem, plain, search=name == "balanced")
-    others = {c.q_layout.name: _line(c) for c in reversed(candidates)}
+    taken, looked_at = _cheapest(problem, plain, search=name == "balanced")
+    others = {line.layout: line for line in reversed(looked_at)}
     lines += [line for layout, line in others.items() if layout != taken.q_layout.name]
     return Choice(taken, _ranking(taken), name, tuple(lines))
 
@@ -185,39 +181,37 @@ def _ranking(taken: Candidate) -> tuple[str, ...]:
     return allowed or (min(taken.offers, key=lambda o: (o.calls, o.seconds)).schedule,)
 
 
-def _line(candidate: Candidate) -> Line:
-    return Line(candidate.q_layout.name, candidate.offers if candidate.planned else (), candidate.bound)
-
-
 Pair = tuple[Layout, Layout]
 
 
-def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Candidate, list[Candidate]]:
-    """The candidate of least cost, and all. Deals are looked for if asked to, or if no plain layout is good."""
+def _cheapest(problem: Problem, layouts: list[Pair], search: bool) -> tuple[Candidate, list[Line]]:
+    """The candidate of least cost, and all in figures. Deals are looked for if asked to, or if no plain layout is
+    good."""
     cells = _cells(problem, layouts)
     plain = [Candidate(problem, *pair, _bound(problem, cells, *pair)) for pair in layouts]
     good = GOOD * cells.even(problem.terms) / problem.world_size
     if not search and min((c.bound for c in plain), default=good) < good:
-        best = _race(plain, SIMPLER)
+        best, lines = _race(plain, SIMPLER)
         if best.seconds <= good:
-            return best, plain
+            return best, lines
     candidates = [*plain, *_deals(problem, cells)] or [Candidate(problem, *_pair(problem, contiguous))]
-    return _race(candidates, 1.0 if search else SIMPLER), candidates
+    return _race(candidates, 1.0 if search else SIMPLER)
 
 
-def _race(candidates: list[Candidate], slack: float) -> Candidate:
-    """The cheapest, or an earlier one that costs at most ``slack`` times as much. Candidates whose bound leaves them
-    no chance are not planned."""
+def _race(candidates: list[Candidate], slack: float) -> tuple[Candidate, list[Line]]:
+    """The cheapest, or an earlier one that costs at most ``slack`` times as much; and all in figures. Candidates whose
+    bound leaves them no chance are not planned."""
     taken, *others = sorted(candidates, key=lambda c: c.bound)
-    least = taken.seconds
+    least, planned = taken.seconds, [taken]
     for other in others:
         limit = least * slack if candidates.index(other) < candidates.index(taken) else taken.seconds / slack
         if other.bound >= limit:
             continue
+        planned.append(other)
         least = min(least, other.seconds)
         if other.seconds < limit:
             taken = other
-    return taken
+    return taken, [Line(c.q_layout.name, c.offers if c in planned else (), c.bound) for c in candidates]
 
 
 def _pair(problem: Problem, build: Callable[[int, int], Layout]) -> Pair:

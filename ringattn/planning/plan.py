@@ -27,8 +27,8 @@ from ringattn.planning.travel import part
 class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
-    The whole world's figures are computed only when asked for; a single rank's tiles never need them, unless
-    queries ``travel``: those that save as many keys each, or none where it is 0 (see ``travel.py``).
+    The whole world's figures are computed only when asked for; :meth:`own_bands` never needs them. Queries ``travel``
+    that save as many keys each, or none where it is 0 (see ``travel.py``).
     """
 
     mask: BoundMask
@@ -66,25 +66,11 @@ class Plan:
         spans = table[:, 1:] + np.array([self.mask.q_offset, 0, 0])
         return regular(cut(self.mask.whole, Q_AXIS, spans, table[:, 0]))
 
-    def rank_bands(self, rank: int) -> Bands:
-        """The bands that a rank computes of its own queries, from the stretches of its own spans only unless the whole
-        is at hand."""
-        if rank not in self._ranks:
-            self._ranks[rank] = self._rank_bands(rank)
-        return self._ranks[rank]
-
-    @cached_property
-    def _ranks(self) -> dict[int, Bands]:
-        return {}
-
-    def _rank_bands(self, rank: int) -> Bands:
-        if self.travel or "world" in vars(self):
-            return self.world.take(self.world.data[:, TAG] == rank)
-        spans = self.q_frame(rank).spans
-        if "whole" in vars(self.mask):
-            return regular(cut(self.mask.whole, Q_AXIS, spans, np.full(len(spans), rank)))
+    def own_bands(self, rank: int) -> Bands:
+        """The bands of a rank's own queries, from the stretches of its own spans alone: what a rank of a large world
+        can know without the others. None of them travels."""
         parts = []
-        for span in spans:
+        for span in self.q_frame(rank).spans:
             start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
             parts.append(cut(self.mask.bands(start, stop), Q_AXIS, span[None], np.array([rank])))
         return regular(concat(parts))
@@ -138,7 +124,7 @@ class Plan:
 
     def needs(self, rank: int) -> Ints:
         """Rows (owner, start, length, step): the foreign key spans this rank needs."""
-        return self._needs(self.rank_bands(rank))[:, 1:]
+        return self._needs(self.own_bands(rank))[:, 1:]
 
     def _needs(self, bands: Bands) -> Ints:
         wanted = axis_spans(bands, K_AXIS)
@@ -175,7 +161,11 @@ class Plan:
 
     def tiles(self, rank: int, keys: Frame) -> Tiles:
         """The rank's tiles against a frame of keys, coalesced, in order of queries then keys."""
-        return localise(self.rank_bands(rank), self.q_frame(rank), keys)
+        return localise(self.world.take(self.world.data[:, TAG] == rank), self.q_frame(rank), keys)
+
+    def own_tiles(self, rank: int, keys: Frame) -> Tiles:
+        """The same from :meth:`own_bands`."""
+        return localise(self.own_bands(rank), self.q_frame(rank), keys)
 
 
 def by_kind(bands: Bands, rank: Ints, count: int) -> Ints:

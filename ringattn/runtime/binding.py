@@ -100,7 +100,7 @@ class Binding:
         self.held = self.computed
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
-        self.last = Load.of(settings.terms)  # the load of the last call; before any, of the one expected
+        self.expected = Load.of(settings.terms)
         self._programs: dict[Hashable, Program] = {}
         self._prepared: OrderedDict[Hashable, Prepared] = OrderedDict()
         self.checked: OrderedDict[Hashable, Checked] = OrderedDict()
@@ -146,8 +146,8 @@ class Binding:
             kernel = choose_kernel(self.settings.kernel, call, KERNELS)
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
             stacking = Stacking.of(kind.device.type, scores.positional)
-            self.last = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, self.last), kernel, kind, mask, scores)
+            load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
+            known = Prepared(self.program(mask, load), kernel, kind, mask, scores)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)

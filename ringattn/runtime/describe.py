@@ -88,13 +88,13 @@ def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
     ]
     try:
-        return lines + _describe_program(binding, plan, binding.program(mask, binding.last))
+        return lines + _describe_program(binding, plan, binding.program(mask, binding.expected))
     except ValueError as none_fits:
         return [*lines, f"    {none_fits}"]
 
 
 def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[str]:
-    guess = estimate(plan, by_name(program.schedule), program.cut, binding.last.stacking).calls
+    guess = estimate(plan, by_name(program.schedule), program.cut, binding.expected.stacking).calls
     others = np.delete(guess, binding.rank)
     beside = f" (about {int(others.min()):,} to {int(others.max()):,} on the others)" if len(others) else ""
     lines = [

@@ -112,7 +112,9 @@ def test_a_limit_of_bytes_is_a_calls_affair_and_describing_needs_no_call():
         cp = ra.ContextParallel(transport, 64, layout="zigzag", options=ra.Options(kv_bytes=limit))
         before = cp.describe()
         ra.attention(cp.shard(q), cp.shard(k), cp.shard(v), cp=cp)
-        return sorted(cp.schedules), before, cp.program(cp.masks[0]).schedule, cp.schedule
+        used = cp.program(cp.masks[0], Load(2, SHARD // 2)).schedule
+        assert cp.describe() == before, "which does not depend on the calls that were made"
+        return sorted(cp.schedules), before, used, cp.schedule
 
     for limit, first in ((1 << 30, True), (2 * 16 * SHARD, False)):
         for known, text, used, best in ra.Loopback(4).run(lambda t, n=limit: one_rank(t, n)):
