@@ -69,6 +69,12 @@ def _try(model: nn.Module, path: Path) -> None:
         raise ValueError(f"--model {PREFIX}{path}: its logits are not finite at the start; correct its scales")
 
 
+def allow_double(model: nn.Module) -> None:
+    """Experts as a loop: torch's grouped matmul, which Transformers takes by default, knows no fp64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # type: ignore[operator]
+
+
 def digest(path: Path) -> str:
     """Of the text of a config file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -24,7 +24,6 @@ from launch.rules import shown
 from launch.stopping import StopSignal
 from launch.tasks import Progress, RecallTask, Task, make_task
 from launch.training import Outcome, Trainer, make_context
-from ringattn.check.huggingface import allow_double
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def build(config: Config) -> Language:
     else:
         language = huggingface.decoder(Path(config.hf), config.recompute)
         if dtype == torch.float64:
-            allow_double(language.model)
+            huggingface.allow_double(language.model)
     language.model.to(dtype)
     return language
 

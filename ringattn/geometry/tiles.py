@@ -32,7 +32,7 @@ from ringattn.geometry.frames import Frame
 from ringattn.geometry.spans import INF, Ints, cross_spans, overlapping
 
 Window = tuple[int | None, int | None]
-Rows = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
+RowIndex = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,8 @@ class Tile:
     no row and no column is empty. The global positions are those of the frames: ``frame.positions()[tile.k]``.
     """
 
-    q: Rows
-    k: Rows
+    q: RowIndex
+    k: RowIndex
     window: Window
     area: int
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.tiles import Rows as RowIndex
-from ringattn.geometry.tiles import Tiles
+from ringattn.geometry.tiles import RowIndex, Tiles
 from ringattn.kernels.base import Grads, Needs, Rows
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Place, Scores, TileScores

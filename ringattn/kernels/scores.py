@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ringattn.arguments.tensors import FLOATS, plain
 from ringattn.arguments.values import shown
-from ringattn.geometry.tiles import Rows, Window
+from ringattn.geometry.tiles import RowIndex, Window
 
 WHOLE = slice(None)
 # What scales, softcaps and slopes lie between. fp32 holds numbers up to 2**128 and, in full, down to 2**-126. Of q, k
@@ -159,7 +159,7 @@ class Block:
 class Place:
     """Where a tile lies: its local query rows, the global positions of its rows and columns, and its query heads."""
 
-    rows: Rows
+    rows: RowIndex
     q: Tensor  # int64 [nq]
     k: Tensor  # int64 [nk]
     heads: slice

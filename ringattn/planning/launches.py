@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringattn.geometry.spans import Ints
-from ringattn.geometry.tiles import Rows, Tile, Tiles, Window, run, window
+from ringattn.geometry.tiles import RowIndex, Tile, Tiles, Window, run, window
 
 # Tiles of at most this many rows and columns are stacked, where there are some: larger ones fill a device alone.
 SMALL, SOME = 256, 4
@@ -44,8 +44,8 @@ class Launch:
     """``count`` tiles of one window, whose query rows are disjoint: one kernel call. ``q`` and ``k`` are their rows,
     tile after tile, ``area`` their pairs. ``fresh``: nothing was written to these rows of the result before."""
 
-    q: Rows
-    k: Rows
+    q: RowIndex
+    k: RowIndex
     window: Window
     area: int
     count: int = 1
@@ -152,7 +152,7 @@ def _disjoint(boxes: Ints) -> Iterator[Ints]:
     return (np.array(row) for row, _ in rows)
 
 
-def _laid_out(runs: Ints) -> Rows:
+def _laid_out(runs: Ints) -> RowIndex:
     """Rows of runs (start, length, step) of one length, one after the other."""
     if len(runs) == 1:
         return run(*runs[0].tolist())
@@ -163,5 +163,5 @@ def _laid_out(runs: Ints) -> Rows:
     return run(int(index[0]), len(index), stride) if even else index
 
 
-def _index(rows: Rows) -> Ints:
+def _index(rows: RowIndex) -> Ints:
     return np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, slice) else rows
