@@ -69,11 +69,17 @@ class Plan:
     def own_bands(self, rank: int) -> Bands:
         """The bands of a rank's own queries, from the stretches of its own spans alone: what a rank of a large world
         can know without the others. None of them travels."""
-        parts = []
-        for span in self.q_frame(rank).spans:
-            start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
-            parts.append(cut(self.mask.bands(start, stop), Q_AXIS, span[None], np.array([rank])))
-        return regular(concat(parts))
+        if rank not in self._own:
+            parts = []
+            for span in self.q_frame(rank).spans:
+                start, stop = int(span[0]), int(span[0] + (span[1] - 1) * span[2] + 1)
+                parts.append(cut(self.mask.bands(start, stop), Q_AXIS, span[None], np.array([rank])))
+            self._own[rank] = regular(concat(parts))
+        return self._own[rank]
+
+    @cached_property
+    def _own(self) -> dict[int, Bands]:
+        return {}
 
     @cached_property
     def work(self) -> Ints:
