@@ -115,7 +115,9 @@ def _attend(
     if looked_on(*tensors):
         out, lse, _ = torch.ops.ringattn.attention(*arguments(call))
         return out, lse
-    made = execution(cp.binding, mask or cp.masks[0], call, draw(cp.binding, call.dropout_p, call.seed))
+    made = execution(
+        cp.binding, cp.masks[0] if mask is None else mask, call, draw(cp.binding, call.dropout_p, call.seed)
+    )
     if key is not None and call.q is q:
         cp.binding.remember(key, Checked(made.call, made.scores, made.grad))
     given = call.bias, call.rule_params, call.sinks

@@ -37,13 +37,15 @@ class ContextParallel:
 
     Args:
         group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a ringattn transport, or None for one rank.
-        seqlen: tokens of the whole sequence. Any length; shards differ by at most one token.
+        seqlen: tokens of the whole sequence. Any length; shards differ by at most one token, except where a layout says
+            otherwise (balanced: a chunk; cyclic: a block of 64; a :class:`Layout`: as it says).
         mask: one mask, or several (those of a whole stack of layers); the first is ``attention()``'s default.
         kv_seqlen: tokens of the keys where they are another sequence (cross-attention, a cache).
         q_offset: position of the first query, for prefill in chunks and decoding.
         layout: auto, balanced, contiguous, zigzag, striped, cyclic, or a :class:`Layout` of ``seqlen`` positions.
         kv_layout: of the keys, where they are to lie otherwise than as ``layout`` says: contiguous, zigzag, striped,
-            cyclic (a cache that grows is appended to and never moved), or a :class:`Layout` of ``kv_seqlen`` positions.
+            cyclic (a cache that grows is appended to and never moved), or a :class:`Layout` of ``kv_seqlen`` positions;
+            None or auto is as the queries'.
         shape: the :class:`Shape` of the calls to come, with which ``auto`` and ``describe()`` then count; None is a
             guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
         schedule: auto, ring, exchange, gather.

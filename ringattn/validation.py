@@ -68,7 +68,10 @@ def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
     several = isinstance(mask, Iterable) and not isinstance(mask, str)
     masks = [mask] if isinstance(mask, Expression) else listed("mask", mask, "masks", STACK) if several else []
     if not masks or not all(isinstance(m, Expression) for m in masks):
-        raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal()")
+        call = f"; did you mean {mask.__name__}()?" if callable(mask) and hasattr(mask, "__name__") else ""
+        raise ValueError(
+            f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal(){call or ', or a tensor as bias='}"
+        )
     return tuple(dict.fromkeys(masks))
 
 

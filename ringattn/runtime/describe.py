@@ -60,7 +60,7 @@ def _keys(binding: Binding) -> str:
 
 def _table(choice: Choice) -> list[str]:
     """A line for every layout and schedule: what it costs beside the one taken, or why it was left out."""
-    best = choice.lines[0].offers[0].seconds
+    best = choice.lines[0].offers[0].seconds or 1.0  # a mask may allow nothing
     return [row for number, line in enumerate(choice.lines) for row in _rows(line, best, taken=number == 0)]
 
 

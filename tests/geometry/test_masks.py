@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ringattn as ra
+from ringattn.comm import PlanningRank
 from ringattn.geometry.bands import areas, regular
 from tests.support import cases
 
@@ -166,3 +167,15 @@ print(pickle.dumps(here).hex())
         env=os.environ | {"PYTHONHASHSEED": "7"},
     )  # fmt: skip
     assert pickle.loads(bytes.fromhex(made.stdout.decode())) == masks
+
+
+def test_a_mask_is_neither_true_nor_false():
+    for wrong in (lambda: ra.causal() and ra.full(), lambda: ra.causal() or ra.full(), lambda: not ra.causal()):
+        with pytest.raises(ValueError, match=r"combine masks with &, \| and -"):
+            wrong()
+
+
+def test_a_mask_that_allows_nothing_can_be_described():
+    nothing = ra.full() - ra.full()
+    for layout in ("auto", "balanced", "contiguous", "striped"):
+        assert "no work" in ra.ContextParallel(PlanningRank(0, 2), 10, mask=nothing, layout=layout).describe()
