@@ -152,7 +152,7 @@ def _rows(spans: _ByPeer, peer: int) -> Tensor:
 
 def _side(spans: _ByPeer, rank: int) -> _Side:
     rows = {peer: _rows(spans, peer) for peer in spans if peer != rank}
-    joined = torch.cat(list(rows.values())) if rows else torch.empty(0, dtype=torch.int64)
+    joined = torch.cat(list(rows.values())) if rows else torch.empty(0, dtype=torch.int64, device="cpu")
     return _Side(joined, tuple((peer, len(part)) for peer, part in rows.items()))
 
 

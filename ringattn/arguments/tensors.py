@@ -49,12 +49,12 @@ def _holds(dtype: torch.dtype, fill: object) -> bool:
     if not isinstance(fill, (bool, int, float, complex)) or (isinstance(fill, bool) and dtype != torch.bool):
         return False
     try:
-        kept = torch.full((), fill, dtype=dtype).item()
+        kept = torch.full((), fill, dtype=dtype, device="cpu").item()
     except (RuntimeError, TypeError, OverflowError):
         return False
     if dtype.is_floating_point or dtype.is_complex:
-        exact = torch.full((), fill, dtype=torch.complex128)
-        return bool(torch.tensor(kept, dtype=torch.complex128).isfinite() == exact.isfinite())
+        exact = torch.full((), fill, dtype=torch.complex128, device="cpu")
+        return bool(torch.tensor(kept, dtype=torch.complex128, device="cpu").isfinite() == exact.isfinite())
     return bool(kept == fill)
 
 

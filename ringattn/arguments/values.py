@@ -42,8 +42,8 @@ def number(
     name: str, value: Any, least: float, most: float, hint: str = "", also: tuple[type, ...] = (), rule: str = "a"
 ) -> Any:
     """A number from ``least`` to ``most``, as a float; what is one of the types ``also`` is kept as it is."""
-    kinds: Any = (int, float, np.number, *also)
-    if not isinstance(value, kinds) or isinstance(value, (bool, np.bool_)):
+    kinds: Any = (int, float, np.integer, np.floating, *also)
+    if not isinstance(value, kinds) or isinstance(value, (bool, np.bool_, np.timedelta64)):
         raise ValueError(f"{name}={shown(value)}: must be a number from {least:g} to {most:g}{hint}")
     if not least <= value <= most:
         raise ValueError(f"{name}={shown(value)}: must be {rule} number from {least:g} to {most:g}{hint}")

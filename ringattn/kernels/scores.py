@@ -82,9 +82,9 @@ def alibi(slopes: Tensor | Sequence[float]) -> Rule:
     if isinstance(slopes, Tensor) and slopes.requires_grad:
         raise ValueError("alibi slopes require grad, and their gradient is not computed: pass slopes.detach()")
     try:
-        made = torch.as_tensor(slopes)
+        made = slopes if isinstance(slopes, Tensor) else torch.as_tensor(slopes, device="cpu")
         if made.is_floating_point() and not hasattr(slopes, "dtype"):
-            made = torch.as_tensor(slopes, dtype=torch.float64)
+            made = torch.as_tensor(slopes, dtype=torch.float64, device="cpu")
     except (TypeError, RuntimeError, ValueError, OverflowError):
         raise ValueError(f"alibi slopes={shown(slopes)}: must be one finite number for each query head") from None
     if plain("alibi slopes", made).is_floating_point() and made.dtype not in FLOATS:
@@ -262,7 +262,7 @@ def _kept(dropout: Dropout, batch: int, heads: Tensor, q: Tensor, k: Tensor) -> 
 
 @lru_cache(maxsize=256)
 def _key(seed: int, batch: int) -> int:
-    return int(_mix64(_mix64(torch.tensor(seed)) + batch).to(torch.int32))
+    return int(_mix64(_mix64(torch.tensor(seed, device="cpu")) + batch).to(torch.int32))
 
 
 def _mix32(x: Tensor) -> Tensor:

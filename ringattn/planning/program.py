@@ -99,7 +99,7 @@ class Parcel:
         return Fraction(self.rows.stop - self.rows.start, self.buffer.heads.parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """Tiles that are computed, in ``launches``, on ``heads``. None is the rank's own: ``keys`` and ``queries`` its
     shard, ``grads`` the gradients of its shard, ``result`` its result (backward: dq)."""

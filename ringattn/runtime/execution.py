@@ -107,7 +107,9 @@ class Execution:
             self.sinks is not None,
             self.grad,
         )
-        binding.link.begin(name, (self.call.signature, extras), partial(self._facts, extras), device, own)
+        binding.link.begin(
+            name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own
+        )
 
     def _facts(self, extras: Extras) -> dict[str, str]:
         kind, s, scores, program = self.call.kind, self.binding.settings, self.scores, self.call.program

@@ -60,7 +60,7 @@ class Prepared:
         self.positional, self.wide = scores.positional, kind.wide
         self.signature = mask.digest, kind, program.schedule, program.cut, kernel.name, scores.scale, scores.softcap
         turns = (*program.forward, *program.backward)
-        self._calls = {id(work): self._ready(work, scores) for turn in turns for work in turn.work}
+        self._calls = {work: self._ready(work, scores) for turn in turns for work in turn.work}
 
     def _ready(self, work: planned.Work, scores: Scores) -> TileCalls:
         frames = work.q_frame, work.k_frame
@@ -104,7 +104,7 @@ class Prepared:
         )
 
     def _work(self, work: planned.Work, memory: Memory) -> Work:
-        calls = self._calls[id(work)]
+        calls = self._calls[work]
         if work.queries is not None and work.result is not None:
             return Hosting(calls, memory.whole(work.queries), memory.whole(work.result))
         keys, grads = (

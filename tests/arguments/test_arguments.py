@@ -263,3 +263,23 @@ def test_an_endless_list_is_refused() -> None:
 @given(st.sampled_from(sorted(DOORS)), ODD)
 def test_many_malformed_arguments(door: str, value: Any) -> None:
     knock(door, value)
+
+
+def test_numbers_of_other_kinds_are_refused() -> None:
+    q, cp = torch.randn(1, 8, 2, 4), ra.ContextParallel(None, 8)
+    for wrong in (np.complex64(1 + 2j), np.timedelta64(1, "s")):
+        for name in ("scale", "softcap", "dropout_p"):
+            with pytest.raises(ValueError, match=f"{name}=.*must be a number"):
+                ra.attention(q, q, q, cp=cp, **{name: wrong})  # type: ignore[call-overload]
+
+
+def test_a_default_device_is_no_matter() -> None:
+    q, cp = torch.randn(1, 8, 2, 4), ra.ContextParallel(None, 8)
+    rule = ra.alibi(torch.tensor([0.5, 0.25]))
+    right = ra.attention(q, q, q, cp=cp, dropout_p=0.5, seed=3, bias=rule), ra.roll(cp, q, 3)
+    with torch.device("meta"):
+        cp = ra.ContextParallel(None, 8)
+        slopes = ra.alibi(rule.params)
+        found = ra.attention(q, q, q, cp=cp, dropout_p=0.5, seed=3, bias=slopes), ra.roll(cp, q, 3)
+    assert torch.equal(right[0], found[0])
+    assert torch.equal(right[1], found[1])

@@ -1,5 +1,6 @@
 """A call is prepared once: the next one of its kind makes nothing but its results, and no memory is held twice."""
 
+import copy
 import gc
 import weakref
 
@@ -134,3 +135,29 @@ def test_a_context_is_let_go_of():
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_a_context_that_was_copied_attends():
+    """As a copied module does that holds one: an average of weights, say."""
+    cp, (q, k, v) = ra.ContextParallel(None, TOKENS, mask=ra.longformer(3, 2)), inputs()
+    right = ra.attention(q, k, v, cp=cp)
+    assert torch.equal(ra.attention(q, k, v, cp=copy.deepcopy(cp)), right)
+
+
+def test_ranks_whose_later_contexts_differ_are_told():
+    """Not only in the first call of its kind: shapes, schedule and mask are the same, lengths or layouts are not."""
+
+    def later(transport, change):
+        cp = ra.ContextParallel(transport, 4 * TOKENS, layout="contiguous", schedule="ring")
+        q, k, v = inputs()
+        ra.attention(q, k, v, cp=cp)
+        ra.attention(q, k, v, cp=cp.replace(**change(transport.rank)))
+
+    offsets = {"kv_seqlen": 4 * TOKENS}
+    for change, said in (
+        (lambda rank: {"layout": ("contiguous", "zigzag", "striped", "zigzag")[rank]}, "layout"),
+        (lambda rank: {**offsets, "q_offset": rank // 2}, "lengths"),
+        (lambda rank: {"options": ra.Options(rates=ra.Rates(6e10, 6e10 + rank))}, "planned for"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ra.Loopback(4, timeout=10).run(lambda transport, change=change: later(transport, change))
