@@ -74,10 +74,6 @@ class Expression:
             )
         return type(self)(rule, (self, other))
 
-    def __bool__(self) -> bool:
-        """Raises: `and`, `or` and `not` would drop a mask in silence."""
-        raise ValueError(f"{shown(self)} is neither true nor false: combine masks with &, | and -, not and, or, not")
-
     @property
     def kind(self) -> str:
         """The name of its rule: of the function that makes such a mask; ``both``, ``either`` or ``without``."""

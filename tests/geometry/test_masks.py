@@ -169,12 +169,6 @@ print(pickle.dumps(here).hex())
     assert pickle.loads(bytes.fromhex(made.stdout.decode())) == masks
 
 
-def test_a_mask_is_neither_true_nor_false():
-    for wrong in (lambda: ra.causal() and ra.full(), lambda: ra.causal() or ra.full(), lambda: not ra.causal()):
-        with pytest.raises(ValueError, match=r"combine masks with &, \| and -"):
-            wrong()
-
-
 def test_a_mask_that_allows_nothing_can_be_described():
     nothing = ra.full() - ra.full()
     for layout in ("auto", "balanced", "contiguous", "striped"):
