@@ -136,7 +136,7 @@ def replacements(batches: int = 50, seqlen: int = 1 << 17, count: int = 200) -> 
 
 
 def launches(seqlen: int = 1 << 17, world: int = 8) -> list[dict[str, Any]]:
-    """Kernel calls of block-sparse masks on the layout that auto picks, where stacks of equal tiles are one call."""
+    """Kernel calls of block-sparse masks on the layout that auto picks, on a CPU."""
     masks = {
         "longformer(1023, 64)": ringattn.longformer(1023, 64),
         "longformer(1023, 64, causal=False)": ringattn.longformer(1023, 64, causal=False),
