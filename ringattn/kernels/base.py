@@ -101,10 +101,6 @@ class Grads:
     dk: Tensor
     dv: Tensor
 
-    def kv_heads(self, heads: slice) -> Grads:
-        """A view of some KV heads; `dq` stays whole."""
-        return Grads(self.dq, self.dk[:, :, heads], self.dv[:, :, heads])
-
     def tile(self, rows: slice, cols: slice) -> Grads:
         """A view of some query rows and key columns."""
         return Grads(self.dq[:, rows], self.dk[:, cols], self.dv[:, cols])
