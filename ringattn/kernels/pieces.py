@@ -39,7 +39,8 @@ class Piece:
     def halves(self, most: int) -> Iterator[Piece]:
         """The piece, its triangles halved into two and a square until they have at most `most` rows.
 
-        In order of their rows, as :meth:`TileBand.pieces`.
+        A square comes after the triangle of its rows, which then is the first on them, as in
+        :meth:`TileBand.pieces`: of the two the square, one call, is what is merged.
         """
         size = self.rows.stop - self.rows.start
         if self.shape is Shape.FULL or size <= most:
@@ -48,12 +49,12 @@ class Piece:
         half = size // 2 // ALIGNMENT * ALIGNMENT or size // 2
         top, bottom = _cut(self.rows, half)
         left, right = _cut(self.cols, half)
+        yield from Piece(top, left, self.shape).halves(most)
         if self.shape is Shape.UPPER:
             yield Piece(top, right, Shape.FULL)
-        yield from Piece(top, left, self.shape).halves(most)
+        yield from Piece(bottom, right, self.shape).halves(most)
         if self.shape is Shape.LOWER:
             yield Piece(bottom, left, Shape.FULL)
-        yield from Piece(bottom, right, self.shape).halves(most)
 
 
 def _cut(x: slice, at: int) -> tuple[slice, slice]:
@@ -91,7 +92,8 @@ class TileBand:
     def pieces(self, limit: int, triangle: int) -> Iterator[Piece]:
         """Disjoint pieces of at most `limit` rows and columns that cover the band exactly.
 
-        They come in order of their rows, and of the pieces that share rows the first holds all of these rows.
+        Of the pieces that share rows the first holds all of these rows: a triangle that does, as it may yet be cut
+        into many calls, which then need no merges.
         With two bounds a piece has at most `triangle` rows, as each chunk of rows then costs two triangles.
         """
         height = limit if self.width is None else min(limit, triangle, self.width)
@@ -101,10 +103,10 @@ class TileBand:
                 stop = a + self.hi
             if self.lo is not None and a + self.lo >= 0:
                 start = b - 1 + self.lo
-            for c in range(start, stop, limit):
-                yield Piece(slice(a, b), slice(c, min(c + limit, stop)), Shape.FULL)
             if stop < self.nk:
                 yield Piece(slice(a, b), slice(stop, stop + b - a), Shape.LOWER)
+            for c in range(start, stop, limit):
+                yield Piece(slice(a, b), slice(c, min(c + limit, stop)), Shape.FULL)
             if self.lo is not None and 0 <= a + self.lo < start:
                 yield Piece(slice(a, b - 1), slice(a + self.lo, start), Shape.UPPER)
 

@@ -19,7 +19,7 @@ from ringattn.geometry.tiles import Window
 from ringattn.kernels import sdpa_cuda, windows
 from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.calls import TileKernel
-from ringattn.kernels.operators import CpuFlash, Operator, Query, head_major
+from ringattn.kernels.operators import CpuFlash, Operator, Query, cast, head_major
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import Shape, TileBand
 from ringattn.kernels.reference import FLOATING
@@ -34,14 +34,14 @@ class Sizes(NamedTuple):
     narrow: the widest window computed by masked blocks; beyond, the chunks' triangles weigh less than the masks.
     small: triangles of so many rows are computed by masked blocks on the CPU, whose operator computes 512 columns at a
         time, on a diagonal too: half of what a triangle of 512 rows costs is for nothing. Yet smaller ones are not
-        worth more than one call, and larger ones are halved only in backward, where nothing has to be merged.
+        worth more than one call, and larger ones are halved into two triangles and a square.
     packing: the rows or columns from which on a dense copy of the other side pays: it is read once for every 256.
     """
 
     limit: int = 8192
     triangle: int = 1024
     narrow: int = 2048
-    small: range = range(160, 1536 + 1)
+    small: range = range(160, 800 + 1)
     packing: int = 2048
 
 
@@ -88,7 +88,7 @@ class Sdpa(TileKernel):
             for run, found in sdpa_cuda.backward(rows, k, v, window, scale):
                 grads.tile(run.rows, run.cols).add(*found)
             return
-        for part in cut(rows.q.shape[1], k.shape[1], window, k.is_cuda, SIZES, backward=True):
+        for part in cut(rows.q.shape[1], k.shape[1], window, k.is_cuda, SIZES):
             if part.whole:
                 _backward_part(part, rows, k, v, scale, grads)
                 continue
@@ -109,19 +109,19 @@ class Part(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def cut(nq: int, nk: int, window: Window, cuda: bool, sizes: Sizes, backward: bool = False) -> tuple[Part, ...]:
-    """The parts of a tile, in order of their rows."""
+def cut(nq: int, nk: int, window: Window, cuda: bool, sizes: Sizes) -> tuple[Part, ...]:
+    """The parts of a tile; of those that share rows the first holds all of these."""
     band = TileBand.of(nq, nk, window)
     if _is_narrow(band, cuda, sizes):
         return (Part(slice(0, nq), slice(0, nk), Shape.FULL, band, True, True),)
     parts, reached = [], 0  # rows that hold a result already; the first piece on new rows holds all of them
     for piece in band.pieces(sizes.limit, sizes.triangle):
-        for half in piece.halves(sizes.small.stop - 1) if backward and not cuda else (piece,):
+        for half in (piece,) if cuda else piece.halves(sizes.small.stop - 1):
             rows, cols = half.rows, half.cols
             narrow = half.band if _is_narrow(half.band, cuda, sizes) else None
             whole = (rows, cols) == (slice(0, nq), slice(0, nk))
             parts.append(Part(rows, cols, half.shape, narrow, whole, rows.stop > reached))
-        reached = max(reached, piece.rows.stop)
+            reached = max(reached, rows.stop)
     return tuple(parts)
 
 
@@ -139,7 +139,7 @@ OPERATORS: dict[bool, Operator] = {False: CpuFlash(), True: sdpa_cuda.Efficient(
 
 def _packed(x: Tensor, readers: int, dtype: torch.dtype) -> Tensor:
     """`[B, n, H, D]` head-major, copied where enough rows or columns of the other side read it."""
-    return head_major(x, dtype) if readers >= SIZES.packing else x.to(dtype).transpose(1, 2)
+    return head_major(x, dtype) if readers >= SIZES.packing else cast(x, dtype).transpose(1, 2)
 
 
 def _forward_part(part: Part, q: Tensor, k: Tensor, v: Tensor, scale: float, acc: Partial, fresh: bool) -> None:
@@ -171,7 +171,7 @@ def _backward_part(part: Part, rows: Rows, k: Tensor, v: Tensor, scale: float, g
         q, dout, k, v = q.transpose(1, 2), dout.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     else:
         q, dout, k, v = (_packed(x, n, dtype) for x, n in ((q, nk), (dout, nk), (k, nq), (v, nq)))
-        out = out.to(dtype)  # read once only, as it lies
+        out = cast(out, dtype)  # read once only, as it lies
     query = Query(q, dout, out.transpose(1, 2), rows.lse, rows.dlse)
     if part.shape is Shape.UPPER:
         query = query.map(lambda x: x.flip(2))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Rows
-from ringattn.kernels.operators import Operator, Query
+from ringattn.kernels.operators import Operator, Query, cast
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.pieces import ALIGNMENT, TileBand
 
@@ -58,8 +58,8 @@ def forward(
     q, k, v = (_whole(x, dtype).transpose(1, 2) for x in (q, k, v))
     for run in _runs(band.nq, band.nk, step, mask.size(1), lo - slack, sizes.most):
         for batch in _batches(q.size(0), run):
-            queries = _blocks(q[batch, :, run.block].to(dtype), run.count, step)
-            keys, values = (_keys(x[batch, :, run.span].to(dtype), run.count, step) for x in (k, v))
+            queries = _blocks(cast(q[batch, :, run.block], dtype), run.count, step)
+            keys, values = (_keys(cast(x[batch, :, run.span], dtype), run.count, step) for x in (k, v))
             part = mask[: queries.size(2), run.skip : run.skip + keys.size(2)]
             out, lse = operator.forward(queries, keys, values, False, part, scale)
             home = Partial(acc.out[batch, run.block], acc.lse[batch, :, run.block])
@@ -73,8 +73,8 @@ def backward(operator: Operator, band: TileBand, rows: Rows, k: Tensor, v: Tenso
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     query = Query.of(rows, lambda x: _whole(x, dtype).transpose(1, 2))
     for run in _runs(band.nk, band.nq, step, mask.size(0), -hi, most=1):
-        part = query.map(lambda x, span=run.span: x[:, :, span].to(dtype))  # type: ignore[misc]
-        keys, values = (x[:, :, run.block].to(dtype) for x in (k, v))
+        part = query.map(lambda x, span=run.span: cast(x[:, :, span], dtype))  # type: ignore[misc]
+        keys, values = (cast(x[:, :, run.block], dtype) for x in (k, v))
         seen = mask[run.skip : run.skip + part.q.size(2), : keys.size(2)]
         grads.tile(run.span, run.block).add(*operator.backward(part, keys, values, False, seen, scale))
 
@@ -104,7 +104,7 @@ def _transposed_mask(step: int, width: int, dtype: torch.dtype, device: torch.de
 
 
 def _whole(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.size(1) <= WHOLE else x
+    return cast(x, dtype) if x.size(1) <= WHOLE else x
 
 
 def _batches(batch: int, run: Run) -> Iterator[slice]:
