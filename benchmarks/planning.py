@@ -21,8 +21,8 @@ from ringattn.geometry.layouts import contiguous, zigzag
 from ringattn.planning.cost import Terms
 from ringattn.planning.placement import Choice, Problem, choose
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import compile_program
 from ringattn.planning.schedules import by_name
+from ringattn.planning.turns import compile_program
 
 SEQLEN, WORLD, DOCUMENTS = 1 << 20, 1024, 5000
 

@@ -25,8 +25,9 @@ from ringattn.kernels.scores import Scores
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Program, compile_program
+from ringattn.planning.program import Program
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, two_shards
+from ringattn.planning.turns import compile_program
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
@@ -119,16 +120,13 @@ class Binding:
 
         Raises ``ValueError`` where no schedule fits ``Options.kv_bytes``.
         """
-        key = mask, load
+        plan = self.plans[mask]
+        if load.stay and plan.travel:
+            plan = replace(plan, travel=False)
+        schedule, cut = self._fit(plan, load)
+        key = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
         if key not in self._programs:
-            plan = self.plans[mask]
-            if load.stay and plan.travel:
-                plan = replace(plan, travel=False)
-            schedule, cut = self._fit(plan, load)
-            same = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
-            if same not in self._programs:
-                self._programs[same] = compile_program(plan, schedule, cut, self.rank, load.stacking)
-            self._programs[key] = self._programs[same]
+            self._programs[key] = compile_program(plan, schedule, cut, self.rank, load.stacking)
         return self._programs[key]
 
     def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:

@@ -66,7 +66,8 @@ def _table(choice: Choice) -> list[str]:
 
 def _rows(line: Line, best: float, taken: bool) -> list[str]:
     if not line.offers:
-        return [f"    {line.layout:11} {line.out or f'not planned, at least {line.bound / best:.2f} x the time'}"]
+        least = f"not planned: at least {line.bound / best:.2f} x the time"
+        return [f"    {line.layout:11} {line.out or least}"]
     rows = []
     for number, offer in enumerate(line.offers):
         note = f": {offer.out}" if offer.out else ": taken" if taken and number == 0 else ""
@@ -98,7 +99,7 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
     others = np.delete(guess, binding.rank)
     beside = f" (about {int(others.min()):,} to {int(others.max()):,} on the others)" if len(others) else ""
     lines = [
-        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls} kernel calls{beside}, "
+        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
         f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
         f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
@@ -120,7 +121,8 @@ def _steps(program: Program) -> list[str]:
         launches = turn.own.launches if turn.own else ()
         shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
         coming = program.forward[t - 1].recvs if t else ()
-        peers = ", ".join(f"{int(p.tokens):,} from rank {p.peer}" for p in coming if p.buffer.row is Row.KV)
+        what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
+        peers = ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in coming)
         source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
         lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs")
     if len(program.forward) > MAX_STEPS:

@@ -12,8 +12,8 @@ from ringattn.planning.deals import deal_by_weight
 from ringattn.planning.estimates import estimate
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import compile_program
 from ringattn.planning.schedules import SCHEDULES, by_name
+from ringattn.planning.turns import compile_program
 
 S = 8192
 

@@ -8,8 +8,9 @@ from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import LAYOUTS, contiguous
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Row, compile_program
+from ringattn.planning.program import Row
 from ringattn.planning.schedules import SCHEDULES
+from ringattn.planning.turns import compile_program
 from tests.support import cases
 
 HEADS, DIM = 3, 2

@@ -21,9 +21,10 @@ from ringattn.planning.estimates import estimate
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import CALL_BUDGET, Problem, choose
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Row, compile_program
+from ringattn.planning.program import Row
 from ringattn.planning.schedules import HEAD_CHUNKS, SCHEDULES, by_name
 from ringattn.planning.schedules.ring import ring
+from ringattn.planning.turns import compile_program
 from ringattn.runtime.binding import RECENT
 from ringattn.testing import run_processes
 from tests.support import cases

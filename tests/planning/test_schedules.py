@@ -7,8 +7,9 @@ import torch
 import ringattn as ra
 from ringattn.geometry.layouts import contiguous, striped, zigzag
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Row, compile_program
+from ringattn.planning.program import Row
 from ringattn.planning.schedules import by_name
+from ringattn.planning.turns import compile_program
 from ringattn.runtime.settings import Load
 from ringattn.testing import dense_attention
 from tests.support import cases

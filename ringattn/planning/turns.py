@@ -1,0 +1,233 @@
+"""How a program is compiled: a rank's steps become turns, with all that is copied, sent, filled and added in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from ringattn.geometry.frames import Frame
+from ringattn.planning.launches import Stacking
+from ringattn.planning.plan import Plan
+from ringattn.planning.program import Buffer, Copy, Parcel, Program, Row, Turn, Work
+from ringattn.planning.schedules import Schedule
+from ringattn.planning.stages import ALL, Heads, Stage, Visits, stages_of, visits_of
+
+# Messages of less than this part of a shard are not worth a second turn.
+HIDDEN = 8
+
+
+def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL) -> Program:
+    """The turns of a rank's steps."""
+    stages, blank = stages_of(plan, rank, schedule.steps(plan, rank, cut), stacking)
+    visits = visits_of(plan, rank, stacking)
+    own = Own(plan.q_frame(rank), plan.k_layout.frame(rank))
+    return Program(
+        rank,
+        own.queries,
+        own.keys,
+        _trimmed(forward_turns(own, stages, visits)),
+        _trimmed(backward_turns(own, stages, visits)),
+        blank,
+        not (plan.received.any() or len(plan.visits)),
+        schedule.name,
+        cut,
+        plan.travel > 0,
+        stacking,
+    )
+
+
+def _trimmed(turns: list[Turn]) -> tuple[Turn, ...]:
+    while turns and not turns[-1]:
+        turns.pop()
+    return tuple(turns)
+
+
+@dataclass(frozen=True)
+class Own:
+    """The rank's own queries and keys."""
+
+    queries: Frame
+    keys: Frame
+
+
+def forward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
+    """At turn ``t`` stage ``t`` is computed while the keys of the next arrive. Travelling queries leave at turn 0, are
+    computed at turn 1 and return at turn 2; their results are merged last, when all rows have been written."""
+    turns = []
+    out, back = _Visit(visits, Row.Q, Row.PARTIAL), 3 if visits else 0
+    for t in range(max(len(stages), back)):
+        post = _fetch(stages, t + 1)
+        work = []
+        if t < len(stages) and stages[t].launches:
+            stage = stages[t]
+            work.append(_work(own, stage, None if t == 0 else _keys(stage, t), None))
+        turns.append(out.turn(t, post, work, own))
+    if out.home:
+        turns[-1] = replace(turns[-1], adds=(*turns[-1].adds, *out.home))
+    return turns
+
+
+def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
+    """At turn ``t`` stage ``t`` is computed while the keys of the next arrive and the gradients of the last leave.
+
+    Where there is enough to hide, half of the own shard's heads are computed first, while the first keys arrive, and
+    half last, while the last gradients come home.
+    """
+    turns, count = [], len(stages)
+    out, back = _Visit(visits, Row.QUERY, Row.DQ), 3 if visits else 0
+    halves = (Heads(0, 2), Heads(1, 2)) if _worth_two_turns(own, stages) else (ALL, None)
+    for t in range(max(count + 1, back)):
+        stage = stages[t] if 0 < t < count else None
+        grads = None if stage is None or not stage.frame.size else _grads(stage, t)
+        post = _joined(_fetch(stages, t + 1), _bring_home(stages, t - 1, grads))
+        work = []
+        if stage is not None and stage.launches:
+            work.append(_work(own, stage, _keys(stage, t), grads))
+        heads = halves[0] if t == 0 else halves[1] if t == count else None
+        if heads is not None and stages[0].launches:
+            work.append(_work(own, stages[0], None, None, heads))
+        homes: tuple[Copy, ...] = ()
+        if stage is not None and stage.copies:
+            homes = (Copy(grads, None, tuple((here, home) for home, here in stage.copies)),)
+        zeros = () if grads is None else (grads,)
+        turns.append(out.turn(t, replace(post, zeros=zeros, adds=(*homes, *post.adds)), work, own))
+    if out.home:
+        turns[-1] = replace(turns[-1], adds=(*turns[-1].adds, *out.home))
+    return turns
+
+
+def _worth_two_turns(own: Own, stages: Sequence[Stage]) -> bool:
+    """It costs twice the calls, so it must hide some share of the shard."""
+    first = stages[1].frame.size if len(stages) > 1 else 0
+    last = sum(move.tokens for move in stages[-1].grad_recvs)
+    return HIDDEN * max(first, last) >= max(own.keys.size, 1)
+
+
+def _work(own: Own, stage: Stage, keys: Buffer | None, grads: Buffer | None, heads: Heads | None = None) -> Work:
+    return Work(stage.tiles, stage.launches, own.queries, stage.frame, heads or stage.heads, keys, grads)
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _keys(stage: Stage, t: int) -> Buffer:
+    """Where the keys of stage ``t`` lie; those of the stage after are arriving in another slot."""
+    return Buffer(f"kv {t % 2}", Row.KV, stage.frame.size, stage.heads)
+
+
+def _grads(stage: Stage, t: int) -> Buffer:
+    return Buffer(f"grads {t % 2}", Row.GRAD, stage.frame.size, stage.heads)
+
+
+def _fetch(stages: Sequence[Stage], t: int) -> Turn:
+    """Sends this rank's part of the keys of stage ``t`` and receives its own."""
+    if t >= len(stages):
+        return Turn()
+    stage, held = stages[t], _keys(stages[t - 1], t - 1) if t > 1 else None
+    copies, sends = [], []
+    packed: dict[tuple[tuple[int, int, int], ...], Buffer] = {}  # the same rows may go to many ranks
+    for move in stage.kv_sends:
+        source = None if move.home else held
+        if source is not None and _in_place(move.rows):
+            sends.append(Parcel(move.peer, source, move.rows[0]))
+            continue
+        rows = tuple((r.start, r.stop, r.step) for r in move.rows)
+        if rows not in packed:
+            packed[rows] = Buffer(f"kv out {len(packed)}", Row.KV, move.tokens, stage.heads)
+            copies.append(Copy(source, packed[rows], _packing(move.rows)))
+        sends.append(Parcel(move.peer, packed[rows], slice(0, move.tokens, 1)))
+    if not stage.frame.size:
+        return Turn(tuple(copies), tuple(sends))
+    arriving = _keys(stage, t)
+    recvs = tuple(Parcel(move.peer, arriving, move.rows[0]) for move in stage.kv_recvs)
+    if stage.copies:
+        copies.append(Copy(None, arriving, stage.copies))
+    return Turn(tuple(copies), tuple(sends), recvs)
+
+
+def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None) -> Turn:
+    """Sends the gradients of stage ``t`` on their way and receives those that come here: home, or to the stage
+    ``after``."""
+    if not 0 <= t < len(stages):
+        return Turn()
+    stage, copies, sends, recvs, adds = stages[t], [], [], [], []
+    for i, move in enumerate(stage.grad_sends):
+        if _in_place(move.rows):
+            sends.append(Parcel(move.peer, _grads(stage, t), move.rows[0]))
+            continue
+        message = Buffer(f"grad out {i}", Row.GRAD, move.tokens, stage.heads)
+        copies.append(Copy(_grads(stage, t), message, _packing(move.rows)))
+        sends.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+    for i, move in enumerate(stage.grad_recvs):
+        message = Buffer(f"grad in {i}", Row.GRAD, move.tokens, stage.heads)
+        recvs.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+        adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
+    return Turn(tuple(copies), tuple(sends), tuple(recvs), adds=tuple(adds))
+
+
+class _Visit:
+    """The two ways of a visit, the same forward and backward: rows go out and rows of results come back. They travel
+    before turn 0 computes, are computed in turn 1, and results go home in turn 2. ``home`` is what then is done."""
+
+    def __init__(self, visits: Visits, out: Row, back: Row) -> None:
+        self.visits = visits
+        self.guests = Buffer(f"{out.value} in", out, visits.frame.size)
+        self.results = Buffer(f"{back.value} out", back, visits.frame.size)
+        self.leaving = [Buffer(f"{out.value} out {i}", out, move.tokens) for i, move in enumerate(visits.sends)]
+        self.returning = [Buffer(f"{back.value} in {i}", back, move.tokens) for i, move in enumerate(visits.sends)]
+        self.home: tuple[Copy, ...] = tuple(
+            Copy(message, None, _unpacking(move.rows))
+            for message, move in zip(self.returning, visits.sends, strict=True)
+        )
+
+    def turn(self, t: int, post: Turn, work: list[Work], own: Own) -> Turn:
+        """A turn with its part of the visits added."""
+        visits = self.visits
+        if not visits:
+            return replace(post, work=tuple(work))
+        if t == 0:
+            moves = list(zip(self.leaving, visits.sends, strict=True))
+            post = _joined(
+                post,
+                Turn(
+                    tuple(Copy(None, message, _packing(move.rows)) for message, move in moves),
+                    tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in moves),
+                    tuple(Parcel(move.peer, self.guests, move.rows[0]) for move in visits.recvs),
+                ),
+            )
+        if t == 1 and visits.recvs:
+            frames = visits.frame, own.keys
+            guests = Work(visits.tiles, visits.launches, *frames, queries=self.guests, result=self.results)
+            work = [*work, guests]
+        if t == 2:
+            sends = tuple(Parcel(move.peer, self.results, move.rows[0]) for move in visits.recvs)
+            arrivals = zip(self.returning, visits.sends, strict=True)
+            recvs = tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in arrivals)
+            post = _joined(post, Turn(sends=sends, recvs=recvs))
+        return replace(post, work=tuple(work))
+
+
+def _joined(*turns: Turn) -> Turn:
+    """The messages of several as those of one turn, in this order."""
+    columns = ((t.copies, t.sends, t.recvs, t.zeros, t.work, t.adds) for t in turns)
+    return Turn(*(tuple(chain(*column)) for column in zip(*columns, strict=True)))
+
+
+def _in_place(rows: tuple[slice, ...]) -> bool:
+    """Whether a buffer holds the message already, in one run."""
+    return len(rows) == 1 and rows[0].step in (None, 1)
+
+
+def _packing(rows: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
+    """Each of these rows and where it comes to lie in a message."""
+    pairs, at = [], 0
+    for part in rows:
+        n = len(range(part.start, part.stop, part.step))
+        pairs.append((part, slice(at, at + n, 1)))
+        at += n
+    return tuple(pairs)
+
+
+def _unpacking(rows: tuple[slice, ...]) -> tuple[tuple[slice, slice], ...]:
+    return tuple((there, here) for here, there in _packing(rows))
