@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ringattn.geometry.masks import Expression
@@ -10,7 +12,7 @@ from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
 from ringattn.planning.plan import Plan
-from ringattn.planning.program import Program, Row
+from ringattn.planning.program import Parcel, Program, Row
 from ringattn.planning.schedules import by_name
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.settings import Options
@@ -121,13 +123,18 @@ def _steps(program: Program) -> list[str]:
         launches = turn.own.launches if turn.own else ()
         shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
         coming = program.forward[t - 1].recvs if t else ()
-        what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
-        peers = ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in coming)
+        peers = _arrivals(coming)
         source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
         lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs")
     if len(program.forward) > MAX_STEPS:
         lines.append(f"    ... {len(program.forward) - MAX_STEPS} more steps")
-    return lines
+    results = program.forward[-1].recvs if program.forward else ()
+    return [*lines, f"    at the end: receives {_arrivals(results)}"] if results else lines
+
+
+def _arrivals(parcels: Sequence[Parcel]) -> str:
+    what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
+    return ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in parcels)
 
 
 def _call(launch: Launch) -> str:

@@ -72,6 +72,13 @@ def test_a_cache_that_grows_is_appended_to():
         torch.testing.assert_close(found, out, rtol=1e-11, atol=1e-11)
 
 
+def test_a_query_that_comes_to_the_keys_is_described():
+    settings = {"kv_seqlen": 4100, "q_offset": 4099, "kv_layout": "cyclic"}
+    home, host = (ra.ContextParallel(PlanningRank(rank, 2), 1, **settings).describe() for rank in (0, 1))
+    assert "step 1: receives 1 queries from rank 0" in host
+    assert "at the end: receives 1 results from rank 1" in home and "at the end" not in host
+
+
 def test_what_does_not_fit_is_refused():
     def context(**settings):
         return ra.ContextParallel(PlanningRank(0, 2), 17, kv_seqlen=200, **settings)
