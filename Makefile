@@ -40,7 +40,7 @@ pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--
 	  -m launch.pretrain $(if $(findstring --resume,$(ARGS)),,--config $(CONFIG)) $(ARGS)
 
 test: $(SETUP) ## the tests, without the slow ones, in two processes: WORKERS=2
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(SETUP) ## the slow tests alone, in two processes too
 	$(PYTHON) -m pytest --run-slow -m slow -n $(WORKERS) --dist worksteal $(ARGS)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.clock import patience
+
 # What `ringattn.testing.run_processes` and `ringattn check` fork their processes from has these loaded.
 multiprocessing.set_forkserver_preload(
     [
@@ -28,6 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --run-slow"))
+        limit = item.get_closest_marker("timeout")
+        seconds = limit.args[0] if limit else float(config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from launch.config import dump
+from tests.support.clock import patience
 from tests.support.pretrain import TINY, records_of
 
 TIMEOUT = 5.0
@@ -119,14 +120,14 @@ def hit(job: Launched, attempt: int, phase: str, number: int, draw: random.Rando
                 len({s for s in seen if re.search(phase, s)}) > step or " step " not in f" {at}"
             ):
                 break
-            if time.monotonic() - begin > 60:
+            if time.monotonic() - begin > patience(60):
                 raise AssertionError(f"rank {victim} never came to {phase!r}\n" + "\n".join(job.lines()[-40:]))
     time.sleep(after if number == signal.SIGKILL else 0)
     before = len(job.lines())
     os.kill(members[victim], number)
     survivors = set(members) - {victim}
     named = rf"error: rank (\d+): .*\brank {victim} is dead or frozen"
-    deadline = time.monotonic() + 2 * TIMEOUT + 20
+    deadline = time.monotonic() + 2 * TIMEOUT + patience(20)
     said: set[int] = set()
     while said != survivors:
         said = {int(found[1]) for line in job.lines()[before:] if (found := re.search(named, line))}
@@ -165,6 +166,7 @@ def disturb(folder: Path, text: Path, ranks: int, hits: list[tuple[str, int]], s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_a_killed_rank_is_named_and_the_next_attempt_goes_on(tmp_path: Path, text: Path) -> None:
     hits = [("saving after step [4-9]", signal.SIGKILL)]
     disturb(tmp_path, text, 2, hits, 0)

@@ -18,6 +18,7 @@ from launch.config import dump, load
 from launch.mask_text import parse_mask
 from launch.processes import REFUSALS, World
 from launch.run import prepare, start
+from tests.support.clock import patience
 from tests.support.hf_models import hf_file
 from tests.support.pretrain import TINY, config_file, refusal, tiny
 
@@ -82,7 +83,7 @@ def test_settings_that_cannot_work_are_refused(before: str, after: str, said: st
     file = config_file(tmp_path, before, after, tiny(text))
     begin = time.monotonic()
     line = refusal("--config", file, "--out", tmp_path / "run")
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < patience(1)
     assert said in line and REMEDY.search(line), line
     assert len(line) < 1000 and not (tmp_path / "run").exists()
 
@@ -106,7 +107,7 @@ def test_masks_that_take_for_ever_are_refused() -> None:
         begin = time.monotonic()
         with pytest.raises(ValueError, match="mask ") as caught:
             parse_mask(mask)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < patience(1)
         assert len(str(caught.value)) < 500
     assert parse_mask(" | ".join(["causal()"] * 64))
     for mask, said in (("sliding_window(**{})", "name the arguments"), ("chunked(9**9**9)", "no number or list")):
@@ -140,7 +141,7 @@ def test_data_that_is_no_text_is_refused(tmp_path: Path, text: Path) -> None:
         ):
             begin = time.monotonic()
             line = refusal("--config", config, "--out", tmp_path / "run", "--data", path)
-            assert time.monotonic() - begin < 1
+            assert time.monotonic() - begin < patience(1)
             assert said in line and REMEDY.search(line), line
     assert not (tmp_path / "run").exists()
 
@@ -200,7 +201,7 @@ def test_transformers_configs_that_cannot_work_are_refused(
     config = config_file(tmp_path, "steps = 6", "steps = 6", tiny(text))
     begin = time.monotonic()
     line = refusal("--config", config, "--out", tmp_path / "run", "--model", f"hf:{file}")
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < patience(2)
     assert said in line and REMEDY.search(line), line
     assert not (tmp_path / "run").exists()
 
@@ -250,7 +251,7 @@ def accepted_or_refused(file: Path, run: Path) -> None:
         line = " ".join(str(error).split())
         assert REMEDY.search(line) or "must" in line, line
         assert len(line) < 1500, line
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < patience(2)
 
 
 def fuzz(examples: int) -> Any:

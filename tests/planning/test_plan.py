@@ -25,9 +25,10 @@ from ringattn.planning.program import Row
 from ringattn.planning.schedules import HEAD_CHUNKS, SCHEDULES, by_name
 from ringattn.planning.schedules.ring import ring
 from ringattn.planning.turns import compile_program
-from ringattn.runtime.binding import RECENT
+from ringattn.runtime import binding
 from ringattn.testing import run_processes
 from tests.support import cases
+from tests.support.clock import patience
 
 
 def plan_of(mask, layout, world, q_len=cases.SEQLEN, kv_len=cases.SEQLEN, q_offset=0):
@@ -421,27 +422,29 @@ def test_a_million_tokens_on_a_thousand_ranks():
     assert len(plan.own_tiles(5, plan.k_layout.frame(5))) < 32
 
 
-def replaced(batches):
-    """That many batches of new documents, planned and compiled."""
+def replaced(batches, anew=1):
+    """That many batches of new documents, planned and compiled; one in ``anew`` chooses its layout and schedule."""
     rng = np.random.default_rng(0)
     first = ra.ContextParallel(PlanningRank(1, 2), 24, mask=ra.causal())
-    for _ in range(batches):
+    for number in range(batches):
         mask = ra.documents(documents_of(24, 4, int(rng.integers(1 << 30)))) & ra.causal()
-        batch = first.replace(mask=mask)
+        settled = {"layout": "zigzag", "schedule": "exchange"} if number % anew else {}
+        batch = first.replace(mask=mask, **settled)
         batch.program(mask), mask.digest, batch.q_layout.digest
     del batch, mask
     gc.collect()
 
 
-def test_nothing_is_left_of_old_batches():
+def test_nothing_is_left_of_old_batches(monkeypatch):
     """What a plan took is free again with its context, but for the last few that are kept."""
+    monkeypatch.setattr(binding, "RECENT", 4)
     tracemalloc.start()
     try:
-        replaced(2 * RECENT)
+        replaced(8)
         before = tracemalloc.get_traced_memory()[0]
-        replaced(200)
-        # A plan takes 16 kB, so two hundred kept would show; numpy keeps small pieces of memory for its next arrays.
-        assert tracemalloc.get_traced_memory()[0] - before < 200_000
+        replaced(40)
+        # A plan takes 16 kB, so forty kept would show; numpy keeps small pieces of memory for its next arrays.
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000
     finally:
         tracemalloc.stop()
 
@@ -452,9 +455,9 @@ def grown(rank, world):
     def resident():
         return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    replaced(1_000)
+    replaced(1_000, anew=5)
     before, objects = resident(), len(gc.get_objects())
-    replaced(10_000)
+    replaced(10_000, anew=5)
     return resident() - before, len(gc.get_objects()) - objects
 
 
@@ -462,5 +465,5 @@ def grown(rank, world):
 @pytest.mark.timeout(310)
 def test_memory_is_flat_over_ten_thousand_batches():
     """In a process of its own: other tests leave a heap full of holes."""
-    ((size, objects),) = run_processes(grown, 1, timeout=300)
+    ((size, objects),) = run_processes(grown, 1, timeout=patience(300))
     assert size < 4 << 20 and objects < 1_000
