@@ -46,7 +46,7 @@ class Contacts:
     weights: about how many pieces each rank has; known: the ranks whose pieces are here.
     of: the row of ``keys`` that each piece meets; queries, spans: its queries as local rows of all shards end to end,
         and its keys, both (start, length, step); bounds: its ``lo`` and ``hi`` counted from its corner in steps.
-    step: a common multiple of the steps of all local rows.
+    step: a common multiple of the steps of all local rows; rows: where these end, a multiple of it.
     products: rows (rank, row of ``keys``, band, queries) of pieces of scattered positions.
     """
 
@@ -58,6 +58,7 @@ class Contacts:
     spans: Ints
     bounds: Ints
     step: int
+    rows: int
     products: Ints
 
 
@@ -76,13 +77,14 @@ def contacts_of(plan: Plan) -> Contacts:
     common = int(np.lcm.reduce(np.unique(inner).astype(object), initial=1)) if inner.max(initial=1) > 1 else 1
     step = common if common <= STEP else int(inner.max())
     at = laid_out(plan.q_layout.table[:, 2], plan.q_layout.table[:, 0], step)
+    rows = -(-int((at + plan.q_layout.table[:, 2]).max()) // step) * step
     spans = plan.q_layout.table[:, 1:] + np.array([offset, 0, 0])
     gap, by = plain[:, K0] - plain[:, Q0], plain[:, QS]
     lo = np.where(plain[:, LO] > -INF, (plain[:, LO] - gap) // by, 1 - plain[:, QN])
     hi = np.where(plain[:, HI] < INF, (plain[:, HI] - gap) // by, plain[:, KN] - 1)
     queries, bounds = local(plain[:, Q_AXIS[:3]], spans, at, home), np.stack((lo, hi), 1)
     products = _products(plan, bands.take(scattered), keys)
-    return Contacts(keys, weights, known, plain[:, TAG], queries, plain[:, K_AXIS[:3]], bounds, step, products)
+    return Contacts(keys, weights, known, plain[:, TAG], queries, plain[:, K_AXIS[:3]], bounds, step, rows, products)
 
 
 def _weights(plan: Plan, keys: Ints) -> Ints:

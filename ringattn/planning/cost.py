@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn.planning.estimates import estimate
+from ringattn.planning.estimates import Estimate, estimates
 from ringattn.planning.hardware import CPU
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
@@ -66,18 +66,35 @@ def cheaper(plan: Plan, schedules: Sequence[str], terms: Terms) -> Plan:
         return plan
     travelling = replace(plan, travel=thin)
     if len(travelling.guests):
-        goes, stays = (min(cost(p, name, terms).seconds for name in schedules) for p in (travelling, plan))
+        goes, stays = (min(one.seconds for one in costs(p, schedules, terms)) for p in (travelling, plan))
         return travelling if goes < stays else plan
     return plan
 
 
 def cost(plan: Plan, name: str, terms: Terms) -> Cost:
-    """The slowest rank's compute (FLOP, calls, merges), forward and backward, and what of its transfers does not hide
-    behind it. Room is two shards of K/V, or what the schedule's smallest cut takes. Rows that stacks gather are not
-    counted."""
-    schedule, shape = by_name(name), terms.shape
-    cut, fits = settled(plan, schedule, shape.num_kv_heads)
-    made, flow, seconds = estimate(plan, schedule, cut, terms.stacking), schedule.flow(plan, cut), np.zeros(1)
+    """What the plan costs under one schedule."""
+    return costs(plan, [name], terms)[0]
+
+
+def costs(plan: Plan, names: Sequence[str], terms: Terms) -> list[Cost]:
+    """For each schedule the slowest rank's compute (FLOP, calls, merges), forward and backward, and what of its
+    transfers does not hide behind it. Room is two shards of K/V, or what the schedule's smallest cut takes. Rows that
+    stacks gather are not counted."""
+    schedules = [by_name(name) for name in names]
+    cuts = [settled(plan, schedule, terms.shape.num_kv_heads) for schedule in schedules]
+    made = estimates(plan, [(s, cut) for s, (cut, _) in zip(schedules, cuts, strict=True)], terms.stacking)
+    work, most = plan.work, int(plan.received.max(initial=0))
+    mean = float(work.mean())
+    balance = int(work.max()) / mean if mean else 1.0
+    return [
+        Cost(float(_seconds(plan, s, cut, one, terms).max()), most, int(one.calls.max()), balance, fits)
+        for s, (cut, fits), one in zip(schedules, cuts, made, strict=True)
+    ]
+
+
+def _seconds(plan: Plan, schedule: Schedule, cut: int, made: Estimate, terms: Terms) -> Seconds:
+    """Of each rank, forward and backward."""
+    flow, shape, seconds = schedule.flow(plan, cut), terms.shape, np.zeros(1)
     merged = np.maximum(made.rows - plan.q_layout.sizes, 0)
     all_work = terms.work(plan.work_by_kind)
     own_work = terms.work(plan.own_work) if flow.hider == "own" else all_work
@@ -93,9 +110,7 @@ def cost(plan: Plan, name: str, terms: Terms) -> Cost:
         hider = compute if flow.hider == "all" else own_work[number]
         device = compute + first + unhidden(transfer - first, hider, terms.rates)
         seconds = seconds + (np.maximum(device, calls + steps) if terms.rates.queued else device + steps)
-    work, most = plan.work, int(plan.received.max(initial=0))
-    mean = float(work.mean())
-    return Cost(float(seconds.max()), most, int(made.calls.max()), int(work.max()) / mean if mean else 1.0, fits)
+    return seconds
 
 
 def unhidden(transfer: Seconds, compute: Seconds, rates: Rates) -> Seconds:

@@ -8,6 +8,7 @@ so many pieces that some ranks tell of the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,40 +33,64 @@ class Estimate:
     rows: Ints
 
 
+Way = tuple[Schedule, int]  # a schedule and its cut
+
+
 def estimate(plan: Plan, schedule: Schedule, cut: int, stacking: Stacking) -> Estimate:
     """Calls and rows of every rank for a schedule's cut."""
+    return estimates(plan, [(schedule, cut)], stacking)[0]
+
+
+def estimates(plan: Plan, ways: Sequence[Way], stacking: Stacking) -> list[Estimate]:
+    """The same for each of several ways, whose tiles join in one go, too."""
     made, world = plan.contacts, plan.world_size
-    rank, owner = made.keys[:, 0], made.keys[:, 1]
-    turn, turns = schedule.turn((rank - owner) % world, cut), int(schedule.turn(np.arange(world), cut).max()) + 1
-    group = rank * turns + turn
-    boxes, of = _boxes(made, group, in_storage_order=int(schedule.turn(np.arange(world), cut)[-1]) > 0)
-    calls = np.bincount(stacks(boxes, of, stacking) // turns, minlength=world)
-    rows = np.bincount(of // turns, boxes[:, 1], world).astype(np.int64)
+    slot, turns = _slots(made, ways, world)
+    boxes, of = _boxes(made, slot, [int(turns_of_one[-1]) > 0 for turns_of_one in turns])
+    steps, size = 1 + int(turns.max()), len(ways) * world
+    calls = np.bincount(stacks(boxes, of, stacking) // steps, minlength=size).reshape(-1, world)
+    rows = np.bincount(of // steps, boxes[:, 1], size).astype(np.int64).reshape(-1, world)
     if len(made.products):
         holder, key, band, queries = made.products.T
-        kinds = np.unique(np.stack((holder, group[key], band, queries), 1), axis=0)
-        calls += np.bincount(kinds[:, 0], minlength=world)
-        rows += np.bincount(kinds[:, 0], kinds[:, 3], world).astype(np.int64)
+        for number, slots in enumerate(slot):
+            kinds = np.unique(np.stack((holder, slots[key], band, queries), 1), axis=0)
+            calls[number] += np.bincount(kinds[:, 0], minlength=world)
+            rows[number] += np.bincount(kinds[:, 0], kinds[:, 3], world).astype(np.int64)
     if not made.known.all():
-        calls, rows = (_spread(found, made) for found in (calls, rows))
-    if schedule.by_heads:
-        needs = plan.world_needs
-        moves = np.bincount(needs[:, :2].reshape(-1), minlength=world) > 0
-        calls = np.where(moves, cut * calls, calls)
-    return Estimate(calls + np.bincount(plan.guests.data[:, TAG] % world, minlength=world), rows)
+        calls, rows = (np.stack([_spread(found, made) for found in many]) for many in (calls, rows))
+    guests = np.bincount(plan.guests.data[:, TAG] % world, minlength=world)
+    takes_part = np.bincount(plan.world_needs[:, :2].reshape(-1), minlength=world) > 0
+    times = [np.where(takes_part, cut, 1) if schedule.by_heads else 1 for schedule, cut in ways]
+    return [Estimate(n * c + guests, r) for n, c, r in zip(times, calls, rows, strict=True)]
 
 
-def _boxes(made: Contacts, group: Ints, in_storage_order: bool) -> tuple[Ints, Ints]:
-    """The tiles of all ranks and steps as boxes, joined, and the group of each."""
-    rank, owner, start, length, step = made.keys.T
-    place = np.where((rank == owner) & in_storage_order, np.arange(len(start)), start)
+def _slots(made: Contacts, ways: Sequence[Way], world: int) -> tuple[Ints, Ints]:
+    """For each way, the number that keys have in common which a rank computes in one step; and the step by the number
+    of ranks that the owner is before."""
+    turns = np.stack([schedule.turn(np.arange(world), cut) for schedule, cut in ways])
+    rank, owner = made.keys[:, 0], made.keys[:, 1]
+    first = world * np.arange(len(ways))[:, None]
+    return (first + rank) * (1 + int(turns.max())) + turns[:, (rank - owner) % world], turns
+
+
+def _boxes(made: Contacts, slot: Ints, in_storage_order: Sequence[bool]) -> tuple[Ints, Ints]:
+    """The tiles of all ways, ranks and steps as boxes, joined, and the slot of each. Every way has the queries once
+    more, behind those of the ways before."""
+    ways, count = slot.shape
+    rank, owner, start, length, step = np.tile(made.keys.T, ways)
+    group = slot.reshape(-1)
+    stored = (rank == owner) & np.repeat(in_storage_order, count)
+    place = np.where(stored, np.arange(len(start)), start)
     # as keys are packed: in global order, or owner by owner where spans interleave
-    by = (place, owner, group) if bool((step > 1).any()) else (place, group)
+    by = (place, owner, group) if bool((made.keys[:, 4] > 1).any()) else (place, group)
     order = np.lexsort(by)
     at = np.empty(len(order), np.int64)
     at[order] = begins = laid_out(length[order], group[order], made.step)
-    keys = local(made.spans, made.keys[:, 2:], at, made.of)
-    boxes = coalesce(np.column_stack((made.queries, keys, made.bounds)), ENOUGH)
+    number = np.repeat(np.arange(ways), len(made.of))
+    of = np.tile(made.of, ways) + number * count
+    queries, spans, bounds = (np.tile(each, (ways, 1)) for each in (made.queries, made.spans, made.bounds))
+    queries[:, 0] += number * (made.rows + made.step)
+    keys = local(spans, np.column_stack((start, length, step)), at, of)
+    boxes = coalesce(np.column_stack((queries, keys, bounds)), ENOUGH)
     return boxes, group[order][np.searchsorted(begins, boxes[:, 3], "right") - 1]
 
 

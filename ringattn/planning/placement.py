@@ -19,9 +19,9 @@ from ringattn.geometry.bands import HI, K_AXIS, KN, LO, Q_AXIS, QN, QS
 from ringattn.geometry.layouts import LAYOUTS, NAMED, Layout, chunks, contiguous, dealt
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import Ints
-from ringattn.planning.cost import Cost, Terms, cheaper, cost, settled
+from ringattn.planning.cost import Cost, Terms, cheaper, costs, settled
 from ringattn.planning.deals import Cells, deal_by_rounds, deal_by_weight
-from ringattn.planning.estimates import estimate
+from ringattn.planning.estimates import estimates
 from ringattn.planning.launches import SMALL, SOME, Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import by_name
@@ -109,7 +109,8 @@ class Candidate:
         not be taken last."""
         names, terms = self.problem.schedules, self.problem.terms
         free = len(names) == 1 or not self.problem.two_shards
-        offers = [Offer.of(name, [cost(p, name, terms) for p in self.plans], free) for name in names]
+        of_plans = zip(*(costs(plan, names, terms) for plan in self.plans), strict=True)
+        offers = [Offer.of(name, each, free) for name, each in zip(names, of_plans, strict=True)]
         good = SIMPLER * min((o.seconds for o in offers if not o.out), default=0.0)
         return tuple(
             sorted(offers, key=lambda o: (bool(o.out), o.seconds > good, o.calls * (o.seconds <= good), o.seconds))
@@ -261,7 +262,8 @@ def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
     heads, stacking = problem.terms.shape.num_kv_heads, problem.terms.stacking
     plans = [Plan(mask, q_layout, k_layout) for mask in problem.masks]
     known = [by_name(name) for name in problem.schedules]
-    return min(max(int(estimate(p, s, settled(p, s, heads)[0], stacking).calls.max()) for p in plans) for s in known)
+    made = [estimates(p, [(s, settled(p, s, heads)[0]) for s in known], stacking) for p in plans]
+    return min(max(int(one.calls.max()) for one in of_plans) for of_plans in zip(*made, strict=True))
 
 
 def _bound(problem: Problem, cells: Cells, q_layout: Layout, k_layout: Layout) -> float:
