@@ -20,7 +20,7 @@ def decoder(path: Path, recompute: bool) -> Language:
     does not know; ImportError without the package.
     """
     from ringattn.integrations.checkpointing import keep_attention
-    from ringattn.integrations.transformers import layer_masks, masks_of
+    from ringattn.integrations.transformers import layer_masks, masks_of, shape_of
 
     # after ours, whose error names the extra to install
     from transformers import AutoConfig, AutoModelForCausalLM  # isort: skip
@@ -53,7 +53,7 @@ def decoder(path: Path, recompute: bool) -> Language:
         enable({"use_reentrant": False, "context_fn": keep_attention()})
     masks, distinct = layer_masks(config), masks_of(config)
     hidden, logits = _Hidden(model), _logits(head, text)
-    return Language(model, list(base.layers), hidden, logits, masks, distinct, _kv_numbers(text), text.vocab_size)
+    return Language(model, list(base.layers), hidden, logits, masks, distinct, shape_of(config), text.vocab_size)
 
 
 def _try(model: nn.Module, path: Path) -> None:
@@ -109,12 +109,3 @@ def _logits(head: nn.Module, config: Any) -> Any:
             )
     cap = getattr(config, "final_logit_softcapping", None)
     return head if cap is None else lambda rows: cap * torch.tanh(head(rows) / cap)
-
-
-def _kv_numbers(config: Any) -> int:
-    """Numbers of one token's K and V in one layer; with latent attention K and V of all heads travel."""
-    if getattr(config, "kv_lora_rank", None):
-        return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * heads * dim

@@ -43,7 +43,7 @@ class Language:
 
     layers: what is gathered one at a time where parameters are sharded. hidden: from a shard to what the head takes,
     [rows, local_seqlen, width]. head: logits of rows of it, [tokens, vocabulary]. masks: of each layer in order;
-    `distinct` are the same without repeats, the widest first. kv_numbers: of one token's K and V in one layer.
+    `distinct` are the same without repeats, the widest first. shape: of a layer's attention, but for its dtype.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ class Language:
     head: Callable[[Tensor], Tensor]
     masks: Masks
     distinct: Masks
-    kv_numbers: int
+    shape: ringattn.Shape
     vocabulary: int
 
 

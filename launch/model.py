@@ -109,9 +109,9 @@ def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
         return model(inputs.tokens, inputs.cp.position_ids.to(inputs.tokens.device), attend)
 
     of_layers = tuple(masks[layer % len(masks)] for layer in range(config.num_layers))
-    numbers = 2 * config.num_kv_heads * config.head_dim
+    shape = ringattn.Shape(config.num_heads, config.num_kv_heads, config.head_dim)
     distinct = tuple(dict.fromkeys(of_layers))
-    return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, numbers, VOCABULARY)
+    return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, shape, VOCABULARY)
 
 
 def _parameters(config: ModelConfig) -> int:

@@ -152,7 +152,7 @@ def start(job: Job, world: World) -> Trainer:
     world.at("placing the model")
     language.model.to(world.device)
     world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
-    cp = make_context(config, world, language.distinct)
+    cp = make_context(config, world, language)
     objective = Objective(language, config.loss_chunks, job.task.guesses)
     module = distribute(objective, config.engine, world.mesh, config.timeout)
     optimizer = torch.optim.AdamW(

@@ -17,26 +17,23 @@ from launch.processes import World
 from ringattn.loss import count_targets
 
 
-def make_context(config: Config, world: World, masks: Masks) -> ringattn.ContextParallel:
+def make_context(config: Config, world: World, language: Language) -> ringattn.ContextParallel:
     """The context of a run, over the processes that share a sequence."""
     return ringattn.ContextParallel(
         world.context,
         config.seqlen,
-        mask=masks,
+        mask=language.distinct,
         layout=config.layout,
         schedule=config.schedule,
         kernel=config.kernel,
-        shape=_shape(config),
+        shape=attention_shape(config, language),
         options=ringattn.Options(timeout=config.timeout),
     )
 
 
-def _shape(config: Config) -> ringattn.Shape | None:
-    """The shape of the job's attention calls, where its own config says it."""
-    model = config.model
-    if model is None:
-        return None
-    return ringattn.Shape(model.num_heads, model.num_kv_heads, model.head_dim, dtype=config.dtype)
+def attention_shape(config: Config, language: Language) -> ringattn.Shape:
+    """The shape of the job's attention calls, of one row."""
+    return replace(language.shape, dtype=config.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +146,9 @@ class Trainer:
     def _least_bytes(self, masks: Masks) -> int:
         """Bytes this rank must move for one row: the K/V its queries need from other ranks once in forward and once
         in backward, and the gradients of that K/V sent home."""
-        element = {"bfloat16": 2, "float32": 4, "float64": 8}[self.config.dtype]
+        shape = attention_shape(self.config, self.language)
         tokens = sum(int(self.cp.plans[mask].received[self.cp.rank]) for mask in masks)
-        return tokens * self.language.kv_numbers * (2 * element + max(4, element))
+        return tokens * (shape.forward.token + shape.backward.token)
 
     def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""

@@ -62,7 +62,7 @@ def _alone(job: Job, trainer: Trainer, weights: dict[str, Tensor]) -> Trainer:
     world, language = World(device=trainer.world.device), build(job.config)
     language.model.to(world.device).load_state_dict(weights)
     objective = Objective(language, job.config.loss_chunks, job.task.guesses)
-    return Trainer(job.config, world, language, objective, None, make_context(job.config, world, language.distinct))
+    return Trainer(job.config, world, language, objective, None, make_context(job.config, world, language))
 
 
 def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Trainer, expected: float) -> Comparison:

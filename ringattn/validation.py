@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from ringattn.arguments.tensors import FLOATS, plain
@@ -193,10 +194,15 @@ def _check_scale(scale: Any) -> float:
 
 
 def _check_mode(*tensors: Tensor | None) -> None:
-    """Operators without a formula drop tangents in silence."""
+    """Operators without a formula drop tangents in silence; of transforms PyTorch speaks without a name."""
     if forward_ad._current_level >= 0:
         if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError("attention() has no forward-mode derivative (jvp): use reverse mode")
+    if any(t is not None and _functorch.is_gradtrackingtensor(t) for t in tensors):
+        raise NotImplementedError(
+            "attention() cannot be differentiated by torch.func (grad, vjp, jacrev): use backward() or "
+            "torch.autograd.grad"
+        )
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

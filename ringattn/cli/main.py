@@ -25,7 +25,7 @@ def check_command(
     ranks: Annotated[int, typer.Option(help="processes that the sequence is sharded over")] = 2,
     seqlen: Annotated[int, typer.Option(help="tokens of a row")] = 96,
     documents: Annotated[int, typer.Option(help="documents packed into a row")] = 3,
-    layout: Annotated[str, typer.Option(help="auto, balanced, contiguous, zigzag, striped")] = "auto",
+    layout: Annotated[str, typer.Option(help="auto, balanced, contiguous, zigzag, striped, cyclic")] = "auto",
     batch: Annotated[int, typer.Option(help="rows")] = 1,
     vocab: Annotated[int | None, typer.Option(help="token ids; default: what the model says")] = None,
     seed: Annotated[int, typer.Option(help="of weights and tokens")] = 0,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ringattn.geometry.bands import TAG
+from ringattn.geometry.bands import K_AXIS, Q_AXIS, TAG
 from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import coalesce
 from ringattn.planning.contacts import Contacts, laid_out, local
@@ -57,10 +57,18 @@ def estimates(plan: Plan, ways: Sequence[Way], stacking: Stacking) -> list[Estim
             rows[number] += np.bincount(kinds[:, 0], kinds[:, 3], world).astype(np.int64)
     if not made.known.all():
         calls, rows = (np.stack([_spread(found, made) for found in many]) for many in (calls, rows))
-    guests = np.bincount(plan.guests.data[:, TAG] % world, minlength=world)
     takes_part = np.bincount(plan.world_needs[:, :2].reshape(-1), minlength=world) > 0
     times = [np.where(takes_part, cut, 1) if schedule.by_heads else 1 for schedule, cut in ways]
-    return [Estimate(n * c + guests, r) for n, c, r in zip(times, calls, rows, strict=True)]
+    return [Estimate(n * c + _hosted(plan), r) for n, c, r in zip(times, calls, rows, strict=True)]
+
+
+def _hosted(plan: Plan) -> Ints:
+    """Calls for the queries that travel to each rank. Their rows lie side by side, and so do the rank's keys: what has
+    the same queries, or the same keys, joins."""
+    data, world = plan.guests.data, plan.world_size
+    host = data[:, TAG] % world
+    sides = (np.unique(np.column_stack((host, data[:, axis])), axis=0)[:, 0] for axis in (Q_AXIS, K_AXIS))
+    return np.minimum(*(np.bincount(side, minlength=world) for side in sides))
 
 
 def _slots(made: Contacts, ways: Sequence[Way], world: int) -> tuple[Ints, Ints]:

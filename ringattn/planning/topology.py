@@ -52,6 +52,11 @@ class Topology:
         if self.ranks_per_node is not None:
             ranks = integer("Topology.ranks_per_node", self.ranks_per_node, 1, hint="; None is one node for all ranks")
             object.__setattr__(self, "ranks_per_node", ranks)
+        elif self.inter is not None:
+            raise ValueError(
+                f"Topology.inter={self.inter} with ranks_per_node=None, which is one node: no message would go between "
+                "nodes; say how many ranks a node has"
+            )
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ringattn.geometry.masks import Expression
+from ringattn.geometry.spans import Ints
 from ringattn.planning.estimates import estimate
 from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Launch
@@ -23,22 +24,31 @@ MAX_STEPS = 8
 def describe(binding: Binding) -> str:
     """Printable text, the same on every rank but for the rank's own steps."""
     settings, choice = binding.settings, binding.choice
+    programs = {mask: _program(binding, mask) for mask in settings.masks}
     keys = f", {settings.kv_seqlen:,} keys" if settings.kv_seqlen != settings.seqlen else ""
     offset = f", first query at {settings.q_offset:,}" if settings.q_offset else ""
     sizes = binding.held.q.sizes
     lines = [
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
-        f"({int(sizes.min()):,} to {int(sizes.max()):,} a rank), this is rank {binding.rank}",
+        f"({_between(sizes)} a rank), this is rank {binding.rank}",
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
-        *_table(choice),
+        *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
         "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
         f"kernel {settings.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if settings.kernel == "auto" else ""),
     ]
     for mask in settings.masks:
-        lines += _describe_mask(binding, mask)
+        lines += _describe_mask(binding, mask, programs[mask])
     return "\n".join(lines)
+
+
+def _program(binding: Binding, mask: Expression) -> Program | str:
+    """That of the calls expected, or why there is none."""
+    try:
+        return binding.program(mask, binding.expected)
+    except ValueError as none_fits:
+        return str(none_fits)
 
 
 def _shape(binding: Binding) -> str:
@@ -60,19 +70,24 @@ def _keys(binding: Binding) -> str:
     return f", keys {binding.held.k.name}" if binding.held.k.name != binding.held.q.name else ""
 
 
-def _table(choice: Choice) -> list[str]:
-    """A line for every layout and schedule: what it costs beside the one taken, or why it was left out."""
+def _table(choice: Choice, schedules: set[str]) -> list[str]:
+    """A line for every layout and schedule: what it costs beside the one taken, or why it was left out. ``schedules``:
+    those of the programs of the calls expected."""
     best = choice.lines[0].offers[0].seconds or 1.0  # a mask may allow nothing
-    return [row for number, line in enumerate(choice.lines) for row in _rows(line, best, taken=number == 0)]
+    taken, *others = choice.lines
+    return [*_rows(taken, best, schedules), *(row for line in others for row in _rows(line, best))]
 
 
-def _rows(line: Line, best: float, taken: bool) -> list[str]:
+def _rows(line: Line, best: float, schedules: Collection[str] = ()) -> list[str]:
     if not line.offers:
         least = f"not planned: at least {line.bound / best:.2f} x the time"
         return [f"    {line.layout:11} {line.out or least}"]
     rows = []
-    for number, offer in enumerate(line.offers):
-        note = f": {offer.out}" if offer.out else ": taken" if taken and number == 0 else ""
+    open_ = bool(schedules)  # until one is taken, better ones were not, though nothing speaks against them
+    for offer in line.offers:
+        taken = offer.schedule in schedules
+        note = ": taken" if taken else f": {offer.out}" if offer.out else ": over Options.kv_bytes" if open_ else ""
+        open_ &= not taken
         rows.append(
             f"    {line.layout:11} {offer.schedule:9} {offer.seconds / best:.2f} x the time, balance "
             f"{offer.balance:.2f}, needs {offer.received:,} tokens, {offer.calls:,} calls{note}"
@@ -80,7 +95,7 @@ def _rows(line: Line, best: float, taken: bool) -> list[str]:
     return rows
 
 
-def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
+def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -> list[str]:
     plan = binding.plans[mask]
     work, mean = plan.work, float(plan.work.mean())
     full = binding.settings.seqlen * binding.settings.kv_seqlen
@@ -90,16 +105,13 @@ def _describe_mask(binding: Binding, mask: Expression) -> list[str]:
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
     ]
-    try:
-        return lines + _describe_program(binding, plan, binding.program(mask, binding.expected))
-    except ValueError as none_fits:
-        return [*lines, f"    {none_fits}"]
+    return lines + ([f"    {program}"] if isinstance(program, str) else _describe_program(binding, plan, program))
 
 
 def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[str]:
     guess = estimate(plan, by_name(program.schedule), program.cut, binding.expected.stacking).calls
     others = np.delete(guess, binding.rank)
-    beside = f" (about {int(others.min()):,} to {int(others.max()):,} on the others)" if len(others) else ""
+    beside = f" (about {_between(others)} on the others)" if len(others) else ""
     lines = [
         f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
         f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
@@ -135,6 +147,11 @@ def _steps(program: Program) -> list[str]:
 def _arrivals(parcels: Sequence[Parcel]) -> str:
     what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
     return ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in parcels)
+
+
+def _between(numbers: Ints) -> str:
+    least, most = int(numbers.min()), int(numbers.max())
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _call(launch: Launch) -> str:

@@ -218,6 +218,16 @@ def test_forward_mode_is_refused():
         ra.attention(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)), k, v, cp=cp)
 
 
+def test_transforms_of_gradients_are_refused_by_name():
+    q, k, v = (t.double() for t in qkv())
+    cp = ra.ContextParallel(None, 8)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=r"attention\(\) cannot be differentiated by torch.func"):
+            transform(lambda x: ra.attention(x, k, v, cp=cp).sum())(q)
+    many = torch.func.vmap(lambda x: ra.attention(x, k, v, cp=cp))(q[None])[0]
+    assert torch.equal(many, ra.attention(q, k, v, cp=cp))
+
+
 def test_plans_and_trainings_that_differ_are_named():
     mask = ra.longformer(2, 2, causal=False)
     keys_cost = {"rates": ra.Rates(1e15, 1e15, exposed=1.0), "topology": ra.Topology(ra.Link(1e3))}

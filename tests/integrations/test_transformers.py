@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import ringattn
-from ringattn.integrations.transformers import Ring, ShardingCollator, masks_of, register, shard_batch
+from ringattn.integrations.transformers import Ring, ShardingCollator, masks_of, register, shape_of, shard_batch
 from ringattn.loss import IGNORED
 from tests.support.hf_models import FAMILIES, VOCABULARY, WINDOW, build, configs
 
@@ -107,6 +107,22 @@ def test_a_stack_has_one_layout_and_the_masks_of_its_layers() -> None:
     base = ringattn.prefix_lm(9)
     assert masks_of(config, base)[0] == base
     assert masks_of(config, base)[1].area(SEQLEN, SEQLEN) < masks_of(config, base)[0].area(SEQLEN, SEQLEN)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt-oss", "deepseek-v3"])
+def test_the_shape_of_a_models_calls_is_the_one_they_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = configs()[name], set()
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: object) -> object:
+        found.add(ringattn.Shape(q.shape[2], k.shape[2], q.shape[3], v.shape[3], len(q), q.dtype))
+        return ringattn.attention(q, k, v, **settings)
+
+    monkeypatch.setattr("ringattn.integrations.transformers.attention.attention", noted)
+    model = build(config)
+    register(ringattn.ContextParallel(None, SEQLEN, mask=masks_of(config), shape=shape_of(config)), model)
+    with torch.no_grad():
+        model(input_ids=tokens(2), position_ids=torch.arange(SEQLEN)[None], use_cache=False)
+    assert found == {shape_of(config, batch=2, dtype=torch.float64)}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.geometry.layouts import LAYOUTS, chunks, contiguous, dealt, zigzag
+from ringattn.geometry.layouts import LAYOUTS, chunks, contiguous, cyclic, dealt, zigzag
 from ringattn.planning.cost import settled
 from ringattn.planning.deals import deal_by_weight
 from ringattn.planning.estimates import estimate
@@ -106,6 +106,16 @@ def test_travelling_queries_are_calls_of_their_hosts():
     for plan in (stays, goes):
         found = estimate(plan, by_name("exchange"), 1, Stacking.NONE).calls
         assert abs(int(found.max()) - max(true_calls(plan, by_name("exchange"), 1, Stacking.NONE))) <= 1
+
+
+@pytest.mark.parametrize("kv_len", [4100, 100_000])
+def test_decoding_over_dealt_blocks_is_a_call_a_rank(kv_len):
+    """The query travels to keys that lie in blocks of 64, which are side by side on their ranks."""
+    plan = Plan(ra.causal().bind(1, kv_len, kv_len - 1), contiguous(1, 2), cyclic(kv_len, 2), travel=6)
+    assert len(plan.guests)
+    for schedule in SCHEDULES:
+        assert max(true_calls(plan, schedule, 1, Stacking.VIEWS)) == 1
+        assert int(estimate(plan, schedule, 1, Stacking.VIEWS).calls.max()) == 1
 
 
 def test_some_ranks_stand_for_a_world_of_many_pieces(monkeypatch):

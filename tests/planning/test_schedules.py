@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ringattn as ra
+from ringattn.comm import PlanningRank
 from ringattn.geometry.layouts import contiguous, striped, zigzag
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Row
@@ -121,6 +122,20 @@ def test_a_limit_of_bytes_is_a_calls_affair_and_describing_needs_no_call():
         for known, text, used, best in ra.Loopback(4).run(lambda t, n=limit: one_rank(t, n)):
             assert known == ["exchange", "gather", "ring"] and "do not fit" not in text
             assert (used == best) if first else used in ("ring", "gather")
+
+
+def test_the_row_taken_is_that_of_the_programs():
+    """Under a limit of bytes that is not the cheapest, which is said of those before it."""
+    shape = ra.Shape(4, 2, 16, dtype="float32")
+    for limit, first in ((1 << 30, True), (2 * 16 * 256, False)):  # two shards of 256 bytes a token
+        options = ra.Options(kv_bytes=limit)
+        cp = ra.ContextParallel(PlanningRank(1, 4), 64, layout="zigzag", shape=shape, options=options)
+        rows = [row for row in cp.describe().splitlines() if row.startswith("    zigzag")]
+        program = cp.program(cp.masks[0], Load.of(cp.binding.settings.terms))
+        taken = [number for number, row in enumerate(rows) if row.endswith(": taken")]
+        assert len(taken) == 1 and f" {program.schedule} " in rows[taken[0]]
+        assert (taken == [0]) == first
+        assert all(row.endswith(": over Options.kv_bytes") for row in rows[: taken[0]])
 
 
 BOTH_WAYS = {

@@ -33,7 +33,7 @@ _check_version()
 from ringattn.integrations.transformers.attention import register  # noqa: E402
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler, shard_batch  # noqa: E402
 from ringattn.integrations.transformers.ring import Ring  # noqa: E402
-from ringattn.integrations.transformers.structure import layer_masks, masks_of  # noqa: E402
+from ringattn.integrations.transformers.structure import layer_masks, masks_of, shape_of  # noqa: E402
 from ringattn.integrations.transformers.trainer import ShardedTrainerMixin  # noqa: E402
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "masks_of",
     "register",
     "replica_sampler",
+    "shape_of",
     "shard_batch",
 ]

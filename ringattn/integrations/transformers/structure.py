@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ringattn.masks import Mask, causal, chunked, sliding_window
+from ringattn.planning.shape import Shape
 
 _PACKED = "packed_sequence_mask_function"  # Transformers' guess at documents
 LAYERS = ("full_attention", "chunked_attention", "sliding_attention")  # of Transformers' `layer_types`
@@ -152,6 +153,18 @@ def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B
     :func:`layer_masks` without repeats, the widest first."""
     ordered = sorted(set(_types(config)), key=LAYERS.index)
     return tuple(dict.fromkeys(limited(base, _limits(config.get_text_config(), kind)) for kind in ordered))
+
+
+def shape_of(config: Any, batch: int = 1, dtype: Any = "bfloat16") -> Shape:
+    """The shape of a model's attention calls, for `ContextParallel(shape=...)`; with latent attention K and V of all
+    heads travel. Of a composite config the text part. batch: rows of a call; dtype: in which q, k and v are, by name or
+    a `torch.dtype`, since a config says nothing of autocast."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):
+        return Shape(heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, batch, dtype)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(heads, getattr(config, "num_key_value_heads", None) or heads, dim, batch=batch, dtype=dtype)
 
 
 def _types(config: Any) -> list[str]:
