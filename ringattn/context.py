@@ -33,7 +33,7 @@ class ContextParallel:
     """How one sequence lies over the ranks of a group, and what each rank computes on it.
 
     ``position_ids``: int64 ``[local_seqlen]`` on the CPU, the global position of each local token, ``q_offset``
-    included.
+    included; ``kv_position_ids`` of the local keys. ``q_layout``, ``k_layout``: the :class:`Layout` of either side.
 
     Args:
         group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a ringattn transport, or None for one rank.
