@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ringattn.arguments.values import PAIRS, integer, shortened, shown
-from ringattn.geometry import bands as algebra
-from ringattn.geometry.bands import ANY, HI, K_AXIS, LO, Q_AXIS, Bands, TooManyPieces, areas, regular
+from ringattn.geometry import algebra
+from ringattn.geometry.bands import ANY, HI, K_AXIS, LO, Q_AXIS, Bands, TooManyPieces
+from ringattn.geometry.regular import areas, regular
 from ringattn.geometry.rules import Stretch, documents
 from ringattn.geometry.spans import Ints
 

@@ -25,10 +25,9 @@ from ringattn.geometry.bands import (
     QSET,
     TAG,
     Bands,
-    regular,
-    staircase,
 )
 from ringattn.geometry.frames import Frame
+from ringattn.geometry.regular import regular, staircase
 from ringattn.geometry.spans import INF, Ints, cross_spans, overlapping
 
 Window = tuple[int | None, int | None]

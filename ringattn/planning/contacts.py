@@ -27,8 +27,8 @@ from ringattn.geometry.bands import (
     TAG,
     Bands,
     counts,
-    regular,
 )
+from ringattn.geometry.regular import regular
 from ringattn.geometry.spans import INF, Ints, meeting
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ringattn.geometry.bands import HI, K0, K_AXIS, KN, LO, Q0, Q_AXIS, QN, TAG, Bands, regular
+from ringattn.geometry.bands import HI, K0, K_AXIS, KN, LO, Q0, Q_AXIS, QN, TAG, Bands
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.regular import regular
 from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import cut
 from ringattn.planning.cost import Seconds, Terms, unhidden

@@ -13,10 +13,11 @@ from math import lcm
 
 import numpy as np
 
-from ringattn.geometry.bands import ANY, HI, K0, K_AXIS, LO, Q_AXIS, TAG, Bands, areas, concat, regular
+from ringattn.geometry.bands import ANY, HI, K0, K_AXIS, LO, Q_AXIS, TAG, Bands, concat
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.regular import areas, regular
 from ringattn.geometry.spans import INF, Ints, expand, meeting
 from ringattn.geometry.tiles import Tiles, cut, localise
 from ringattn.planning.contacts import Contacts, contacts_of

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ringattn.geometry.bands import K_AXIS, TAG, Bands, concat, counts, regular
+from ringattn.geometry.bands import K_AXIS, TAG, Bands, concat, counts
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
+from ringattn.geometry.regular import regular
 from ringattn.geometry.spans import meeting
 
 

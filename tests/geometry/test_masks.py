@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import ringattn as ra
 from ringattn.comm import PlanningRank
-from ringattn.geometry.bands import areas, regular
+from ringattn.geometry.regular import areas, regular
 from tests.support import cases
 
 LENGTHS = [(29, 29, 0), (13, 29, 16), (20, 12, 0), (1, 29, 28), (12, 12, 0)]
