@@ -455,9 +455,9 @@ def grown(rank, world):
     def resident():
         return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    replaced(1_000, anew=5)
+    replaced(1_000, anew=20)
     before, objects = resident(), len(gc.get_objects())
-    replaced(10_000, anew=5)
+    replaced(10_000, anew=20)
     return resident() - before, len(gc.get_objects()) - objects
 
 
