@@ -17,8 +17,10 @@ from ringattn.planning.stages import ALL, Heads, Stage, Visits, stages_of, visit
 HIDDEN = 8
 
 
-def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL) -> Program:
-    """The turns of a rank's steps."""
+def compile_program(
+    plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL, hides: bool = True
+) -> Program:
+    """The turns of a rank's steps. ``hides``: messages move while a rank computes, at no cost of its own."""
     stages, blank = stages_of(plan, rank, schedule.steps(plan, rank, cut), stacking)
     visits = visits_of(plan, rank, stacking)
     own = Own(plan.q_frame(rank), plan.k_layout.frame(rank))
@@ -27,7 +29,7 @@ def compile_program(plan: Plan, schedule: Schedule, cut: int, rank: int, stackin
         own.queries,
         own.keys,
         _trimmed(forward_turns(own, stages, visits)),
-        _trimmed(backward_turns(own, stages, visits)),
+        _trimmed(backward_turns(own, stages, visits, hides)),
         blank,
         not (plan.received.any() or len(plan.visits)),
         schedule.name,
@@ -68,15 +70,15 @@ def forward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Tur
     return turns
 
 
-def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
+def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: bool) -> list[Turn]:
     """At turn ``t`` stage ``t`` is computed while the keys of the next arrive and the gradients of the last leave.
 
-    Where there is enough to hide, half of the own shard's heads are computed first, while the first keys arrive, and
-    half last, while the last gradients come home.
+    Where there is enough to hide, and it does, half of the own shard's heads are computed first, while the first keys
+    arrive, and half last, while the last gradients come home.
     """
     turns, count = [], len(stages)
     out, back = _Visit(visits, Row.QUERY, Row.DQ), 3 if visits else 0
-    halves = (Heads(0, 2), Heads(1, 2)) if _worth_two_turns(own, stages) else (ALL, None)
+    halves = (Heads(0, 2), Heads(1, 2)) if hides and _worth_two_turns(own, stages) else (ALL, None)
     for t in range(max(count + 1, back)):
         stage = stages[t] if 0 < t < count else None
         grads = None if stage is None or not stage.frame.size else _grads(stage, t)

@@ -126,7 +126,8 @@ class Binding:
         schedule, cut = self._fit(plan, load)
         key = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
         if key not in self._programs:
-            self._programs[key] = compile_program(plan, schedule, cut, self.rank, load.stacking)
+            hides = self.settings.terms.rates.exposed < 1
+            self._programs[key] = compile_program(plan, schedule, cut, self.rank, load.stacking, hides)
         return self._programs[key]
 
     def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:

@@ -12,6 +12,7 @@ from ringattn.testing import dense_attention, results
 from tests.support import cases
 from tests.support.ring import S, check, on_ranks, single_process, tensors
 
+HIDING = ra.Rates(6e10, 6e10)  # of a device that computes while messages move
 GRID = [
     *("full", "causal", "window", "two_sided", "left_only", "global_scattered", "prefix", "strided", "dilated"),
     *("documents_causal", "documents_window_globals", "longformer"),
@@ -24,8 +25,9 @@ GRID = [
 @pytest.mark.parametrize("name", GRID)
 def test_every_mask_layout_and_schedule(name, layout, schedule, poison):
     mask = cases.ALL[name][0]
-    for world in (2, 3):
-        check(on_ranks(world, mask, layout=layout, schedule=schedule), single_process(mask))
+    for world, options in ((2, ra.Options(rates=HIDING)), (3, ra.Options())):
+        found = on_ranks(world, mask, layout=layout, schedule=schedule, options=options)
+        check(found, single_process(mask))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,9 @@ def test_v_with_its_own_head_size():
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 3)])
 def test_head_ratios(heads, kv_heads):
     sizes = {"heads": heads, "kv_heads": kv_heads}
-    check(on_ranks(2, ra.sliding_window(9), sizes=sizes), single_process(ra.sliding_window(9), **sizes))
+    for rates in (None, HIDING):
+        found = on_ranks(2, ra.sliding_window(9), sizes=sizes, options=ra.Options(rates=rates))
+        check(found, single_process(ra.sliding_window(9), **sizes))
 
 
 @pytest.mark.parametrize("seqlen", [8, 9, 15, 64, 67])
@@ -206,12 +210,13 @@ def test_describe_says_what_and_why():
 
 
 def test_a_second_turn_only_where_there_is_something_to_hide():
-    def turns(mask):
-        cp = ra.ContextParallel(PlanningRank(1, 4), 4096, mask=mask, layout="contiguous", schedule="ring")
-        return cp.program(mask).two_turns
+    def turns(mask, rates=HIDING):
+        settings = {"layout": "contiguous", "schedule": "ring", "options": ra.Options(rates=rates)}
+        return ra.ContextParallel(PlanningRank(1, 4), 4096, mask=mask, **settings).program(mask).two_turns
 
     assert turns(ra.causal()) and turns(ra.sliding_window(255))
     assert not turns(ra.sliding_window(15)) and not turns(ra.chunked(1024))
+    assert not turns(ra.causal(), None), "a CPU's messages are moved by the cores that compute"
 
 
 def test_position_ids_and_sharding():
