@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.arguments.values import shown
 from ringattn.comm import told
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import Expression
@@ -161,7 +162,10 @@ class ContextParallel:
 
     def program(self, mask: Mask, load: Load | None = None) -> Program:
         """This rank's compiled schedule for one of the masks and a call of these sizes: without any, of the ``shape``
-        told or guessed."""
+        told or guessed. Raises ``ValueError`` for a mask that is not one of the context's, or sizes that do not fit
+        ``Options.kv_bytes``."""
+        if mask not in self.plans:
+            raise ValueError(f"mask={shown(mask)}: must be one of the context's ({'; '.join(map(str, self.masks))})")
         return self.binding.program(mask, load or self.binding.expected)
 
     @property

@@ -252,9 +252,10 @@ def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParal
     turned = (
         f"; its dims must be [batch, tokens, heads, head_dim], and dim 2 has {local}" if x.shape[2] == local else ""
     )
+    layout, door = (cp.k_layout, "shard_kv") if name == "k" else (cp.q_layout, "shard")
     return ValueError(
         f"{name} has {int(x.shape[1])} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
-        f"(layout {cp.q_layout.name}); shard with cp.shard{'_kv' if name == 'k' else ''}(){turned}"
+        f"(layout {layout.name}); shard with cp.{door}(){turned}"
     )
 
 

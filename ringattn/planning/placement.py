@@ -79,14 +79,14 @@ class Offer:
     out: str = ""
 
     @staticmethod
-    def of(schedule: str, costs: Sequence[Cost], free: bool) -> Offer:
+    def of(schedule: str, costs: Sequence[Cost], seconds: float, free: bool) -> Offer:
         calls, out = max(c.calls for c in costs), ""
         if calls > CALL_BUDGET:
             out = f"about {calls:,} kernel calls a rank, budget {CALL_BUDGET:,}"
-        elif not free and not all(c.fits for c in costs):
+        elif not free and not any(c.fits for c in costs):
             out = "its buffers do not fit the room of two shards"
         most = max(c.received for c in costs)
-        return Offer(schedule, sum(c.seconds for c in costs), max(c.balance for c in costs), most, calls, out)
+        return Offer(schedule, seconds, max(c.balance for c in costs), most, calls, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +109,15 @@ class Candidate:
         not be taken last."""
         names, terms = self.problem.schedules, self.problem.terms
         free = len(names) == 1 or not self.problem.two_shards
-        of_plans = zip(*(costs(plan, names, terms) for plan in self.plans), strict=True)
-        offers = [Offer.of(name, each, free) for name, each in zip(names, of_plans, strict=True)]
+        of_masks = [costs(plan, names, terms) for plan in self.plans]
+        # a mask for whose buffers there is no room takes the best schedule for whose there is
+        instead = [min((c.seconds for c in each if c.fits), default=0.0) for each in of_masks]
+        offers = []
+        for name, *each in zip(names, *of_masks, strict=True):
+            seconds = sum(
+                c.seconds if free or c.fits else max(c.seconds, other) for c, other in zip(each, instead, strict=True)
+            )
+            offers.append(Offer.of(name, each, seconds, free))
         good = SIMPLER * min((o.seconds for o in offers if not o.out), default=0.0)
         return tuple(
             sorted(offers, key=lambda o: (bool(o.out), o.seconds > good, o.calls * (o.seconds <= good), o.seconds))

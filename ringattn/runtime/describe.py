@@ -15,6 +15,7 @@ from ringattn.planning.placement import Choice, Line
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Parcel, Program, Row
 from ringattn.planning.schedules import by_name
+from ringattn.planning.stages import Heads
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.settings import Options
 
@@ -34,7 +35,8 @@ def describe(binding: Binding) -> str:
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
-        "    (estimates for all masks together, beside the line taken; auto takes a simpler layout within 2 %)",
+        "    (estimates: the time of all masks together, beside the line taken; balance, tokens and calls of the mask "
+        "with the most; auto takes a simpler layout within 2 %)",
         f"kernel {settings.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if settings.kernel == "auto" else ""),
     ]
@@ -132,12 +134,15 @@ def _steps(program: Program) -> list[str]:
     """What each step computes, and what comes for it in the turn before."""
     lines = []
     for t, turn in enumerate(program.forward[:MAX_STEPS]):
-        launches = turn.own.launches if turn.own else ()
+        work, hosted = turn.own, sum(len(w.launches) for w in turn.work if w.queries is not None)
+        launches = work.launches if work else ()
         shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
+        heads = _heads(work.heads) if work else ""
+        guests = f", {hosted} calls for queries that came" if hosted else ""
         coming = program.forward[t - 1].recvs if t else ()
         peers = _arrivals(coming)
         source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
-        lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs")
+        lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs{heads}{guests}")
     if len(program.forward) > MAX_STEPS:
         lines.append(f"    ... {len(program.forward) - MAX_STEPS} more steps")
     results = program.forward[-1].recvs if program.forward else ()
@@ -147,6 +152,10 @@ def _steps(program: Program) -> list[str]:
 def _arrivals(parcels: Sequence[Parcel]) -> str:
     what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
     return ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in parcels)
+
+
+def _heads(heads: Heads) -> str:
+    return "" if heads.parts == 1 else f" of part {heads.part + 1} of {heads.parts} of the heads"
 
 
 def _between(numbers: Ints) -> str:

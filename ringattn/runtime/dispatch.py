@@ -136,9 +136,11 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor
 attention_operator.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def _once() -> None:
+def _once(dout: Tensor | None = None) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("attention() is differentiable once: leave out create_graph=True")
+    if dout is not None and torch._C._functorch.is_legacy_batchedtensor(dout):
+        raise NotImplementedError("attention() takes one gradient at a time: leave out is_grads_batched=True")
 
 
 @torch.library.custom_op("ringattn::refused_attention", mutates_args=())
@@ -199,7 +201,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         made: Execution = ctx.made
         with together(made.binding.link.transport, BACKWARD):
-            _once()
+            _once(dout)
             q, k, v, out, lse, *extras = ctx.saved_tensors
             dout = torch.zeros_like(out) if dout is None else dout
             wants_dbias = wants_dsinks = False

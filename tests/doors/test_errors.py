@@ -228,6 +228,28 @@ def test_transforms_of_gradients_are_refused_by_name():
     assert torch.equal(many, ra.attention(q, k, v, cp=cp))
 
 
+def test_many_gradients_at_once_are_refused_by_name():
+    q, k, v = (t.double().requires_grad_() for t in qkv())
+    out = ra.attention(q, k, v, cp=ra.ContextParallel(None, 8))
+    with pytest.raises(NotImplementedError, match="is_grads_batched"):
+        torch.autograd.grad(out, q, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+
+
+def test_a_length_names_the_layout_of_its_side():
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, 203, layout="zigzag", kv_layout="cyclic")
+        q = torch.randn(1, cp.local_seqlen, 1, 8)
+        ra.attention(q, q, q, cp=cp)
+
+    with pytest.raises(ValueError, match=r"k has 5\d tokens.*layout cyclic\); shard with cp.shard_kv"):
+        ra.Loopback(4).run(one_rank)
+
+
+def test_the_program_of_another_mask_is_refused():
+    with pytest.raises(ValueError, match=r"mask=full\(\).*one of the context's \(causal\(\)\)"):
+        ra.ContextParallel(None, 8).program(ra.full())
+
+
 def test_plans_and_trainings_that_differ_are_named():
     mask = ra.longformer(2, 2, causal=False)
     keys_cost = {"rates": ra.Rates(1e15, 1e15, exposed=1.0), "topology": ra.Topology(ra.Link(1e3))}

@@ -125,6 +125,11 @@ def test_the_shape_of_a_models_calls_is_the_one_they_have(name: str, monkeypatch
     assert found == {shape_of(config, batch=2, dtype=torch.float64)}
 
 
+def test_a_shape_of_what_has_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear: no one shape"):
+        shape_of(torch.nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "balanced"])
 def test_a_window_the_context_did_not_name_keeps_the_layout(layout: str) -> None:
     config, ids = configs()["gemma3"], tokens(1)

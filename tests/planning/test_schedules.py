@@ -138,6 +138,24 @@ def test_the_row_taken_is_that_of_the_programs():
         assert all(row.endswith(": over Options.kv_bytes") for row in rows[: taken[0]])
 
 
+def test_a_mask_of_a_stack_takes_the_schedule_that_has_room_for_it():
+    """A window needs little of the others and takes it in one step, though beside it lies a mask for which there is
+    no room to."""
+    local, wide = ra.sliding_window(63), ra.causal()
+    cp = ra.ContextParallel(PlanningRank(1, 8), 8192, mask=(local, wide))
+    programs = {mask: cp.program(mask) for mask in (local, wide)}
+    assert programs[wide].schedule == "ring" != programs[local].schedule
+    assert programs[local].tokens(Row.KV) == cp.plans[local].received[1] < 8192 // 8
+
+
+def test_what_each_step_does_is_all_that_a_program_does():
+    """Parts of the heads, and calls for queries that came."""
+    cp = ra.ContextParallel(PlanningRank(3, 8), 8192, layout="contiguous", schedule="gather")
+    assert "of part 2 of 8 of the heads" in cp.describe()
+    cp = ra.ContextParallel(PlanningRank(3, 8), 1, kv_seqlen=10_001, q_offset=10_000, kv_layout="cyclic")
+    assert "1 kernel calls" in cp.describe() and ", 1 calls for queries that came" in cp.describe()
+
+
 BOTH_WAYS = {
     "first": ra.longformer(5, 2, causal=False),
     "scattered": ra.longformer(5, [3, 60, 61], causal=False),

@@ -158,8 +158,20 @@ def masks_of(config: Any, base: Mask = causal()) -> tuple[Mask, ...]:  # noqa: B
 def shape_of(config: Any, batch: int = 1, dtype: Any = "bfloat16") -> Shape:
     """The shape of a model's attention calls, for `ContextParallel(shape=...)`; with latent attention K and V of all
     heads travel. Of a composite config the text part. batch: rows of a call; dtype: in which q, k and v are, by name or
-    a `torch.dtype`, since a config says nothing of autocast."""
-    config = config.get_text_config()
+    a `torch.dtype`, since a config says nothing of autocast.
+
+    Raises `ValueError` for what is no config, and for one whose layers differ in heads or their sizes.
+    """
+    try:
+        return _shape_of(config.get_text_config(), batch, dtype)
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(config).__name__}: no one shape of attention for all its layers ({error}); pass a config, or "
+            "ringattn.Shape(num_heads, num_kv_heads, head_dim) with the largest of them"
+        ) from None
+
+
+def _shape_of(config: Any, batch: int, dtype: Any) -> Shape:
     heads = config.num_attention_heads
     if getattr(config, "kv_lora_rank", None):
         return Shape(heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, batch, dtype)
