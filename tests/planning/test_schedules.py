@@ -156,6 +156,17 @@ def test_what_each_step_does_is_all_that_a_program_does():
     assert "1 kernel calls" in cp.describe() and ", 1 calls for queries that came" in cp.describe()
 
 
+STRIDES_BESIDE_RUNS = ra.bigbird(4, 3, 1, 1, seed=6) | (ra.sliding_window(0, 60) & ra.strided(7))
+
+
+@pytest.mark.parametrize("world", [3, 5])
+@pytest.mark.parametrize("limit", [None, 1 << 30])
+def test_a_relay_carries_runs_and_strides(world, limit):
+    sizes, options = {"q_len": 150, "kv_len": 150}, ra.Options(kv_bytes=limit)
+    found = on_ranks(world, STRIDES_BESIDE_RUNS, sizes=sizes, layout="contiguous", schedule="ring", options=options)
+    check(found, single_process(STRIDES_BESIDE_RUNS, **sizes))
+
+
 BOTH_WAYS = {
     "first": ra.longformer(5, 2, causal=False),
     "scattered": ra.longformer(5, [3, 60, 61], causal=False),
