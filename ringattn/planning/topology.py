@@ -54,7 +54,7 @@ class Topology:
             object.__setattr__(self, "ranks_per_node", ranks)
         elif self.inter is not None:
             raise ValueError(
-                f"Topology.inter={self.inter} with ranks_per_node=None, which is one node, so that no message goes between "
+                f"Topology.inter={self.inter} with ranks_per_node=None, which is one node, and no message goes between "
                 "nodes: ranks_per_node must say how many ranks a node has"
             )
 
