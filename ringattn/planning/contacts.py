@@ -62,8 +62,9 @@ class Contacts:
     products: Ints
 
 
-def contacts_of(plan: Plan) -> Contacts:
-    table, needs, offset = plan.k_layout.table, plan.world_needs, plan.mask.q_offset
+def contacts_of(plan: Plan, needs: Ints) -> Contacts:
+    """``needs``: those of the world, as they lie in buffers."""
+    table, offset = plan.k_layout.table, plan.mask.q_offset
     keys = np.concatenate((table[:, [0, 0, 1, 2, 3]], needs))
     weights = _weights(plan, keys)
     heavy = np.argsort(-weights, kind="stable")

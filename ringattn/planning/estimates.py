@@ -42,8 +42,19 @@ def estimate(plan: Plan, schedule: Schedule, cut: int, stacking: Stacking) -> Es
 
 
 def estimates(plan: Plan, ways: Sequence[Way], stacking: Stacking) -> list[Estimate]:
-    """The same for each of several ways, whose tiles join in one go, too."""
-    made, world = plan.contacts, plan.world_size
+    """The same for each of several ways, whose tiles join in one go, too, where their keys lie alike."""
+    if plan.lattice_contacts is plan.contacts:
+        return _estimates(plan, plan.contacts, ways, stacking)
+    found: dict[Way, Estimate] = {}
+    for made, lattice in ((plan.contacts, False), (plan.lattice_contacts, True)):
+        some = [way for way in ways if way[0].on_lattice == lattice]
+        if some:
+            found |= dict(zip(some, _estimates(plan, made, some, stacking), strict=True))
+    return [found[way] for way in ways]
+
+
+def _estimates(plan: Plan, made: Contacts, ways: Sequence[Way], stacking: Stacking) -> list[Estimate]:
+    world = plan.world_size
     slot, turns = _slots(made, ways, world)
     boxes, of = _boxes(made, slot, [int(turns_of_one[-1]) > 0 for turns_of_one in turns])
     steps, size = 1 + int(turns.max()), len(ways) * world

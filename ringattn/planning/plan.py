@@ -23,6 +23,9 @@ from ringattn.geometry.tiles import Tiles, cut, localise
 from ringattn.planning.contacts import Contacts, contacts_of
 from ringattn.planning.travel import part
 
+# Residues of needs that are looked at, to estimate what a relay computes.
+RESIDUES = 1 << 17
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -122,7 +125,19 @@ class Plan:
     @cached_property
     def contacts(self) -> Contacts:
         """The keys of every rank and the pieces of its bands that meet them."""
-        return contacts_of(self)
+        return contacts_of(self, self.world_needs)
+
+    @cached_property
+    def lattice_contacts(self) -> Contacts:
+        """The same where needs lie on one lattice, as a relay carries them: runs beside strides are cut to residues
+        (unless these are too many to be looked at)."""
+        needs, world = self.world_needs, self.world_size
+        step = min(lcm(*np.unique(needs[:, 4]).tolist()), INF)
+        residues = np.minimum(step // needs[:, 4], needs[:, 3]).sum()
+        if residues == len(needs) or residues > RESIDUES:
+            return self.contacts
+        merged = merge_spans(needs[:, 0] * world + needs[:, 1], needs[:, 2:], step)
+        return contacts_of(self, np.column_stack((merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:])))
 
     @cached_property
     def world_needs(self) -> Ints:

@@ -9,7 +9,7 @@ import ringattn as ra
 from ringattn.geometry.layouts import LAYOUTS, chunks, contiguous, cyclic, dealt, zigzag
 from ringattn.planning.cost import settled
 from ringattn.planning.deals import deal_by_weight
-from ringattn.planning.estimates import estimate
+from ringattn.planning.estimates import estimate, estimates
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.schedules import SCHEDULES, by_name
@@ -106,6 +106,20 @@ def test_travelling_queries_are_calls_of_their_hosts():
     for plan in (stays, goes):
         found = estimate(plan, by_name("exchange"), 1, Stacking.NONE).calls
         assert abs(int(found.max()) - max(true_calls(plan, by_name("exchange"), 1, Stacking.NONE))) <= 1
+
+
+@pytest.mark.parametrize("layout", [contiguous, zigzag])
+def test_strides_beside_runs_cost_a_relay_its_calls(layout):
+    """It carries all keys on one lattice, so that runs are cut to residues and few tiles join."""
+    mask = ra.bigbird(16, 3, 2, 2, seed=6) | (ra.sliding_window(0, 309) & ra.strided(17))
+    plan = Plan(mask.bind(1247, 1569, 722), layout(1247, 5), layout(1569, 5))
+    for schedule in SCHEDULES:
+        calls = max(true_calls(plan, schedule, 1, Stacking.VIEWS))
+        assert calls / 1.5 <= int(estimate(plan, schedule, 1, Stacking.VIEWS).calls.max()) <= 1.5 * calls
+    alone = [estimate(plan, schedule, 1, Stacking.VIEWS) for schedule in SCHEDULES]
+    together = estimates(plan, [(schedule, 1) for schedule in SCHEDULES], Stacking.VIEWS)
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_allclose(a.calls, b.calls, rtol=0.02)
 
 
 @pytest.mark.parametrize("kv_len", [4100, 100_000])

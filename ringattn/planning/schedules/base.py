@@ -75,7 +75,7 @@ class Schedule:
 
     What its cost follows from: turn: ``(hops, cut)`` to the step in which keys are computed whose owner is so many
     ranks before. flow: ``(plan, cut)`` to what moves. by_heads: whether the cut is chunks of heads, each of which makes
-    all calls.
+    all calls. on_lattice: whether keys of different steps are cut to their common multiple.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Schedule:
     turn: Callable[[Ints, int], Ints]
     flow: Callable[[Plan, int], Flow]
     by_heads: bool = False
+    on_lattice: bool = False
 
     def fit(self, plan: Plan, kv_heads: int, room: int) -> int | None:
         """The preferred cut whose buffers hold at most ``room`` rows of one head; None where none does."""

@@ -148,4 +148,4 @@ def _flow(plan: Plan, cut: int) -> Flow:
     return Flow(np.stack((src, (owner + hop + 1) % world, carried), 1), -(-int(hops.max(initial=0)) // cut))
 
 
-RING = Schedule("ring", ring, _cuts, _buffers, _turn, _flow)
+RING = Schedule("ring", ring, _cuts, _buffers, _turn, _flow, on_lattice=True)
