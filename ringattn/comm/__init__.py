@@ -7,10 +7,11 @@ from ringattn.comm.meeting import Meeting
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
-from ringattn.comm.transport import Pending, Solo, Transport
+from ringattn.comm.transport import Allocator, Pending, Solo, Transport, empty
 
 __all__ = [
     "TORN",
+    "Allocator",
     "CallLog",
     "CallMismatch",
     "Kind",
@@ -26,6 +27,7 @@ __all__ = [
     "Solo",
     "Transport",
     "agree",
+    "empty",
     "together",
     "told",
     "transport_over",

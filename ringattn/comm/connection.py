@@ -1,14 +1,14 @@
-"""The connection with one other process of this machine: a Unix socket for notes, and arenas for tensors.
+"""The connection with one other process of this machine: a Unix socket for notes, and blocks of memory for tensors.
 
-An arena is memory of the sender that the receiver has mapped too. A note says which arena holds tensors and of which
-sizes, with the label of their batch; the arena's number alone is the answer, that they have been taken, and a label
-alone is a warning.
+The receiver maps the sender's blocks. A tensor that lies in one (a buffer of a workspace) is sent as it lies, any other
+is copied into an arena, a block of this connection. A note says in which block tensors lie, where and of which sizes,
+with the label of their batch; the block's number alone is the answer, that they have been taken, and a label alone is a
+warning.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import socket
 import struct
@@ -17,32 +17,34 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
-from itertools import accumulate
+from itertools import accumulate, chain, groupby
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
 from ringattn.comm.calls import LABEL_BYTES, TORN, CallLog, Label, PeerError
+from ringattn.comm.shared_block import SharedBlock, map_block
 
 TENSORS_OF_A_NOTE = 1000  # notes must fit a socket's buffer
 CLOSED = "its connection is closed: the process has ended, dropped its context, or gave up waiting for this rank"
 P = ParamSpec("P")
 Result = TypeVar("Result")
-_NO_ARENA = -1  # in place of an arena's number
+_NO_BLOCK = -1  # in place of a block's number
+Piece = tuple[int, int]  # where a tensor begins in a block, and its bytes
 
 
 @dataclass(slots=True)
-class _Arena:
-    """Memory of the sender that its peer has mapped; `busy` until the peer has answered."""
+class _Given:
+    """A block whose handle the peer has, and how many notes about it are yet to be answered."""
 
-    memory: Tensor
-    busy: bool = False
+    block: ref[SharedBlock]
+    unanswered: int = 0
 
 
 class _Note(NamedTuple):
-    """What waits for room in the socket, and the handle of an arena that the peer has yet to map."""
+    """What waits for room in the socket, and the handle of a block that the peer has yet to map."""
 
     packed: bytes
     handle: int | None = None
@@ -50,7 +52,7 @@ class _Note(NamedTuple):
 
 
 class _Arrival(NamedTuple):
-    """A tensor that has come, and the arena of which it is the last."""
+    """A tensor that has come, and the block of whose note it is the last."""
 
     memory: Tensor
     last: int | None
@@ -99,7 +101,8 @@ class Connection:
         self.socket = connection
         self.outbox: deque[_Note] = deque()
         self._log, self._epoch = log, log.epoch
-        self._arenas: list[_Arena] = []
+        self._given: list[_Given] = []
+        self._arenas: dict[int, Tensor] = {}
         self._mapped: dict[int, Tensor] = {}
         self._arrived: deque[_Arrival] = deque()
         self._expected: deque[tuple[Tensor, Label]] = deque()
@@ -127,33 +130,32 @@ class Connection:
                 os.close(note.handle)
 
     @_whole
-    def send(self, tensors: Sequence[Tensor], label: Label) -> None:
-        """Copies tensors into arenas and tells the peer."""
+    def send(self, tensors: Sequence[Tensor], label: Label) -> int:
+        """Tells the peer of tensors, and copies those that lie in no block. How many notes the peer must have answered
+        in all before these tensors may be written, or more are copied."""
         if self.torn:
             raise PeerError(f"a message of {label.text} on a connection that is {TORN}")
         self.read()  # answers free arenas
-        packed = label.pack()
-        for first in range(0, len(tensors), TENSORS_OF_A_NOTE):
-            part = tensors[first : first + TENSORS_OF_A_NOTE]
-            if self.why is not None:
-                self.undelivered = True
-                return
-            sizes = [tensor.nbytes for tensor in part]
-            offsets, total = _offsets(sizes)
-            number, handle = self._free_arena(total)
-            arena = self._arenas[number]
-            for tensor, offset in zip(part, offsets, strict=True):
-                arena.memory[offset : offset + tensor.nbytes].copy_(_bytes(tensor))
-            arena.busy = True
-            self.sent += 1
-            self.outbox.append(_Note(_pack(number, len(part), *sizes) + packed, handle, mail=True))
-            self.flush()
+        answers = self.sent
+        for block, run in groupby(tensors, SharedBlock.of):
+            for part in _parts(list(run)):
+                if self.why is not None:
+                    self.undelivered = True
+                    return answers
+                number, handle, pieces = self._copied(part) if block is None else self._in_place(block, part)
+                self._given[number].unanswered += 1
+                self.sent += 1
+                packed = _pack(number, len(pieces), *chain.from_iterable(pieces)) + label.pack()
+                self.outbox.append(_Note(packed, handle, mail=True))
+                self.flush()
+                answers = answers if block is None else self.sent
+        return answers
 
     def warn(self, label: Label) -> None:
         """Tells the peer what concerns it without any tensors."""
         if self.torn:  # what waits may have gone already
             self._empty()
-        self.outbox.append(_Note(_pack(_NO_ARENA) + label.pack()))
+        self.outbox.append(_Note(_pack(_NO_BLOCK) + label.pack()))
         self.flush()
 
     @_whole
@@ -176,24 +178,45 @@ class Connection:
             if handle is not None:
                 os.close(handle)
 
-    def _free_arena(self, size: int) -> tuple[int, int | None]:
-        """The number of an arena that is not in use, and the handle of its memory if the peer has yet to map it."""
-        free = [number for number, arena in enumerate(self._arenas) if not arena.busy]
+    def _in_place(self, block: SharedBlock, tensors: Sequence[Tensor]) -> tuple[int, int | None, list[Piece]]:
+        """The number of their block, its handle if the peer has yet to map it, and where they lie."""
+        pieces = [(int(tensor.storage_offset()) * tensor.itemsize, tensor.nbytes) for tensor in tensors]
+        return *self._give(block), pieces
+
+    def _copied(self, tensors: Sequence[Tensor]) -> tuple[int, int | None, list[Piece]]:
+        """The same of copies of them."""
+        pieces, total = _side_by_side([tensor.nbytes for tensor in tensors])
+        memory = self._free_arena(total)
+        for tensor, (start, size) in zip(tensors, pieces, strict=True):
+            memory[start : start + size].copy_(_bytes(tensor))
+        block = SharedBlock.of(memory)
+        assert block is not None, "an arena is a block"
+        number, handle = self._give(block)
+        block.seal()
+        self._arenas[number] = memory
+        return number, handle, pieces
+
+    def _free_arena(self, size: int) -> Tensor:
+        """One of which all notes have been answered, or a new one in its place."""
+        free = [number for number in self._arenas if not self._given[number].unanswered]
         for number in free:
-            if self._arenas[number].memory.numel() >= size:
+            if self._arenas[number].numel() >= size:
+                return self._arenas[number]
+        if free:
+            del self._arenas[free[0]]
+        return SharedBlock.make(size)
+
+    def _give(self, block: SharedBlock) -> tuple[int, int | None]:
+        """The number of a block, and its handle if the peer has yet to map it. It may have been that of one that is
+        gone."""
+        for number, given in enumerate(self._given):
+            if given.block() is block:
                 return number, None
-        handle = os.memfd_create("ringattn")  # freed with its last user, whatever becomes of the processes
-        try:
-            os.ftruncate(handle, size)
-            arena = _Arena(_map(handle, size))
-        except OSError:
-            os.close(handle)
-            raise
-        if not free:
-            self._arenas.append(arena)
-            return len(self._arenas) - 1, handle
-        self._arenas[free[0]] = arena
-        return free[0], handle
+        gone = (n for n, given in enumerate(self._given) if given.block() is None and not given.unanswered)
+        number = next(gone, len(self._given))
+        self._given[number : number + 1] = [_Given(ref(block))]
+        assert block.handle is not None, "only an arena is sealed, and this peer has it"
+        return number, os.dup(block.handle)
 
     @_whole
     def expect(self, tensors: Sequence[Tensor], label: Label) -> int:
@@ -226,24 +249,23 @@ class Connection:
                 self.close(CLOSED)
                 return
             (number,) = _INTEGER.unpack_from(note)
-            if self.torn and number != _NO_ARENA:
+            if self.torn and number != _NO_BLOCK:
                 continue
             if len(note) == _INTEGER.size:
-                self._arenas[number].busy = False
+                self._given[number].unanswered -= 1
                 self.answered += 1
-            elif number == _NO_ARENA:
+            elif number == _NO_BLOCK:
                 self._log.hear(Label.unpack(note[_INTEGER.size :]))
             else:
                 self._arrive(number, note, attached, flags)
 
     def _arrive(self, number: int, note: bytes, attached: list[tuple[int, int, bytes]], flags: int) -> None:
-        """Takes in a note of tensors in arena ``number``."""
+        """Takes in a note of tensors in block ``number``."""
         (count,) = _INTEGER.unpack_from(note, _INTEGER.size)
-        sizes = struct.unpack_from(f"<{count}q", note, 2 * _INTEGER.size)
-        label = Label.unpack(note[(2 + count) * _INTEGER.size :])
-        offsets, total = _offsets(sizes)
+        numbers = struct.unpack_from(f"<{2 * count}q", note, 2 * _INTEGER.size)
+        label = Label.unpack(note[(2 + 2 * count) * _INTEGER.size :])
         try:
-            self._remember(number, total, attached, flags)
+            self._remember(number, attached, flags)
         except OSError as error:
             if error.errno is None:  # a signal's handler has raised it
                 raise
@@ -253,7 +275,7 @@ class Connection:
             self._answer(number)
             return
         memory = self._mapped[number]
-        parts = [memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
+        parts = [memory[start : start + size] for start, size in zip(numbers[::2], numbers[1::2], strict=True)]
         lasts = [None] * (count - 1) + [number]
         self._arrived += [_Arrival(part, last, label) for part, last in zip(parts, lasts, strict=True)]
         self._deliver()
@@ -267,19 +289,19 @@ class Connection:
         while self._arrived and self._arrived[0].label.epoch < self._epoch:
             self._answer(self._arrived.popleft().last)
 
-    def _answer(self, arena: int | None) -> None:
-        if arena is not None and self.why is None:
-            self.outbox.append(_Note(_pack(arena)))
+    def _answer(self, block: int | None) -> None:
+        if block is not None and self.why is None:
+            self.outbox.append(_Note(_pack(block)))
             self.flush()
 
-    def _remember(self, number: int, size: int, attached: list[tuple[int, int, bytes]], flags: int) -> None:
-        """Maps an arena whose handle came with a note."""
+    def _remember(self, number: int, attached: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Maps a block whose handle came with a note."""
         if flags & socket.MSG_CTRUNC:
             raise OSError(errno.EMFILE, "this process is out of file handles")
         if attached:
             (handle,) = struct.unpack("i", attached[0][2][:4])
             try:
-                self._mapped[number] = _map(handle, size)
+                self._mapped[number] = map_block(handle)
             finally:
                 os.close(handle)
 
@@ -303,23 +325,23 @@ class Connection:
 
 
 _INTEGER = struct.Struct("<q")
-_LONGEST_NOTE = _INTEGER.size * (2 + TENSORS_OF_A_NOTE) + LABEL_BYTES
+_LONGEST_NOTE = _INTEGER.size * (2 + 2 * TENSORS_OF_A_NOTE) + LABEL_BYTES
 
 
 def _pack(*numbers: int) -> bytes:
     return struct.pack(f"<{len(numbers)}q", *numbers)
 
 
-def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where tensors of these sizes begin in an arena, each on a cache line, and where the last one ends."""
-    *offsets, total = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
-    return offsets, total
+def _parts(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Those of one note each."""
+    return [tensors[first : first + TENSORS_OF_A_NOTE] for first in range(0, len(tensors), TENSORS_OF_A_NOTE)]
+
+
+def _side_by_side(sizes: Sequence[int]) -> tuple[list[Piece], int]:
+    """Where tensors of these sizes lie in an arena, each from a cache line on, and where the last one ends."""
+    *starts, total = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+    return list(zip(starts, sizes, strict=True)), total
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _map(handle: int, size: int) -> Tensor:
-    with torch.inference_mode(False):  # later calls that train use it too
-        return torch.frombuffer(mmap.mmap(handle, size), dtype=torch.uint8)

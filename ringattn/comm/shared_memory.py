@@ -9,13 +9,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ringattn.comm.board import GroupBoard
 from ringattn.comm.calls import Label
 from ringattn.comm.connection import Connection
 from ringattn.comm.handshake import connect
 from ringattn.comm.process_group import ProcessGroupTransport
+from ringattn.comm.shared_block import SharedBlock
 from ringattn.comm.transport import Done, Parcels, Pending, Transport, by_peer, check_batch, check_device, in_vain
 
 
@@ -40,11 +43,12 @@ def _machine() -> str:
 class SharedMemoryTransport:
     """Moves CPU tensors between the ranks of `store`, which are processes of one Linux machine.
 
-    Construction is collective. Sends are taken out of their tensors when they are posted; receives are filled in
-    `wait()`, which returns only when the peers have taken what earlier batches sent them: no rank runs ahead, and
-    two arenas a peer are enough. A dead peer shows at once, by its closed socket (or at the deadline, while a forked
-    child of it lives on). Outside of calls, where messages have no labels, a missed deadline closes the connection
-    with the silent peer for good.
+    Construction is collective. A message out of memory of `allocate` is copied once: its receiver has mapped that
+    memory, and takes the message when it posts the receive, or waits for it. Any other tensor is copied when its send
+    is posted, and again by the receiver. `wait()` returns only when the peers have taken what is not copied before, and
+    all that earlier batches sent: no rank runs ahead, and two arenas a peer are enough. A dead peer shows at once, by
+    its closed socket (or at the deadline, while a forked child of it lives on). Outside of calls, where messages have
+    no labels, a missed deadline closes the connection with the silent peer for good.
 
     Args:
         engine: the transport of the same group through which the ranks agree; it ends with that group.
@@ -71,6 +75,12 @@ class SharedMemoryTransport:
         """See `Transport`."""
         self._board.check_open()
 
+    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Allocator`. Raises OSError where there is no memory left to share, or no file handle."""
+        if device.type != "cpu":  # its messages are refused
+            return torch.empty(size, dtype=dtype, device=device)
+        return SharedBlock.make(size * dtype.itemsize).view(dtype)
+
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See `Transport`. Raises ValueError for tensors that are not in the CPU's memory."""
         check_batch(self, sends, recvs)
@@ -82,10 +92,9 @@ class SharedMemoryTransport:
         debts = []
         for rank in sorted(out.keys() | back.keys()):
             peer = self._peers[rank]
-            answers = peer.sent if rank in out else 0
-            peer.send(out.get(rank, []), label)
+            answers = peer.send(out.get(rank, []), label)
             tensors = peer.expect(back[rank], label) if rank in back else 0
-            debts.append(_Debt(rank, peer, tensors, answers, rank in out))
+            debts.append(_Debt(rank, peer, tensors, answers if rank in out else 0, rank in out))
         who = f"{what}: rank {self.rank} of group '{self.name}'"
         return _Batch(who, self, label, debts, list(self._peers.values())) if debts else Done()
 

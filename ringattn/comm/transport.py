@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ringattn.comm.calls import CallLog, Label, PeerError
@@ -98,6 +99,20 @@ class Transport(Voters, Protocol):
 
     def check_open(self) -> None:
         """Raises RuntimeError if the ranks' group has been destroyed."""
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """A transport with memory of its own, from which messages leave without a copy. It moves any other tensor too."""
+
+    def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised memory for ``size`` numbers on a device whose tensors it moves."""
+
+
+def empty(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, as later calls can use that train."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=dtype, device=device)
 
 
 def check_batch(transport: Transport, sends: Parcels, recvs: Parcels) -> None:

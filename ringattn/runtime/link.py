@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.comm import TORN, CallMismatch, Pending, Transport, agree
+from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Transport, agree, empty
 from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
 
@@ -78,9 +78,13 @@ class Link:
 
     transport: Transport
     compare_every: int = 64
-    workspace: Workspace = field(default_factory=Workspace)
+    workspace: Workspace = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
     _common: _Common = field(default_factory=_Common)
+
+    def __post_init__(self) -> None:
+        transport = self.transport
+        self.workspace = Workspace(transport.allocate if isinstance(transport, Allocator) else empty)
 
     def begin(
         self,

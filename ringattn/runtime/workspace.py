@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,8 @@ class Workspace:
     What a prepared call has made of them (views) is kept here too, so that it goes when the memory does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int, torch.dtype, torch.device], Tensor]) -> None:
+        self._allocate = allocate
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._views: WeakKeyDictionary[Hashable, object] = WeakKeyDictionary()
 
@@ -26,8 +27,7 @@ class Workspace:
         if flat is None or flat.numel() < size:
             self._flat.pop(key, None)
             self._views.clear()
-            with torch.inference_mode(False):  # later calls that train use the same buffer
-                self._flat[key] = torch.empty(size, dtype=dtype, device=device)
+            self._flat[key] = self._allocate(size, dtype, device)
 
     def view(self, slot: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor in a slot that is large enough."""

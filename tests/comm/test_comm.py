@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm import (
+    Allocator,
     Loopback,
     PeerError,
     ProcessGroupTransport,
@@ -20,6 +21,7 @@ from ringattn.comm import (
     Solo,
     Transport,
     agree,
+    empty,
     transport_over,
 )
 from ringattn.comm.transport import name_ranks
@@ -110,6 +112,34 @@ def exchange_sends_reused_after_wait(transport: Transport) -> None:
         buffer.fill_(float("nan"))
     for turn in range(4):
         assert (arriving[turn] == 10.0 * ((rank - 1) % world) + turn).all()
+
+
+def memory(transport: Transport, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory from which messages leave without a copy, where the transport has such."""
+    allocate = transport.allocate if isinstance(transport, Allocator) else empty
+    return allocate(size, dtype, torch.device("cpu"))
+
+
+def exchange_sends_out_of_the_transports_memory(transport: Transport) -> None:
+    """Parts of one block and of another, in any order, between tensors that lie elsewhere; some sent twice."""
+    rank, world = transport.rank, transport.world_size
+    after, before = (rank + 1) % world, (rank - 1) % world
+    for turn in range(4):
+        block, other = memory(transport, 1000 * (turn + 1)), memory(transport, 700, torch.bfloat16)
+        elsewhere = torch.full((5,), 100.0 * rank + turn)
+        block.copy_(torch.arange(len(block)) + 1000 * rank + turn)
+        other.fill_(rank + turn)
+        sent = [block[40:900], elsewhere, other[3:].view(17, 41), block[:0], block[7:9], elsewhere, block[40:900]]
+        got = [torch.full_like(x, float("nan")) for x in sent]
+        pending = transport.post([(x, after) for x in sent], [(x, before) for x in got], f"turn {turn}")
+        pending.wait()
+        for x in (block, other, elsewhere):
+            x.fill_(float("nan"))
+        first = 1000 * before + turn
+        for part, begin in ((got[0], 40), (got[4], 7), (got[6], 40)):
+            assert torch.equal(part, torch.arange(begin, begin + len(part)) + float(first))
+        assert (got[1] == 100.0 * before + turn).all() and torch.equal(got[1], got[5])
+        assert got[2].shape == (17, 41) and (got[2] == before + turn).all()
 
 
 def exchange_batches_that_differ_at_both_ends(transport: Transport) -> None:
@@ -407,6 +437,56 @@ def fill_shared_memory(rank: int, world_size: int) -> int:
 def test_shared_memory_is_reused_and_no_rank_runs_ahead() -> None:
     arenas = run_processes(fill_shared_memory, 2)
     assert 1 <= arenas[0] <= 2 and arenas[1] == 0  # one is enough where the peer answers at once
+
+
+def send_in_place(rank: int, world_size: int) -> tuple[float, int, int]:
+    """Blocks that come and go, taken late by their receiver, and written at once by their sender."""
+    transport, handles, waited, given = shared_memory(20), len(os.listdir("/proc/self/fd")), 0.0, 0
+    for turn in range(30):
+        if rank == 0:
+            block = memory(transport, 1000 * (1 + turn % 7))
+            block.fill_(float(turn))
+            start = time.perf_counter()
+            transport.post([(block[10:900], 1)], [], f"turn {turn}").wait()
+            waited = max(waited, time.perf_counter() - start)
+            block.fill_(float("nan"))
+            given = max(given, len(transport._peers[1]._given))
+            assert not transport._peers[1]._arenas, "nothing was copied"
+            del block
+        else:
+            got = torch.zeros(890)
+            time.sleep(0.3 if turn == 9 else 0.0)
+            transport.post([], [(got, 0)], f"turn {turn}").wait()
+            assert (got == turn).all()
+    return waited, given, len(os.listdir("/proc/self/fd")) - handles
+
+
+def test_what_lies_in_shared_memory_is_not_copied_and_not_overwritten_before_it_is_taken() -> None:
+    (waited, given, sender), (_, _, receiver) = run_processes(send_in_place, 2)
+    assert waited > 0.2, "the sender waits until its message has been taken"
+    assert given <= 2, "a block that is gone leaves its number to the next"
+    assert sender <= 0 and receiver <= 2, "handles of blocks that are gone are closed"
+
+
+def calls_in_place(rank: int, world_size: int) -> tuple[int, int]:
+    """The bytes of arenas and how many blocks were given, after attention forward and backward, and again."""
+    import ringattn as ra
+
+    cp = ra.ContextParallel(dist.group.WORLD, 240, mask=ra.causal(), schedule="ring")
+    transport = cp.link.transport
+    assert isinstance(transport, SharedMemoryTransport)
+    for _ in range(4):
+        q, k, v = (torch.randn(1, cp.local_seqlen, 2, 8, requires_grad=True) for _ in range(3))
+        ra.attention(q, k, v, cp=cp).sum().backward()
+    peers = transport._peers.values()
+    return sum(x.numel() for p in peers for x in p._arenas.values()), max(len(p._given) for p in peers)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_attention_sends_its_buffers_as_they_lie(world_size: int) -> None:
+    for arenas, given in run_processes(calls_in_place, world_size):
+        assert arenas <= 64 * 2 * (world_size - 1), "only the few bytes that end a call are copied"
+        assert given <= 8
 
 
 def leave_after_sending(rank: int, world_size: int) -> None:
