@@ -3,6 +3,7 @@ dies, stays silent, raises or returns early."""
 
 import os
 import resource
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from ringattn.comm import (
     empty,
     transport_over,
 )
+from ringattn.comm.calls import CallLog
+from ringattn.comm.connection import Connection
+from ringattn.comm.shared_memory import AWAKE, _serve
 from ringattn.comm.transport import name_ranks
 from ringattn.testing import run_processes
 
@@ -487,6 +491,33 @@ def test_attention_sends_its_buffers_as_they_lie(world_size: int) -> None:
     for arenas, given in run_processes(calls_in_place, world_size):
         assert arenas <= 64 * 2 * (world_size - 1), "only the few bytes that end a call are copied"
         assert given <= 8
+
+
+@pytest.mark.parametrize("awake", [0.0, 0.05])
+def test_a_rank_that_waits_sleeps_after_a_while(awake: float) -> None:
+    ours, theirs = socket.socketpair()
+    peer = Connection(ours, CallLog(0))
+    computed, start = time.process_time(), time.perf_counter()
+    _serve([peer], 0.3, awake)
+    assert time.perf_counter() - start >= 0.29
+    assert awake - 0.03 <= time.process_time() - computed <= awake + 0.1
+    theirs.close()
+
+
+def awake(rank: int, world_size: int, local: str | None) -> float:
+    if local:
+        os.environ["LOCAL_WORLD_SIZE"] = local
+    os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:2])
+    return shared_memory(20).awake
+
+
+@pytest.mark.parametrize(
+    "world_size, local, expected", [(2, None, AWAKE), (3, None, 0.0), (3, "2", AWAKE), (2, "8", 0.0)]
+)
+def test_ranks_without_a_core_of_their_own_sleep_at_once(world_size: int, local: str | None, expected: float) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    assert run_processes(awake, world_size, local) == [expected] * world_size
 
 
 def leave_after_sending(rank: int, world_size: int) -> None:
