@@ -22,7 +22,7 @@ from ringattn.geometry.bands import (
     trim,
     trim_rows,
 )
-from ringattn.geometry.spans import INF, Intervals, Ints, clip_spans, cross_spans, expand, overlapping
+from ringattn.geometry.spans import INF, Intervals, Ints, clip_spans, columns, cross_spans, expand, overlapping
 
 COMPARED = 1 << 22  # pairs of bands that one operation may look at: seconds, and 256 MB
 
@@ -57,7 +57,7 @@ def _cross_sets(x: Ints, y: Ints, sets: list[Intervals]) -> Ints:
     """Row by row the id of the intersection of two scattered sets, new ones appended to the table."""
     out = np.where(x == ANY, y, x)
     clash = (x != ANY) & (y != ANY) & (x != y)
-    for a, b in np.unique(np.stack((x[clash], y[clash]), 1), axis=0).tolist() if clash.any() else ():
+    for a, b in np.unique(columns(x[clash], y[clash]), axis=0).tolist() if clash.any() else ():
         sets.append(sets[a - 1].intersect(sets[b - 1]))
         out[clash & (x == a) & (y == b)] = len(sets)
     return out

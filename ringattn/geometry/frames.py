@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ringattn.geometry.spans import Ints, cross_spans, expand, overlapping
+from ringattn.geometry.spans import Ints, columns, cross_spans, expand, overlapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Frame:
     @cached_property
     def _runs(self) -> Ints:
         """The spans, none with a step, as ascending runs: rows (first, stop, local index)."""
-        runs = np.column_stack((self.spans[:, 0], self.spans[:, 0] + self.spans[:, 1], self.offsets[:-1]))
+        runs = columns(self.spans[:, 0], self.spans[:, 0] + self.spans[:, 1], self.offsets[:-1])
         runs = runs[self.spans[:, 1] > 0]
         return runs[np.argsort(runs[:, 0])]
 
@@ -58,18 +58,11 @@ class Frame:
         i, within = expand(np.searchsorted(first, stop, "left") - at)
         j = at[i] + within
         low, high = np.maximum(start[i], first[j]), np.minimum(stop[i], last[j])
-        out = np.stack((low - first[j] + index[j], high - low, np.ones_like(low)), 1)
+        out = columns(low - first[j] + index[j], high - low, 1)
         return out[high > low]
 
     def local(self, spans: Ints, which: Ints) -> Ints:
         """Spans that lie inside the frame's spans number ``which``, as local index runs; empty ones dropped."""
         home = self.spans[which]
-        out = np.stack(
-            (
-                (spans[:, 0] - home[:, 0]) // home[:, 2] + self.offsets[which],
-                spans[:, 1],
-                spans[:, 2] // home[:, 2],
-            ),
-            1,
-        )
-        return out[spans[:, 1] > 0]
+        start = (spans[:, 0] - home[:, 0]) // home[:, 2] + self.offsets[which]
+        return columns(start, spans[:, 1], spans[:, 2] // home[:, 2])[spans[:, 1] > 0]

@@ -16,7 +16,7 @@ import numpy as np
 
 from ringattn.arguments.values import LARGEST, integer, integers, listed, shown
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.spans import Ints
+from ringattn.geometry.spans import Ints, columns
 
 BLOCK = 64  # positions of a block of `cyclic`
 CHECKED = 1 << 26  # positions of a given layout: all are looked at, which takes half a second for as many
@@ -172,8 +172,8 @@ def _even(seqlen: int, parts: int) -> Ints:
     return seqlen // parts + (np.arange(parts, dtype=np.int64) < seqlen % parts)
 
 
-def _build(name: str, seqlen: int, world_size: int, *columns: Ints) -> Layout:
-    table = np.stack([np.asarray(c, np.int64) for c in columns], 1)
+def _build(name: str, seqlen: int, world_size: int, rank: Ints, start: Ints, length: Ints, step: int) -> Layout:
+    table = columns(rank, start, length, step)
     table = table[np.argsort(table[:, 0], kind="stable")]
     return Layout(name, seqlen, world_size, table[table[:, 2] > 0])
 
@@ -182,7 +182,7 @@ def contiguous(seqlen: int, world_size: int) -> Layout:
     """Rank ``r`` holds the ``r``-th run of the sequence: neighbours in text are neighbours in memory."""
     sizes = _even(seqlen, world_size)
     rank = np.arange(world_size)
-    return _build("contiguous", seqlen, world_size, rank, np.cumsum(sizes) - sizes, sizes, np.ones_like(sizes))
+    return _build("contiguous", seqlen, world_size, rank, np.cumsum(sizes) - sizes, sizes, 1)
 
 
 def zigzag(seqlen: int, world_size: int) -> Layout:
@@ -192,29 +192,27 @@ def zigzag(seqlen: int, world_size: int) -> Layout:
     rank = np.arange(world_size)
     front_start = np.cumsum(front) - front
     back_start = seqlen - np.cumsum(back)
-    ones = np.ones(2 * world_size, np.int64)
     starts, lengths = np.concatenate((front_start, back_start)), np.concatenate((front, back))
-    return _build("zigzag", seqlen, world_size, np.tile(rank, 2), starts, lengths, ones)
+    return _build("zigzag", seqlen, world_size, np.tile(rank, 2), starts, lengths, 1)
 
 
 def striped(seqlen: int, world_size: int) -> Layout:
     """Rank ``r`` holds positions ``r, r + world_size, ...``: equal work under causal masks, block by block."""
     rank = np.arange(world_size)
-    step = np.full(world_size, world_size)
-    return _build("striped", seqlen, world_size, rank, rank, _even(seqlen, world_size), step)
+    return _build("striped", seqlen, world_size, rank, rank, _even(seqlen, world_size), world_size)
 
 
 def chunks(seqlen: int, count: int) -> Ints:
     """The sequence cut into ``count`` runs of equal length, to a token: spans ``[count, 3]``."""
     sizes = _even(seqlen, count)
-    return np.stack((np.cumsum(sizes) - sizes, sizes, np.ones_like(sizes)), 1)
+    return columns(np.cumsum(sizes) - sizes, sizes, 1)
 
 
 def dealt(name: str, seqlen: int, world_size: int, spans: Ints, rank: Ints) -> Layout:
     """The layout in which ``rank[i]`` holds ``spans[i]``, ascending runs; neighbours on one rank become one run."""
     new = np.concatenate(([True], np.diff(rank) != 0))
     length = np.add.reduceat(spans[:, 1], np.flatnonzero(new))
-    return _build(name, seqlen, world_size, rank[new], spans[new, 0], length, np.ones_like(length))
+    return _build(name, seqlen, world_size, rank[new], spans[new, 0], length, 1)
 
 
 def cyclic(seqlen: int, world_size: int) -> Layout:
@@ -222,7 +220,7 @@ def cyclic(seqlen: int, world_size: int) -> Layout:
     depend on the length, so a cache that grows is appended to and never moved. Shards differ by up to a block."""
     start = np.arange(0, seqlen, BLOCK, dtype=np.int64)
     length = np.minimum(BLOCK, seqlen - start)
-    return _build("cyclic", seqlen, world_size, start // BLOCK % world_size, start, length, np.ones_like(start))
+    return _build("cyclic", seqlen, world_size, start // BLOCK % world_size, start, length, 1)
 
 
 # Those that a context chooses from, and those that it takes by name.

@@ -33,7 +33,7 @@ class Intervals:
         cuts = np.flatnonzero(np.diff(points) > 1) + 1
         starts = points[np.concatenate(([0], cuts))]
         ends = points[np.concatenate((cuts - 1, [len(points) - 1]))] + 1
-        return Intervals(np.stack((starts, ends), 1))
+        return Intervals(columns(starts, ends))
 
     @cached_property
     def key(self) -> bytes:
@@ -53,7 +53,7 @@ class Intervals:
         i, j = overlapping(a[:, 0], a[:, 1], b[:, 0], b[:, 1])
         lo, hi = np.maximum(a[i, 0], b[j, 0]), np.minimum(a[i, 1], b[j, 1])
         order = np.argsort(lo, kind="stable")
-        return Intervals(np.stack((lo[order], hi[order]), 1))
+        return Intervals(columns(lo[order], hi[order]))
 
     def rank(self, x: Ints) -> Ints:
         """How many members lie below each ``x``."""
@@ -72,6 +72,21 @@ class Intervals:
         at = np.searchsorted(self.bounds[:, 0], x, "right")
         padded = np.concatenate(([-INF], self.bounds[:, 1] - 1))
         return np.minimum(x, padded[at])
+
+
+def columns(*parts: Ints | int) -> Ints:
+    """Columns side by side: an array ``[n]`` each, several ``[n, m]``, or one number for all rows. (NumPy's `stack` and
+    `column_stack` take five times as long where rows are few.)"""
+    widths = [1 if isinstance(part, int) or part.ndim == 1 else part.shape[1] for part in parts]
+    rows = next(len(part) for part in parts if not isinstance(part, int))
+    out, at = np.empty((rows, sum(widths)), np.int64), 0
+    for part, width in zip(parts, widths, strict=True):
+        if isinstance(part, int) or part.ndim == 1:
+            out[:, at] = part
+        else:
+            out[:, at : at + width] = part
+        at += width
+    return out
 
 
 def overlapping(
@@ -152,7 +167,7 @@ def cross_spans(a: Ints, b: Ints) -> Ints:
     if (step_a == 1).all() and (step_b == 1).all():
         start = np.maximum(a[:, 0], b[:, 0])
         length = np.minimum(a[:, 0] + a[:, 1], b[:, 0] + b[:, 1]) - start
-        return np.column_stack((start, np.maximum(length, 0), step_a))
+        return columns(start, np.maximum(length, 0), step_a)
     gcd = np.gcd(step_a, step_b)
     gap = b[:, 0] - a[:, 0]
     modulus = step_b // gcd
@@ -163,7 +178,7 @@ def cross_spans(a: Ints, b: Ints) -> Ints:
         if m > 1:
             rows = kind == number
             shift[rows] = (gap[rows] // gcd[rows]) * pow(reduced, -1, m) % m
-    out = np.stack((a[:, 0] + step_a * shift, a[:, 1] - shift, step_a), 1)
+    out = columns(a[:, 0] + step_a * shift, a[:, 1] - shift, step_a)
     out[:, 1] = np.maximum(-(-out[:, 1] // modulus), 0)
     out[:, 2] = step_a * modulus
     out = clip_spans(out, b[:, 0], b[:, 0] + (b[:, 1] - 1) * step_b)

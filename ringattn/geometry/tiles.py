@@ -28,7 +28,7 @@ from ringattn.geometry.bands import (
 )
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.regular import regular, staircase
-from ringattn.geometry.spans import INF, Ints, cross_spans, overlapping
+from ringattn.geometry.spans import INF, Ints, columns, cross_spans, overlapping
 
 Window = tuple[int | None, int | None]
 RowIndex = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
@@ -119,7 +119,7 @@ def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> Tiles:
     gap, step = pieces[:, K0] - pieces[:, Q0], pieces[:, QS]
     lo = np.where(pieces[:, LO] > -INF, (pieces[:, LO] - gap) // step, 1 - pieces[:, QN])
     hi = np.where(pieces[:, HI] < INF, (pieces[:, HI] - gap) // step, pieces[:, KN] - 1)
-    boxes = coalesce(np.column_stack((q, k, lo, hi)))
+    boxes = coalesce(columns(q, k, lo, hi))
     return Tiles(boxes[np.lexsort((boxes[:, 3], boxes[:, 0]))], tuple(products))
 
 
@@ -132,7 +132,7 @@ def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Ti
         if members != ANY:
             bounds = np.clip(bands.sets[members - 1].bounds, start, start + length)
             bounds = bounds[bounds[:, 1] > bounds[:, 0]]
-            spans = np.stack((bounds[:, 0], bounds[:, 1] - bounds[:, 0], np.ones(len(bounds), np.int64)), 1)
+            spans = columns(bounds[:, 0], bounds[:, 1] - bounds[:, 0], 1)
         runs = frame.rows(spans)
         index = np.sort(Frame(runs).positions())
         if not len(index):
@@ -156,7 +156,7 @@ def coalesce(boxes: Ints, enough: float = 0.0) -> Ints:
         return boxes
     if (boxes[:, 2] == 1).all() and (boxes[:, 5] == 1).all():
         return _coalesce_lane(boxes, 1, 1, 0, 0, enough)
-    lanes = np.column_stack((boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5]))
+    lanes = columns(boxes[:, [2, 5]], boxes[:, 0] % boxes[:, 2], boxes[:, 3] % boxes[:, 5])
     kinds, lane = np.unique(lanes, axis=0, return_inverse=True)
     which = lane.reshape(-1)
     merged = [
@@ -169,11 +169,10 @@ def coalesce(boxes: Ints, enough: float = 0.0) -> Ints:
 def _coalesce_lane(box: Ints, qs: int, ks: int, q_rest: int, k_rest: int, enough: float) -> Ints:
     """Boxes whose rows are ``q_rest + qs * i`` and whose columns are ``k_rest + ks * j``, merged."""
     q, k = box[:, 0] // qs, box[:, 3] // ks
-    flat = np.column_stack((q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q))
+    flat = columns(q, q + box[:, 1], k, k + box[:, 4], box[:, 6] + k - q, box[:, 7] + k - q)
     q0, q1, k0, k1, lo, hi = _merge_boxes(flat, enough).T
-    steps = np.full((2, len(q0)), [[qs], [ks]])
-    rows, columns = (q0 * qs + q_rest, q1 - q0, steps[0]), (k0 * ks + k_rest, k1 - k0, steps[1])
-    return np.stack((*rows, *columns, lo - k0 + q0, hi - k0 + q0), 1)
+    gap = k0 - q0
+    return columns(q0 * qs + q_rest, q1 - q0, qs, k0 * ks + k_rest, k1 - k0, ks, lo - gap, hi - gap)
 
 
 def _box_area(b: Ints) -> Ints:
@@ -217,7 +216,9 @@ def _merge_boxes(boxes: Ints, enough: float) -> Ints:
         turn = {0: int(little), 1: 2, 2: 1}[turn]
         boxes[chosen] = hull[chosen]
         area[chosen] += area[chosen + 1]
-        boxes, area = np.delete(boxes, chosen + 1, 0), np.delete(area, chosen + 1)
+        left = np.ones(len(boxes), np.bool_)
+        left[chosen + 1] = False
+        boxes, area = boxes[left], area[left]
     return _merge_all_pairs(boxes) if 2 < len(boxes) <= 64 and not enough else boxes
 
 

@@ -29,7 +29,7 @@ from ringattn.geometry.bands import (
     counts,
 )
 from ringattn.geometry.regular import regular
-from ringattn.geometry.spans import INF, Ints, meeting
+from ringattn.geometry.spans import INF, Ints, columns, meeting
 
 if TYPE_CHECKING:
     from ringattn.planning.plan import Plan
@@ -83,7 +83,7 @@ def contacts_of(plan: Plan, needs: Ints) -> Contacts:
     gap, by = plain[:, K0] - plain[:, Q0], plain[:, QS]
     lo = np.where(plain[:, LO] > -INF, (plain[:, LO] - gap) // by, 1 - plain[:, QN])
     hi = np.where(plain[:, HI] < INF, (plain[:, HI] - gap) // by, plain[:, KN] - 1)
-    queries, bounds = local(plain[:, Q_AXIS[:3]], spans, at, home), np.stack((lo, hi), 1)
+    queries, bounds = local(plain[:, Q_AXIS[:3]], spans, at, home), columns(lo, hi)
     products = _products(plan, bands.take(scattered), keys)
     return Contacts(keys, weights, known, plain[:, TAG], queries, plain[:, K_AXIS[:3]], bounds, step, rows, products)
 
@@ -120,7 +120,7 @@ def _products(plan: Plan, bands: Bands, keys: Ints) -> Ints:
     nq, nk = counts(met)
     held = (nq > 0) & (nk > 0)
     row = met.data[held, TAG]
-    return np.stack((keys[row, 0], row, i[held], nq[held]), 1)
+    return columns(keys[row, 0], row, i[held], nq[held])
 
 
 def laid_out(length: Ints, group: Ints, step: int) -> Ints:
@@ -136,4 +136,4 @@ def local(spans: Ints, home: Ints, at: Ints, which: Ints) -> Ints:
     """Spans as local rows (start, length, step): each lies in the span of ``home`` of its number, which begins at
     ``at``."""
     start, _, step = home[which].T
-    return np.stack(((spans[:, 0] - start) // step + at[which], spans[:, 1], spans[:, 2] // step), 1)
+    return columns((spans[:, 0] - start) // step + at[which], spans[:, 1], spans[:, 2] // step)

@@ -20,7 +20,7 @@ from ringattn.geometry.bands import HI, K0, K_AXIS, KN, LO, Q0, Q_AXIS, QN, TAG,
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.regular import regular
-from ringattn.geometry.spans import Ints
+from ringattn.geometry.spans import Ints, columns
 from ringattn.geometry.tiles import cut
 from ringattn.planning.cost import Seconds, Terms, unhidden
 from ringattn.planning.launches import SMALL, SOME, Stacking
@@ -53,7 +53,7 @@ class Cells:
         q_len, offset = masks[0].q_len, masks[0].q_offset
         self.starts = np.unique(borders)
         sizes = np.diff(self.starts, append=q_len)
-        spans = np.stack((self.starts + offset, sizes, np.ones_like(sizes)), 1)
+        spans = columns(self.starts + offset, sizes, 1)
         self.measures = [_measure(mask, spans) for mask in masks]
         self.by_kind = np.sum([m.pairs for m in self.measures], 0)
         self.pairs = self.by_kind.sum(0)
@@ -73,8 +73,14 @@ class Cells:
 
     def bound(self, q_layout: Layout, k_layout: Layout, terms: Terms) -> float:
         """What the masks cost on layouts of plain runs, at least, whatever the schedule."""
-        rank = self._ranks(q_layout)
-        return sum(self._bound(m, rank, k_layout, terms) for m in self.measures)
+        return float(self.bounds(self._ranks(q_layout)[None], [k_layout.table], q_layout.world_size, terms)[0])
+
+    def bounds(self, ranks: Ints, held: Sequence[Ints], world: int, terms: Terms) -> Seconds:
+        """The same of several layouts in one go: the rank of every cell, ``[layouts, cells]``, and the keys that ranks
+        hold, for each layout rows (rank, start, length, step)."""
+        lanes = ranks + world * np.arange(len(ranks))[:, None]
+        own = np.concatenate([columns(table[:, 0] + world * i, table[:, 1:]) for i, table in enumerate(held)])
+        return np.sum([self._bounds(m, lanes, own, world, terms) for m in self.measures], 0)
 
     def striped_bound(self, k_layout: Layout, terms: Terms, calls: int) -> float:
         """What the masks cost on stripes of queries with so many calls, at least. A rank has queries in every run of as
@@ -98,22 +104,23 @@ class Cells:
         at = np.searchsorted(q_layout.table[first, 1], self.starts, "right") - 1
         return q_layout.table[first[at], 0]
 
-    def _bound(self, cells: Measures, rank: Ints, k_layout: Layout, terms: Terms) -> float:
-        world, rates = k_layout.world_size, terms.rates
-        keys, own = cells.keys, k_layout.table
-        owner = np.concatenate((rank[keys[:, 0]], own[:, 0]))
-        seen = merge_spans(owner, np.concatenate((keys[:, 1:], own[:, 1:])))
-        received = np.bincount(seen[:, 0], seen[:, 2], world) - k_layout.sizes
-        work = np.multiply.outer(terms.pair, np.bincount(rank, cells.weighed(rates), world))
-        calls = rates.call * _calls(cells.bands, rank, world, terms.stacking)
-        return float(_least(terms, work, calls, received).sum(0).max())
+    def _bounds(self, cells: Measures, lanes: Ints, own: Ints, world: int, terms: Terms) -> Seconds:
+        """Under one mask; every layout has its ranks in lanes of its own."""
+        rates, ways, count = terms.rates, len(lanes), lanes.shape[0] * world
+        lane = np.concatenate((lanes[:, cells.keys[:, 0]].reshape(-1), own[:, 0]))
+        seen = merge_spans(lane, np.concatenate((np.tile(cells.keys[:, 1:], (ways, 1)), own[:, 1:])))
+        received = np.bincount(seen[:, 0], seen[:, 2], count) - np.bincount(own[:, 0], own[:, 2], count)
+        weighed = np.bincount(lanes.reshape(-1), np.tile(cells.weighed(rates), ways), count)
+        calls = rates.call * _calls(cells.bands, lanes, count, terms.stacking)
+        work = np.multiply.outer(terms.pair, weighed)
+        return np.asarray(_least(terms, work, calls, received).sum(0).reshape(ways, world).max(1))
 
 
 def _keys_of_all(bands: Ints, world: int) -> int:
     """Keys that every rank sees which has one of ``world`` queries side by side, at least."""
     _, start, queries, keys, diagonals, _ = bands.T
     wide = (queries >= world) & (diagonals >= world) & (keys > 2 * world)
-    spans = np.stack((start + world, keys - 2 * world, np.ones_like(keys)), 1)[wide]
+    spans = columns(start + world, keys - 2 * world, 1)[wide]
     return int(merge_spans(np.zeros(len(spans), np.int64), spans)[:, 2].sum())
 
 
@@ -124,26 +131,28 @@ def _least(terms: Terms, work: Seconds, calls: Seconds | float, received: Ints) 
     return np.maximum(device, calls) if terms.rates.queued else device
 
 
-def _calls(bands: Ints, rank: Ints, world: int, stacking: Stacking) -> Ints:
-    """Kernel calls of each rank, at least: bands that begin at the same key may become one, and where tiles are
-    stacked, small ones of one shape."""
+def _calls(bands: Ints, lanes: Ints, count: int, stacking: Stacking) -> Ints:
+    """Kernel calls of each of ``count`` lanes, at least, where ``lanes [layouts, cells]`` are those of the cells: bands
+    that begin at the same key may become one, and where tiles are stacked, small ones of one shape."""
     cell, start, queries, keys, _, goes_on = bands.T
-    head = np.flatnonzero((goes_on == 0) | (rank[cell] != rank[cell - 1]))
+    lane = lanes[:, cell]
+    head = np.flatnonzero((goes_on == 0) | (lane != lanes[:, cell - 1]))
     if not len(head):
-        return np.zeros(world, np.int64)
+        return np.zeros(count, np.int64)
     width, side = start.max() + 1, SMALL + 1
-    place, first = np.unique(rank[cell[head]] * width + start[head], return_index=True)
+    place, first = np.unique(lane.reshape(-1)[head] * width + start[head % len(cell)], return_index=True)
     held = place // width
-    calls = np.bincount(held, minlength=world)
+    calls = np.bincount(held, minlength=count)
     if stacking is Stacking.NONE:
         return calls
-    nq, nk = np.add.reduceat(np.stack((queries, keys)), head, 1)[:, first]
+    sizes = np.tile(np.stack((queries, keys)), len(lanes))
+    nq, nk = np.add.reduceat(sizes, head, 1)[:, first]
     shape = np.where(np.maximum(nq, nk) <= SMALL, (held * side + nq) * side + nk, -1)
     if stacking is Stacking.VIEWS:  # side by side
         again = (shape[1:] == shape[:-1]) & (shape[1:] >= 0) & (np.diff(place) == nk[:-1])
-        return calls - np.bincount(held[1:][again], minlength=world)
+        return calls - np.bincount(held[1:][again], minlength=count)
     shapes, times = np.unique(shape[shape >= 0], return_counts=True)
-    return calls - np.bincount(shapes // side**2, np.where(times >= SOME, times - 1, 0), world).astype(np.int64)
+    return calls - np.bincount(shapes // side**2, np.where(times >= SOME, times - 1, 0), count).astype(np.int64)
 
 
 def _measure(mask: BoundMask, spans: Ints) -> Measures:
@@ -162,7 +171,7 @@ def _bands(rows: Bands) -> Ints:
     follows = (here[:, Q0] == before[:, Q0] + before[:, QN]) & (here[:, TAG] == before[:, TAG] + 1)
     touches = (here[:, K0] <= before[:, K0] + before[:, KN]) & (before[:, K0] <= here[:, K0] + here[:, KN])
     diagonals = data[:, HI] - data[:, LO] + 1
-    return np.column_stack((data[:, [TAG, K0, QN, KN]], diagonals, np.append(False, follows & touches)))
+    return columns(data[:, [TAG, K0, QN, KN]], diagonals, np.append(False, follows & touches))
 
 
 def deal_by_weight(weights: Ints, world: int) -> Ints:
@@ -180,10 +189,12 @@ def deal_by_weight(weights: Ints, world: int) -> Ints:
 def deal_by_rounds(weights: Ints, world: int) -> Ints:
     """Each round deals one chunk to every rank from one stretch of the sequence, the heaviest to the rank with the
     least work: less even than by weight, but equal stretches go to equal places."""
-    rank, load = np.empty(len(weights), np.int64), np.zeros(world, np.int64)
-    for stretch in np.split(np.arange(len(weights)), len(weights) // world):
-        heavy_first = stretch[np.argsort(-weights[stretch], kind="stable")]
+    rounds = weights.reshape(-1, world)
+    heavy_first = np.argsort(-rounds, axis=1, kind="stable")
+    given = np.take_along_axis(rounds, heavy_first, 1)
+    rank, load = np.empty_like(rounds), np.zeros(world, np.int64)
+    for one, order, weight in zip(rank, heavy_first, given, strict=True):
         light_first = np.argsort(load, kind="stable")
-        rank[heavy_first] = light_first
-        load[light_first] += weights[heavy_first]
-    return rank
+        one[order] = light_first
+        load[light_first] += weight
+    return rank.reshape(-1)

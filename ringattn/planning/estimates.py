@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ringattn.geometry.bands import K_AXIS, Q_AXIS, TAG
-from ringattn.geometry.spans import Ints
+from ringattn.geometry.spans import Ints, columns
 from ringattn.geometry.tiles import coalesce
 from ringattn.planning.contacts import Contacts, laid_out, local
 from ringattn.planning.launches import Stacking, stacks
@@ -63,14 +63,15 @@ def _estimates(plan: Plan, made: Contacts, ways: Sequence[Way], stacking: Stacki
     if len(made.products):
         holder, key, band, queries = made.products.T
         for number, slots in enumerate(slot):
-            kinds = np.unique(np.stack((holder, slots[key], band, queries), 1), axis=0)
+            kinds = np.unique(columns(holder, slots[key], band, queries), axis=0)
             calls[number] += np.bincount(kinds[:, 0], minlength=world)
             rows[number] += np.bincount(kinds[:, 0], kinds[:, 3], world).astype(np.int64)
     if not made.known.all():
         calls, rows = (np.stack([_spread(found, made) for found in many]) for many in (calls, rows))
     takes_part = np.bincount(plan.world_needs[:, :2].reshape(-1), minlength=world) > 0
     times = [np.where(takes_part, cut, 1) if schedule.by_heads else 1 for schedule, cut in ways]
-    return [Estimate(n * c + _hosted(plan), r) for n, c, r in zip(times, calls, rows, strict=True)]
+    hosted = _hosted(plan) if len(plan.guests) else 0
+    return [Estimate(n * c + hosted, r) for n, c, r in zip(times, calls, rows, strict=True)]
 
 
 def _hosted(plan: Plan) -> Ints:
@@ -78,7 +79,7 @@ def _hosted(plan: Plan) -> Ints:
     the same queries, or the same keys, joins."""
     data, world = plan.guests.data, plan.world_size
     host = data[:, TAG] % world
-    sides = (np.unique(np.column_stack((host, data[:, axis])), axis=0)[:, 0] for axis in (Q_AXIS, K_AXIS))
+    sides = (np.unique(columns(host, data[:, axis]), axis=0)[:, 0] for axis in (Q_AXIS, K_AXIS))
     return np.minimum(*(np.bincount(side, minlength=world) for side in sides))
 
 
@@ -108,8 +109,8 @@ def _boxes(made: Contacts, slot: Ints, in_storage_order: Sequence[bool]) -> tupl
     of = np.tile(made.of, ways) + number * count
     queries, spans, bounds = (np.tile(each, (ways, 1)) for each in (made.queries, made.spans, made.bounds))
     queries[:, 0] += number * (made.rows + made.step)
-    keys = local(spans, np.column_stack((start, length, step)), at, of)
-    boxes = coalesce(np.column_stack((queries, keys, bounds)), ENOUGH)
+    keys = local(spans, columns(start, length, step), at, of)
+    boxes = coalesce(columns(queries, keys, bounds), ENOUGH)
     return boxes, group[order][np.searchsorted(begins, boxes[:, 3], "right") - 1]
 
 

@@ -9,7 +9,7 @@ plan; the plans that were made for the choice are those the context runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,8 @@ import numpy as np
 from ringattn.geometry.bands import HI, K_AXIS, KN, LO, Q_AXIS, QN, QS
 from ringattn.geometry.layouts import LAYOUTS, NAMED, Layout, chunks, contiguous, dealt
 from ringattn.geometry.masks import BoundMask
-from ringattn.geometry.spans import Ints
-from ringattn.planning.cost import Cost, Terms, cheaper, costs, settled
+from ringattn.geometry.spans import Ints, columns
+from ringattn.planning.cost import Cost, Seconds, Terms, cheaper, costs, settled
 from ringattn.planning.deals import Cells, deal_by_rounds, deal_by_weight
 from ringattn.planning.estimates import estimates
 from ringattn.planning.launches import SMALL, SOME, Stacking
@@ -274,15 +274,19 @@ def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
 
 
 def _bound(problem: Problem, cells: Cells, q_layout: Layout, k_layout: Layout) -> float:
-    terms, world = problem.terms, problem.world_size
-    spared = any(worthwhile(mask, world, terms.shape.thin) for mask in problem.masks)  # keys, by queries that travel
-    if spared or (k_layout.interleaved and not q_layout.interleaved):
-        return cells.even(terms) / world
+    terms = problem.terms
+    if _spared(problem) or (k_layout.interleaved and not q_layout.interleaved):
+        return cells.even(terms) / problem.world_size
     if not (q_layout.interleaved or k_layout.interleaved):
         return cells.bound(q_layout, k_layout, terms)
     # A tile of a triangle is there for half of the pairs of spans.
     calls = sum(_shapes(mask, q_layout, k_layout, terms.stacking) for mask in problem.masks) // 2
     return cells.striped_bound(k_layout, terms, calls)
+
+
+def _spared(problem: Problem) -> bool:
+    """Whether keys may stay where they are, because queries travel."""
+    return any(worthwhile(mask, problem.world_size, problem.terms.shape.thin) for mask in problem.masks)
 
 
 def _shapes(mask: BoundMask, q_layout: Layout, k_layout: Layout, stacking: Stacking) -> int:
@@ -311,34 +315,47 @@ def _counts(problem: Problem) -> list[int]:
 
 
 def _deals(problem: Problem, cells: Cells) -> list[Candidate]:
-    """The deals of least bound, best first."""
-    best: list[Candidate] = []
-    pair = float(problem.terms.pair.sum())
-    for load, q_layout, k_layout in sorted(_dealt(problem, cells), key=lambda deal: deal[0]):
-        if len(best) == FINALISTS and load * pair >= best[-1].bound:
-            break  # no bound is below the most work of a rank
-        if cells.meetings(q_layout, k_layout) <= MEETING_BUDGET:
-            made = Candidate(problem, q_layout, k_layout, _bound(problem, cells, q_layout, k_layout))
-            best = sorted([*best, made], key=lambda c: c.bound)[:FINALISTS]
+    """The deals of least bound, best first. Where the keys are another sequence, they lie contiguously."""
+    world, same = problem.world_size, problem.k_layout is None and problem.kv_len == problem.q_len
+    other = None if same else problem.k_layout or contiguous(problem.kv_len, world)
+    deals, best = _dealt(problem, cells), list[Candidate]()
+    bounds = _bounds_of(deals, problem, cells, other)
+    for number in np.argsort(bounds, kind="stable").tolist():
+        layout = dealt("balanced", problem.q_len, world, *deals[number])
+        pair = layout, other or layout
+        if cells.meetings(*pair) <= MEETING_BUDGET:
+            best.append(Candidate(problem, *pair, float(bounds[number])))
+        if len(best) == FINALISTS:
+            break
     return best
 
 
-def _dealt(problem: Problem, cells: Cells) -> Iterator[tuple[float, Layout, Layout]]:
-    """Chunks dealt out in several ways, finer ones until they are even, and the most work of a rank. Where the keys are
-    another sequence, they lie contiguously."""
-    world = problem.world_size
-    same = problem.k_layout is None and problem.kv_len == problem.q_len
-    other = None if same else problem.k_layout or contiguous(problem.kv_len, world)
+Deal = tuple[Ints, Ints]  # chunks, and the rank of each
+
+
+def _dealt(problem: Problem, cells: Cells) -> list[Deal]:
+    """Chunks dealt out in several ways, finer ones until they are even, by the most work of a rank."""
+    world, made = problem.world_size, list[tuple[float, Deal]]()
     for count in _counts(problem):
         spans = chunks(problem.q_len, count)
         weights = cells.weights(spans[:, 0])
         for deal in (deal_by_rounds, deal_by_weight):
             rank = deal(weights, world)
-            layout = dealt("balanced", problem.q_len, world, spans, rank)
             load = float(np.bincount(rank, weights, world).max())
-            yield load, layout, other or layout
+            made.append((load, (spans, rank)))
         if load * world <= EVEN * cells.total:
             break
+    return [deal for _, deal in sorted(made, key=lambda one: one[0])]
+
+
+def _bounds_of(deals: Sequence[Deal], problem: Problem, cells: Cells, keys: Layout | None) -> Seconds:
+    """What each costs at least; ``keys``: the layout of the keys, where it is another."""
+    world, terms = problem.world_size, problem.terms
+    if not deals or _spared(problem) or (keys is not None and keys.interleaved):
+        return np.full(len(deals), cells.even(terms) / world)
+    ranks = np.stack([rank[np.searchsorted(spans[:, 0], cells.starts, "right") - 1] for spans, rank in deals])
+    held = [columns(rank, spans) if keys is None else keys.table for spans, rank in deals]
+    return cells.bounds(ranks, held, world, terms)
 
 
 PLACEMENTS: Sequence[str] = ("auto", "balanced", *(build.__name__ for build in NAMED))

@@ -18,7 +18,7 @@ from ringattn.geometry.frames import Frame
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.regular import areas, regular
-from ringattn.geometry.spans import INF, Ints, expand, meeting
+from ringattn.geometry.spans import INF, Ints, columns, expand, meeting
 from ringattn.geometry.tiles import Tiles, cut, localise
 from ringattn.planning.contacts import Contacts, contacts_of
 from ringattn.planning.travel import part
@@ -137,7 +137,7 @@ class Plan:
         if residues == len(needs) or residues > RESIDUES:
             return self.contacts
         merged = merge_spans(needs[:, 0] * world + needs[:, 1], needs[:, 2:], step)
-        return contacts_of(self, np.column_stack((merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:])))
+        return contacts_of(self, columns(merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:]))
 
     @cached_property
     def world_needs(self) -> Ints:
@@ -155,7 +155,7 @@ class Plan:
         rank, owner, world = wanted[i, 0], table[j, 0], self.world_size
         foreign = rank != owner
         merged = merge_spans((rank * world + owner)[foreign], spans[foreign])
-        return np.column_stack((merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:]))
+        return columns(merged[:, 0] // world, merged[:, 0] % world, merged[:, 1:])
 
     @cached_property
     def received(self) -> Ints:
@@ -169,7 +169,7 @@ class Plan:
         wanted = axis_spans(self.guests, Q_AXIS)
         merged = merge_spans(wanted[:, 0], wanted[:, 1:])
         rank, host = np.divmod(merged[:, 0], self.world_size)
-        return np.column_stack((rank, host, merged[:, 1:]))
+        return columns(rank, host, merged[:, 1:])
 
     @property
     def visits_made(self) -> Ints:
@@ -209,7 +209,7 @@ def axis_spans(bands: Bands, axis: tuple[int, ...]) -> Ints:
         of, within = expand(np.maximum(np.searchsorted(members.bounds[:, 0], stop, "left") - first, 0))
         bounds = members.bounds[first[of] + within]
         low, high = np.maximum(bounds[:, 0], start[of]), np.minimum(bounds[:, 1], stop[of])
-        parts.append(np.stack((tag[of], low, high - low, np.ones_like(low)), 1))
+        parts.append(columns(tag[of], low, high - low, 1))
     return np.concatenate(parts)
 
 
@@ -223,7 +223,7 @@ def merge_spans(group: Ints, spans: Ints, step: int = 0) -> Ints:
         return np.empty((0, 4), np.int64)
     if step <= 1 and (spans[:, 2] == 1).all():
         merged = _merge_runs(group, spans[:, 0], spans[:, 1])
-        return np.column_stack((merged, np.ones(len(merged), np.int64)))
+        return columns(merged, 1)
     common = step or lcm(*np.unique(spans[:, 2]).tolist())
     parts = common // spans[:, 2]
     rows, residue = expand(np.minimum(parts, spans[:, 1]))
@@ -231,8 +231,8 @@ def merge_spans(group: Ints, spans: Ints, step: int = 0) -> Ints:
     length = -((residue - spans[rows, 1]) // parts[rows])
     lane = group[rows] * common + start % common
     merged = _merge_runs(lane, start // common, length)
-    out = np.stack((merged[:, 0] // common, merged[:, 1] * common + merged[:, 0] % common, merged[:, 2]), 1)
-    out = np.column_stack((out, np.full(len(out), common)))
+    out = columns(merged[:, 0] // common, merged[:, 1] * common + merged[:, 0] % common, merged[:, 2])
+    out = columns(out, common)
     return out if step or common == 1 else _join_residues(out)
 
 
@@ -249,7 +249,7 @@ def _merge_runs(lane: Ints, start: Ints, length: Ints) -> Ints:
     new = np.concatenate(([True], (base + start)[1:] > reach[:-1]))
     first = np.flatnonzero(new)
     last = np.append(first[1:] - 1, len(lane) - 1)
-    return np.stack((lane[first], start[first], (reach - base)[last] - start[first]), 1)
+    return columns(lane[first], start[first], (reach - base)[last] - start[first])
 
 
 def _join_residues(spans: Ints) -> Ints:
@@ -259,6 +259,6 @@ def _join_residues(spans: Ints) -> Ints:
     width = int((start + length * step).max()) + 1
     of = np.searchsorted(runs[:, 0] * width + runs[:, 1], group * width + start, "right") - 1
     whole = np.bincount(of, length, len(runs)) == runs[:, 2]
-    runs = np.column_stack((runs, np.ones(len(runs), np.int64)))
+    runs = columns(runs, 1)
     out = np.concatenate((runs[whole], spans[~whole[of]]))
     return out[np.lexsort((out[:, 1], out[:, 0]))]

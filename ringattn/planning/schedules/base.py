@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.spans import Ints
+from ringattn.geometry.spans import Ints, columns
 from ringattn.planning.plan import Plan
 
 
@@ -103,7 +103,7 @@ def straight(plan: Plan) -> Ints:
     rows, message = messages(plan.world_needs)
     first = np.flatnonzero(np.diff(message, prepend=0))
     tokens = np.add.reduceat(rows[:, 3], first) if len(first) else rows[:, 3]
-    return np.stack((rows[first, 1], rows[first, 0], tokens), 1)
+    return columns(rows[first, 1], rows[first, 0], tokens)
 
 
 def own_step(plan: Plan, rank: int) -> Step:

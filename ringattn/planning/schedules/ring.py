@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ringattn.geometry.spans import Intervals, Ints, expand
+from ringattn.geometry.spans import Intervals, Ints, columns, expand
 from ringattn.planning.plan import Plan, merge_spans
 from ringattn.planning.schedules.base import Flow, Schedule, Step, Transfer, messages, own_step, split
 
@@ -95,8 +95,7 @@ class _Relay:
         hops = self.hops(t)
         owners = (rank - hops) % self.world
         rows = [
-            np.column_stack((np.full((len(spans), 2), (0, owner)), spans))
-            for owner, spans in zip(owners.tolist(), self.contents(owners, hops), strict=True)
+            columns(0, owner, spans) for owner, spans in zip(owners.tolist(), self.contents(owners, hops), strict=True)
         ]
         return tuple((int(part[0, 1]), part[:, 2:]) for part in split(*messages(np.concatenate(rows))))
 
@@ -113,12 +112,12 @@ class _Relay:
             runs = [self._runs(spans[spans[:, 0] % self.step == residue]) for spans in (x, y)]
             left = runs[0].intersect(runs[1].complement()).bounds
             start, length = left[:, 0] * self.step + residue, left[:, 1] - left[:, 0]
-            parts.append(np.stack((start, length, np.full_like(start, self.step)), 1))
+            parts.append(columns(start, length, self.step))
         return np.concatenate(parts or [x])
 
     def _runs(self, spans: Ints) -> Intervals:
         start = spans[:, 0] // self.step
-        return Intervals(np.stack((start, start + spans[:, 1]), 1))
+        return Intervals(columns(start, start + spans[:, 1]))
 
 
 def _cuts(plan: Plan, kv_heads: int) -> Sequence[int]:
@@ -145,7 +144,7 @@ def _flow(plan: Plan, cut: int) -> Flow:
     owner, hop = np.nonzero(behind)
     carried = np.minimum(behind[owner, hop], plan.k_layout.sizes[owner])
     src = np.where(hop < cut, owner, (owner + hop + 1 - cut) % world)
-    return Flow(np.stack((src, (owner + hop + 1) % world, carried), 1), -(-int(hops.max(initial=0)) // cut))
+    return Flow(columns(src, (owner + hop + 1) % world, carried), -(-int(hops.max(initial=0)) // cut))
 
 
 RING = Schedule("ring", ring, _cuts, _buffers, _turn, _flow, on_lattice=True)
