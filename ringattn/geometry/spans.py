@@ -89,6 +89,15 @@ def columns(*parts: Ints | int) -> Ints:
     return out
 
 
+def ordered(first: Ints, then: Ints) -> Ints:
+    """Indices that sort rows by ``first`` and, where these are equal, by ``then``, numbers from 0 on; rows that are
+    alike keep their order."""
+    width = int(then.max(initial=0)) + 1
+    if int(first.max(initial=0)) >= INF // width:
+        return np.lexsort((then, first))
+    return np.argsort(first * width + then, kind="stable")  # one sort of one column
+
+
 def overlapping(
     a0: Ints, a1: Ints, b0: Ints, b1: Ints, allow: Callable[[int], None] | None = None
 ) -> tuple[Ints, Ints]:

@@ -28,7 +28,7 @@ from ringattn.geometry.bands import (
 )
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.regular import regular, staircase
-from ringattn.geometry.spans import INF, Ints, columns, cross_spans, overlapping
+from ringattn.geometry.spans import INF, Ints, columns, cross_spans, ordered, overlapping
 
 Window = tuple[int | None, int | None]
 RowIndex = slice | Ints  # local rows: a slice (possibly strided), or an index array for scattered tokens
@@ -120,7 +120,7 @@ def localise(bands: Bands, q_frame: Frame, k_frame: Frame) -> Tiles:
     lo = np.where(pieces[:, LO] > -INF, (pieces[:, LO] - gap) // step, 1 - pieces[:, QN])
     hi = np.where(pieces[:, HI] < INF, (pieces[:, HI] - gap) // step, pieces[:, KN] - 1)
     boxes = coalesce(columns(q, k, lo, hi))
-    return Tiles(boxes[np.lexsort((boxes[:, 3], boxes[:, 0]))], tuple(products))
+    return Tiles(boxes[ordered(boxes[:, 0], boxes[:, 3])], tuple(products))
 
 
 def _product_tile(bands: Bands, row: Ints, q_frame: Frame, k_frame: Frame) -> Tile | None:
@@ -193,9 +193,9 @@ def _merge_boxes(boxes: Ints, enough: float) -> Ints:
     Boxes of the same queries first: what these see is then one tile, and no two results are to be merged.
     """
     unchanged = turn = 0
-    keys, area = ((2, 0), (2, 0), (0, 2)), _box_area(boxes)
+    keys, area = ((0, 2), (0, 2), (2, 0)), _box_area(boxes)
     while unchanged < 2 and len(boxes) > 1:
-        order = np.lexsort(boxes[:, keys[turn]].T)
+        order = ordered(*boxes.T[list(keys[turn])])
         boxes, area = boxes[order], area[order]
         hull = _box_hull(boxes[:-1], boxes[1:])
         fits = _box_area(hull) == area[:-1] + area[1:]
