@@ -1,5 +1,6 @@
 """`ringattn check`: right models pass, and each planted fault is found and named in words."""
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ INFLUENCE = {"documents stay apart", "no future tokens", "reach of the masks", "
 QUESTIONS = INFLUENCE | {"masks of the layers", "outputs", "layers of the step", "loss", "gradients"}
 
 
+@functools.cache  # a report is the same for all that read it
 def report(name, **settings):
     return check(Settings(f"{SUBJECTS}:{name}", timeout=60.0, **settings))
 
@@ -188,7 +190,12 @@ def test_settings_are_checked(wrong):
 
 
 @pytest.mark.parametrize(
-    ("name", "code"), [pytest.param("correct", 0, marks=pytest.mark.slow), ("ignored_documents", 1), ("not_a_model", 2)]
+    ("name", "code"),
+    [
+        pytest.param("correct", 0, marks=pytest.mark.slow),
+        pytest.param("ignored_documents", 1, marks=pytest.mark.slow),
+        ("not_a_model", 2),
+    ],
 )
 def test_exit_codes(name, code):
     pytest.importorskip("typer")

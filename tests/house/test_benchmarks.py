@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -12,6 +14,7 @@ def results() -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry() -> None:
     """The same code at tiny sizes, with every schedule and every kind of row, and no result of it."""
     before = results()

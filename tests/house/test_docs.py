@@ -136,6 +136,7 @@ def test_the_loss_block_equals_one_process() -> None:
         torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_check_block_names_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = blocks("README.md")["Is my model right?"][0]
     where = f"import sys; sys.path.insert(0, {str(ROOT)!r})"

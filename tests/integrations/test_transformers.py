@@ -342,6 +342,17 @@ def test_a_bidirectional_layer_wants_a_context_that_is_not_causal() -> None:
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("mask", [ringattn.full(), ringattn.prefix_lm(5)], ids=str)
+def test_a_context_that_lets_causal_layers_see_later_tokens_says_so(mask: ringattn.Mask) -> None:
+    model, ids = build(configs()["llama"]), tokens(1)
+    register(ringattn.ContextParallel(None, SEQLEN, mask=mask), model)
+    at = torch.arange(SEQLEN)[None]
+    with pytest.warns(UserWarning, match="is causal, but the context's mask.*masks_of") as seen:
+        for _ in range(2):
+            model(input_ids=ids, position_ids=at, use_cache=False)
+    assert len(seen) == 1, "once, not for every layer and call"
+
+
 def test_a_mask_that_is_not_known_is_refused_by_name() -> None:
     config = configs()["gemma3"]
     config.use_bidirectional_attention = True  # which this family makes of functions of its own
@@ -360,7 +371,9 @@ def test_names_that_transformers_would_misread_are_refused() -> None:
         Ring(ringattn.ContextParallel(None, 9, mask=(ringattn.sliding_window(2), ringattn.causal())))
 
 
-@pytest.mark.parametrize("setup", ["sys.modules['transformers'] = None", "hide_version()"])
+@pytest.mark.parametrize(
+    "setup", ["sys.modules['transformers'] = None", pytest.param("hide_version()", marks=pytest.mark.slow)]
+)
 def test_a_missing_package_names_the_extra(setup: str) -> None:
     code = f"""
 import sys, importlib.metadata as metadata

@@ -96,6 +96,7 @@ def test_cover_on_eight_ranks_and_other_lengths(name, layout):
             )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 60),
@@ -345,6 +346,7 @@ def least(asked, layout):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(8, 300),
@@ -442,6 +444,7 @@ def replaced(batches, anew=1):
     gc.collect()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_old_batches(monkeypatch):
     """What a plan took is free again with its context, but for the last few that are kept."""
     monkeypatch.setattr(binding, "RECENT", 4)

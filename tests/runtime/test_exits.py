@@ -13,7 +13,7 @@ def test_right_runs_end_as_such(tmp_path: Path) -> None:
     assert exit_codes(("gloo", "exception"), 2, tmp_path) == [[0, 0]] * 2
 
 
-@pytest.mark.parametrize("first", ["import ringattn", "import torch"])
+@pytest.mark.parametrize("first", ["import ringattn", pytest.param("import torch", marks=pytest.mark.slow)])
 def test_what_calls_import_keeps_no_group(first: str) -> None:
     """The library itself imported before the group is made, or after that; nothing else imported before."""
     script = f"""

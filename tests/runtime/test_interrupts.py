@@ -160,7 +160,7 @@ def interrupt(
     return hit, made
 
 
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("twice", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [gloo, shared_memory])
 def test_interrupts_at_any_moment_leave_nothing_wrong(make: Any, twice: bool) -> None:
     (hits, made), other = run_processes(interrupt, 2, make, 40, twice)

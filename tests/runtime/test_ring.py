@@ -327,7 +327,7 @@ def test_what_a_rank_keeps_does_not_change_what_ranks_agree_on():
     kept = []
 
     def one_rank(transport):
-        cp = ra.ContextParallel(transport, S)
+        cp = ra.ContextParallel(transport, S, layout="zigzag", schedule="ring")  # so that plans cost little
         inputs = [cp.shard(t).requires_grad_() for t in (q, k, v)]
         for i in range(90):
             out = ra.attention(*inputs, cp=cp.replace(mask=ra.sliding_window(i % 45)))

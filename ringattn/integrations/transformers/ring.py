@@ -6,6 +6,7 @@ side cut (`ShardingCollator`, or `cp.shard`) are those that every layer computes
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -91,6 +92,12 @@ class Ring:
             raise ValueError(
                 f"{model}: a layer sees keys behind its own position, but the context's mask {cp.masks[0]} is causal; "
                 "make the context with mask=ringattn.full()"
+            )
+        if structure.causal and not self.causal:
+            warnings.warn(
+                f"{model}: a layer is causal, but the context's mask {cp.masks[0]} lets tokens see later ones, which is "
+                "what is computed; the model's own masks are mask=masks_of(config)",
+                stacklevel=2,
             )
         mask = limited(cp.masks[0], structure.limits)
         same = (m for m in cp.masks if contains(m, mask, cp.seqlen) and contains(mask, m, cp.seqlen))
