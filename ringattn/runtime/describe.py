@@ -35,8 +35,8 @@ def describe(binding: Binding) -> str:
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
-        "    (estimates: the time of all masks together, beside the line taken; balance, tokens and calls of the mask "
-        "with the most; auto takes a simpler layout within 2 %)",
+        "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
+        "calls of the mask with the most; auto takes a simpler layout within 2 %)",
         f"kernel {settings.kernel}"
         + (": the fastest that accepts a call, chosen at the call" if settings.kernel == "auto" else ""),
     ]
@@ -91,8 +91,8 @@ def _rows(line: Line, best: float, schedules: Collection[str] = ()) -> list[str]
         note = ": taken" if taken else f": {offer.out}" if offer.out else ": over Options.kv_bytes" if open_ else ""
         open_ &= not taken
         rows.append(
-            f"    {line.layout:11} {offer.schedule:9} {offer.seconds / best:.2f} x the time, balance "
-            f"{offer.balance:.2f}, needs {offer.received:,} tokens, {offer.calls:,} calls{note}"
+            f"    {line.layout:11} {offer.schedule:9} {offer.seconds / best:.2f} x the time ({_time(offer.seconds)}), "
+            f"balance {offer.balance:.2f}, needs {offer.received:,} tokens, {_count(offer.calls, 'call')}{note}"
         )
     return rows
 
@@ -115,8 +115,8 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
     others = np.delete(guess, binding.rank)
     beside = f" (about {_between(others)} on the others)" if len(others) else ""
     lines = [
-        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
-        f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
+        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {_count(program.calls, 'kernel call')}"
+        f"{beside}, receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
         f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
     if plan.travel:
@@ -125,7 +125,7 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
         hosts = len({parcel.peer for turn in program.forward for parcel in turn.sends if parcel.buffer.row is Row.Q})
         lines.append(
             f"    queries that need many keys travel: {program.tokens(Row.Q, sent=True):,} go from here to {hosts} "
-            f"ranks, {guests:,} come here, for {calls} of the calls"
+            f"{'rank' if hosts == 1 else 'ranks'}, {guests:,} come here, for {_count(calls, 'call')}"
         )
     return lines + _steps(program)
 
@@ -138,13 +138,14 @@ def _steps(program: Program) -> list[str]:
         launches = work.launches if work else ()
         shapes = ", ".join(_call(launch) for launch in launches[:4]) + (" ..." if len(launches) > 4 else "")
         heads = _heads(work.heads) if work else ""
-        guests = f", {hosted} calls for queries that came" if hosted else ""
+        guests = f", {_count(hosted, 'call')} for queries that came" if hosted else ""
         coming = program.forward[t - 1].recvs if t else ()
         peers = _arrivals(coming)
         source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
-        lines.append(f"    step {t}: {source}; {len(launches)} calls of {shapes or 'no'} pairs{heads}{guests}")
+        calls = _count(len(launches), "call")
+        lines.append(f"    step {t}: {source}; {calls} of {shapes or 'no'} pairs{heads}{guests}")
     if len(program.forward) > MAX_STEPS:
-        lines.append(f"    ... {len(program.forward) - MAX_STEPS} more steps")
+        lines.append(f"    ... and {_count(len(program.forward) - MAX_STEPS, 'step')} more")
     results = program.forward[-1].recvs if program.forward else ()
     return [*lines, f"    at the end: receives {_arrivals(results)}"] if results else lines
 
@@ -156,6 +157,15 @@ def _arrivals(parcels: Sequence[Parcel]) -> str:
 
 def _heads(heads: Heads) -> str:
     return "" if heads.parts == 1 else f" of part {heads.part + 1} of {heads.parts} of the heads"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _time(seconds: float) -> str:
+    """In four figures, which tell apart what hardly differs."""
+    return f"{seconds:.4g} s" if seconds >= 1 else f"{1000 * seconds:.4g} ms"
 
 
 def _between(numbers: Ints) -> str:

@@ -95,8 +95,8 @@ class Ring:
             )
         if structure.causal and not self.causal:
             warnings.warn(
-                f"{model}: a layer is causal, but the context's mask {cp.masks[0]} lets tokens see later ones, which is "
-                "what is computed; the model's own masks are mask=masks_of(config)",
+                f"{model}: a layer is causal, but the context's mask {cp.masks[0]} lets tokens see later ones: "
+                "that is computed; the model's own masks are mask=masks_of(config)",
                 stacklevel=2,
             )
         mask = limited(cp.masks[0], structure.limits)
