@@ -259,12 +259,16 @@ def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParal
     )
 
 
+class UnknownMask(ValueError):
+    """A mask that the context was not made for."""
+
+
 def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     if mask is None:
         return cp.mask_handles[0]
     if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
         listed = "; ".join(map(str, cp.masks))
-        raise ValueError(
+        raise UnknownMask(
             f"mask {shown(mask)} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
         )
     return torch.from_numpy(mask.handle)

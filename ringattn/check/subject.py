@@ -19,6 +19,7 @@ from ringattn.check import huggingface
 from ringattn.check.settings import IGNORED, Settings, SubjectError
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal
+from ringattn.validation import UnknownMask
 
 Step = Callable[[nn.Module, Tensor, Tensor, ContextParallel], Tensor]
 NOISE = 0.02  # added to every weight: a zero-initialised output layer would hide all that comes before it
@@ -114,11 +115,17 @@ def call(model: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
     """Logits ``[batch, local_seqlen, vocab]`` of a shard: tokens ``[batch, local_seqlen]``, position ids
     ``[1, local_seqlen]``. By keyword where ``forward`` has an argument ``input_ids``, as Hugging Face models do."""
     names = inspect.signature(model.forward).parameters
-    if "input_ids" in names:
-        cache = {"use_cache": False} if huggingface.is_one(model) else {}
-        out = model(input_ids=tokens, position_ids=position_ids, **cache)
-    else:
-        out = model(tokens, position_ids)
+    cache = {"use_cache": False} if huggingface.is_one(model) else {}
+    try:
+        if "input_ids" in names:
+            out = model(input_ids=tokens, position_ids=position_ids, **cache)
+        else:
+            out = model(tokens, position_ids)
+    except UnknownMask as error:
+        raise SubjectError(
+            f"{error}. The check cuts the masks of layers at the documents that it packs: state them as the factory's "
+            "attribute masks, and let layers take theirs from cp.masks"
+        ) from None
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

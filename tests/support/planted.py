@@ -26,6 +26,7 @@ class Fault:
     local_positions: bool = False
     cut: bool = False  # each rank attends to its own shard alone
     shifted: bool = False  # every token sees the embedding before it in the shard
+    unstated: ringattn.Mask | None = None  # a mask that the factory does not state
 
 
 class Planted(nn.Module):
@@ -40,6 +41,8 @@ class Planted(nn.Module):
     def attend(self, layer, q, k, v):
         if self.fault.cut:
             return ringattn.attention(q, k, v, cp=self.alone)
+        if self.fault.unstated is not None:
+            return ringattn.attention(q, k, v, cp=self.cp, mask=self.fault.unstated)
         if self.fault.mask is not None:
             cp = self.cp.replace(mask=self.fault.mask, layout=self.cp.q_layout)
             return ringattn.attention(q, k, v, cp=cp)
@@ -199,6 +202,10 @@ def waits_on_one(cp):
     if cp.world_size > 1 and cp.rank == 1:
         signal.pause()
     return Planted(cp)
+
+
+def unstated_mask(cp):
+    return Planted(cp, Fault(unstated=ringattn.sliding_window(WINDOW)))
 
 
 def not_a_model(cp):
