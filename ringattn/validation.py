@@ -65,14 +65,23 @@ def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
     return {"seqlen": seqlen, "kv_seqlen": kv_seqlen, "q_offset": q_offset}
 
 
+def _refuse_tensor(mask: object) -> None:
+    """A mask of the sequence squared is never held; as a bias it is one, of this rank's queries."""
+    if isinstance(mask, Tensor):
+        raise ValueError(
+            f"mask={shown(mask)}: say it in masks, e.g. ringattn.causal() & ringattn.documents(cu_seqlens); what they "
+            "cannot say, with mask=ringattn.full() and bias=torch.zeros(mask.shape).masked_fill(~mask, -math.inf)"
+            "[None, None, cp.position_ids], which every rank computes with in full"
+        )
+
+
 def _masks(mask: Mask | Iterable[Mask]) -> tuple[Mask, ...]:
+    _refuse_tensor(mask)
     several = isinstance(mask, Iterable) and not isinstance(mask, str)
     masks = [mask] if isinstance(mask, Expression) else listed("mask", mask, "masks", STACK) if several else []
     if not masks or not all(isinstance(m, Expression) for m in masks):
         call = f"; did you mean {mask.__name__}()?" if callable(mask) and hasattr(mask, "__name__") else ""
-        raise ValueError(
-            f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal(){call or ', or a tensor as bias='}"
-        )
+        raise ValueError(f"mask={shown(mask)}: give one mask or several, e.g. ringattn.causal(){call}")
     return tuple(dict.fromkeys(masks))
 
 
@@ -267,6 +276,7 @@ def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     if mask is None:
         return cp.mask_handles[0]
     if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
+        _refuse_tensor(mask)
         listed = "; ".join(map(str, cp.masks))
         raise UnknownMask(
             f"mask {shown(mask)} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
@@ -292,8 +302,10 @@ def _check_bias(bias: Tensor, q: Tensor, cp: ContextParallel) -> None:
     shape = (q.shape[0], q.shape[2], cp.local_seqlen, cp.kv_seqlen)
     fits = bias.ndim == 4 and bias.shape[0] in (1, shape[0]) and bias.shape[1] in (1, shape[1])
     if not fits or bias.shape[2:] != shape[2:] or bias.dtype not in FLOATS or bias.device != q.device:
+        allowed = " (True may be seen: torch.zeros(bias.shape).masked_fill(~bias, -math.inf))"
+        hint = allowed if bias.dtype == torch.bool else ""
         raise ValueError(
-            f"bias {_sizes(bias)} {bias.dtype} on {bias.device}: must be floats "
+            f"bias {_sizes(bias)} {bias.dtype} on {bias.device}: must be floats{hint} "
             f"[1 or {int(shape[0])}, 1 or {int(shape[1])}, {shape[2]}, {shape[3]}] on {q.device}: this rank's queries, "
             "all keys in global order"
         )

@@ -43,6 +43,7 @@ def test_tensors_that_do_not_fit(tensors, text):
     ("arguments", "text"),
     [
         ({"mask": ra.full()}, r"mask full\(\) is not one of the context's \(causal\(\)\)"),
+        ({"mask": torch.ones(8, 8).bool()}, r"say it in masks"),
         ({"scale": float("nan")}, "scale=nan: must be finite"),
         ({"dropout_p": 1.5}, "dropout_p=1.5"),
         ({"seed": 3}, "seed=3 without dropout_p"),
@@ -76,6 +77,7 @@ def test_a_named_kernel_is_never_replaced():
         ({"seqlen": 8.0}, "seqlen=8.0"),
         ({"kv_seqlen": -3}, "kv_seqlen=-3"),
         ({"mask": []}, "give one mask or several"),
+        ({"mask": torch.ones(8, 8).bool()}, r"<Tensor .* torch.bool>: say it in masks.*bias=torch.zeros\(mask.shape\)"),
         ({"mask": "causal"}, "give one mask or several"),
         ({"mask": ra.causal}, "give one mask or several"),
         ({"mask": ra.documents([0, 5])}, "cu_seqlens ends at 5 but the sequence ends at 8"),
