@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from types import TracebackType
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ringattn.arguments.tensors import plain
 from ringattn.arguments.values import listed, shown
@@ -112,11 +112,17 @@ def _sparse_dim(dense: int, sparse: int, dims: int, squares: int) -> int:
     return dims // sparse if not dense and sparse * squares == dims * dims else 0
 
 
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Whoever has one has loaded its module, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _check_gradients(parameters: list[Tensor]) -> None:
     """Raises ValueError for gradients that could not be summed with those of other ranks."""
     begins: set[int] = set()
     for parameter in parameters:
-        if isinstance(parameter, DTensor):
+        if _is_dtensor(parameter):
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} is a DTensor: FSDP and tensor parallel layers sum "
                 "the gradients of their parameters themselves; leave these out"
