@@ -36,6 +36,7 @@ SYMBOLS = (torch.SymFloat, torch.SymInt)  # numbers of a graph that is not tied 
 # -- a context ---------------------------------------------------------------------------------
 
 STACK = 1024  # masks of one context
+UNKNOWN_MASK = "is not one of the context's"
 
 
 def checked_context(given: dict[str, Any]) -> dict[str, Any]:
@@ -268,19 +269,13 @@ def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParal
     )
 
 
-class UnknownMask(ValueError):
-    """A mask that the context was not made for."""
-
-
 def _mask_handle(mask: Mask | None, cp: ContextParallel) -> Tensor:
     if mask is None:
         return cp.mask_handles[0]
     if not torch.compiler.is_compiling() and (not isinstance(mask, Mask) or mask not in cp.plans):
         _refuse_tensor(mask)
         listed = "; ".join(map(str, cp.masks))
-        raise UnknownMask(
-            f"mask {shown(mask)} is not one of the context's ({listed}); name it in ContextParallel(mask=)"
-        )
+        raise ValueError(f"mask {shown(mask)} {UNKNOWN_MASK} ({listed}); name it in ContextParallel(mask=)")
     return torch.from_numpy(mask.handle)
 
 

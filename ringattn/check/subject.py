@@ -19,7 +19,7 @@ from ringattn.check import huggingface
 from ringattn.check.settings import IGNORED, Settings, SubjectError
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask, causal
-from ringattn.validation import UnknownMask
+from ringattn.validation import UNKNOWN_MASK
 
 Step = Callable[[nn.Module, Tensor, Tensor, ContextParallel], Tensor]
 NOISE = 0.02  # added to every weight: a zero-initialised output layer would hide all that comes before it
@@ -121,7 +121,9 @@ def call(model: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
             out = model(input_ids=tokens, position_ids=position_ids, **cache)
         else:
             out = model(tokens, position_ids)
-    except UnknownMask as error:
+    except ValueError as error:
+        if UNKNOWN_MASK not in str(error):
+            raise
         raise SubjectError(
             f"{error}. The check cuts the masks of layers at the documents that it packs: state them as the factory's "
             "attribute masks, and let layers take theirs from cp.masks"

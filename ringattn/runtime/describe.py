@@ -115,8 +115,8 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
     others = np.delete(guess, binding.rank)
     beside = f" (about {_between(others)} on the others)" if len(others) else ""
     lines = [
-        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {_count(program.calls, 'kernel call')}"
-        f"{beside}, receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
+        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
+        f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
         f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
     if plan.travel:
