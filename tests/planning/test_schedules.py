@@ -24,7 +24,7 @@ def plan_of(mask, layout, world, seqlen=cases.SEQLEN):
 SHARD = 2 * 2 * (8 + 8) * 8  # bytes a token of `tensors()`: batch 2, two KV heads, K and V of 8, fp64
 
 
-@pytest.mark.parametrize("shards", [2, 4, 5])
+@pytest.mark.parametrize("shards", [2, 4, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("name", ["causal", "window", "documents_causal", "global_scattered", "dilated"])
 def test_grouped_hops(name, layout, shards):
