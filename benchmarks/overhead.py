@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import typer
 from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
@@ -27,12 +28,13 @@ WORLDS = (5, 8)  # of the ring: as many rounds of messages end a call
 RUNS = 8  # a thread that waits makes calls while it does; the fewest are the call's own
 
 
-def main() -> None:
+def main(json: str = "overhead-cpu") -> None:
+    """Measure, print and write JSON."""
     torch.set_num_threads(1)
     result = {"one rank": one_rank(), "a further step of a ring, calls of both directions": step_calls()}
     for name, figures in result.items():
         print(name, figures)
-    write("overhead-cpu", result)
+    write(json, result)
 
 
 def one_rank() -> dict[str, Any]:
@@ -114,4 +116,4 @@ def calls(case: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
