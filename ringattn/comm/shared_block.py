@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from weakref import WeakValueDictionary
@@ -17,8 +18,10 @@ class SharedBlock(mmap.mmap):
     handle: int | None = None  # until it is sealed
 
     @staticmethod
-    def make(size: int) -> Tensor:
-        """A new block of so many bytes. Raises OSError where there is no memory, or no file handle is left."""
+    def make(size: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        """A new block for so many numbers, which later calls can use that train. Raises OSError where there is no
+        memory, or no file handle is left."""
+        size *= dtype.itemsize
         handle = os.memfd_create("ringattn")  # freed with its last user
         try:
             os.ftruncate(handle, max(size, 1))
@@ -27,9 +30,10 @@ class SharedBlock(mmap.mmap):
             os.close(handle)
             raise
         block.handle = handle
-        memory = _tensor(block)
-        _blocks[memory.data_ptr()] = block
-        return memory[:size]
+        with torch.inference_mode(False):
+            memory = torch.frombuffer(block, dtype=torch.uint8)
+            _blocks[memory.data_ptr()] = block
+            return memory[:size].view(dtype)
 
     @staticmethod
     def of(tensor: Tensor) -> SharedBlock | None:
@@ -50,10 +54,11 @@ _blocks: WeakValueDictionary[int, SharedBlock] = WeakValueDictionary()  # by add
 
 
 def map_block(handle: int) -> Tensor:
-    """All of a block whose handle a peer has given."""
-    return _tensor(mmap.mmap(handle, 0))
-
-
-def _tensor(memory: mmap.mmap) -> Tensor:
-    with torch.inference_mode(False):  # later calls that train use it too
-        return torch.frombuffer(memory, dtype=torch.uint8)
+    """All of a block whose handle a peer has given, and which need not be kept. Raises OSError where it cannot be
+    mapped."""
+    size = os.fstat(handle).st_size
+    try:
+        with torch.inference_mode(False):
+            return torch.from_file(f"/proc/self/fd/{handle}", shared=True, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, f"{size:,} bytes of a peer: {error}") from None

@@ -84,7 +84,7 @@ class SharedMemoryTransport:
         """See `Allocator`. Raises OSError where there is no memory left to share, or no file handle."""
         if device.type != "cpu":  # its messages are refused
             return torch.empty(size, dtype=dtype, device=device)
-        return SharedBlock.make(size * dtype.itemsize).view(dtype)
+        return SharedBlock.make(size, dtype)
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See `Transport`. Raises ValueError for tensors that are not in the CPU's memory."""
