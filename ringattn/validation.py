@@ -70,9 +70,10 @@ def _refuse_tensor(mask: object) -> None:
     """A mask of the sequence squared is never held; as a bias it is one, of this rank's queries."""
     if isinstance(mask, Tensor):
         raise ValueError(
-            f"mask={shown(mask)}: say it in masks, e.g. ringattn.causal() & ringattn.documents(cu_seqlens); what they "
-            "cannot say, with mask=ringattn.full() and bias=torch.zeros(mask.shape).masked_fill(~mask, -math.inf)"
-            "[None, None, cp.position_ids], which every rank computes with in full"
+            f"mask={shown(mask)}: say it in masks, e.g. ringattn.causal() & ringattn.documents(cu_seqlens), and pack "
+            "padded rows with ringattn.pack; what masks cannot say, with mask=ringattn.full() and a bias. Of a bool "
+            "mask [seqlen, kv_seqlen], True where a key is seen, that is bias=torch.zeros(mask.shape)"
+            ".masked_fill(~mask, -math.inf)[None, None, cp.position_ids], which every rank computes with in full"
         )
 
 

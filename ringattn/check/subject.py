@@ -124,9 +124,10 @@ def call(model: nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
     except ValueError as error:
         if UNKNOWN_MASK not in str(error):
             raise
+        what = str(error).rpartition("; ")[0]  # the check makes the context, not whoever reads this
         raise SubjectError(
-            f"{error}. The check cuts the masks of layers at the documents that it packs: state them as the factory's "
-            "attribute masks, and let layers take theirs from cp.masks"
+            f"{what}. The check cuts the masks of layers at the documents that it packs: state them as the factory's "
+            "attribute, make.masks = [...], and let layers take theirs from cp.masks"
         ) from None
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.shape[:2] != tokens.shape:

@@ -161,7 +161,7 @@ def test_hugging_face_faults_are_named(name, layer, words):
         ("raises_on_one", "this rank is out of luck"),
         ("dies_on_one", "rank 1 of 2: the process died"),
         ("not_a_model", "must be an nn.Module"),
-        ("unstated_mask", r"^mask sliding_window\(\d+, 0\) is not one of.*state them as the factory's attribute masks"),
+        ("unstated_mask", r"^mask sliding_window\(\d+, 0\) is not one of.*documents.*\)\)\. .*make\.masks = \["),
         ("nosuch", f"^--model {SUBJECTS}:nosuch: {SUBJECTS} has no function 'nosuch'"),
     ],
 )
