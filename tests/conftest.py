@@ -1,6 +1,7 @@
 """Settings of every test: one thread, one seed, which marked tests run where, and what their processes have loaded."""
 
 import multiprocessing
+import os
 import random
 from collections.abc import Iterator
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from tests.support.clock import patience
+
+# Triton reads it when a kernel is defined: without a GPU its kernels run on the CPU, here and in every process.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # What `ringattn.testing.run_processes` and `ringattn check` fork their processes from has these loaded.
 multiprocessing.set_forkserver_preload(
