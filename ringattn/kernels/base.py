@@ -22,6 +22,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from ringattn.kernels.partial import Partial
+from ringattn.kernels.passes import accumulate
 
 if TYPE_CHECKING:
     from ringattn.kernels.calls import TileCalls
@@ -95,20 +96,38 @@ class Grads:
 
     dq: `[batch, nq, num_heads, head_dim]`.
     dk, dv: `[batch, nk, num_kv_heads, head_dim]` and `[batch, nk, num_kv_heads, v_head_dim]`.
+    fresh, fresh_keys: nothing is in dq, or in dk and dv, yet: they are written. Then they may be in the storage dtype,
+        where the kernel is `direct`.
     """
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    fresh: bool = False
+    fresh_keys: bool = False
 
     def tile(self, rows: slice, cols: slice) -> Grads:
-        """A view of some query rows and key columns."""
+        """A view of some query rows and key columns, to add into."""
         return Grads(self.dq[:, rows], self.dk[:, cols], self.dv[:, cols])
 
+    def begun(self) -> Grads:
+        """The same to add into, where several parts of a tile add up: what is fresh is filled with zeros."""
+        if self.fresh:
+            self.dq.zero_()
+        if self.fresh_keys:
+            self.dk.zero_(), self.dv.zero_()
+        return Grads(self.dq, self.dk, self.dv)
+
     def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Add head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
-        for grad, part in ((self.dq, dq), (self.dk, dk), (self.dv, dv)):
-            grad.add_((part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2))
+        """Add, or write, head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
+        keys = (self.dk, _columns(dk, self.dk)), (self.dv, _columns(dv, self.dv))
+        accumulate(((self.dq, _columns(dq, self.dq)),), fresh=self.fresh)
+        accumulate(keys, fresh=self.fresh_keys)
+
+
+def _columns(part: Tensor, grad: Tensor) -> Tensor:
+    """Of a head-major gradient the columns of its accumulator, as it lies."""
+    return (part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -150,6 +169,11 @@ class Kernel(Protocol):
     name: str
     needs: Needs
     reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
+
+    def direct(self, call: Call) -> bool:
+        """Whether rows that only one tile of the whole call touches may be in the storage dtype: the kernel then writes
+        them once, rounded once."""
+        ...
 
     def refuse(self, call: Call) -> str | None:
         """None if the call can be computed, forward and backward, else the reason in words, with the value and the

@@ -55,7 +55,7 @@ class Blockwise(TileKernel):
                     fold(home, grid.unfolded(block, out), lse.view(home.lse.shape), fresh)
 
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
-        grid = Grid.of(rows.q, k, scores, grads.dq.dtype)
+        grid, grads = Grid.of(rows.q, k, scores, grads.dq.dtype), grads.begun()
         with torch.autocast(k.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():
                 keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype).flatten(0, 1) for x in (k, v))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import RowIndex, Tiles
-from ringattn.kernels.base import Grads, Needs, Rows
+from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Place, Scores, TileScores
 from ringattn.planning.launches import Launch
@@ -24,13 +24,14 @@ from ringattn.planning.launches import Launch
 @dataclass(frozen=True, eq=False, slots=True)
 class TileCall:
     """``count`` tiles side by side: their rows (a slice, or an index on the device; None is all of them), what becomes
-    of their scores, and whether nothing was written yet to their rows of the result."""
+    of their scores, and whether nothing was written yet to their rows of the result (dq), and of dk and dv."""
 
     q: slice | Tensor | None
     k: slice | Tensor | None
     count: int
     scores: TileScores
     fresh: bool
+    fresh_keys: bool
     plain: bool  # all its rows are views
 
 
@@ -64,7 +65,7 @@ def tile_calls(
             place = Place(launch.q, q, k, heads)
         made = TileScores(launch.window, scores.scale, scores.softcap, None, place)
         plain = launch.count == 1 and not any(isinstance(side, Tensor) for side in rows)
-        calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, plain))
+        calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, launch.fresh_keys, plain))
     return TileCalls(tiles, tuple(calls))
 
 
@@ -79,12 +80,16 @@ class TileKernel:
 
     needs = Needs()
 
+    def direct(self, call: Call) -> bool:
+        """See `Kernel`: a tile may be several parts that add up."""
+        return False
+
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""
         raise NotImplementedError
 
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
-        """Adds one tile's dq, dk, dv, given the global out, lse and delta."""
+        """Adds one tile's dq, dk, dv, or writes what is fresh, given the global out, lse and delta."""
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
@@ -109,20 +114,20 @@ class TileKernel:
                 continue
             n = call.count
             part = rows.map(lambda x: _rows(x, call.q, n), lambda x: _rows(x, call.q, n, 2))  # noqa: B023
+            fresh, fresh_keys = call.fresh, call.fresh_keys
             with (
-                _grad_rows(grads.dq, call.q, n) as dq,
-                _grad_rows(grads.dk, call.k, n) as dk,
-                _grad_rows(grads.dv, call.k, n) as dv,
+                _grad_rows(grads.dq, call.q, n, fresh) as dq,
+                _grad_rows(grads.dk, call.k, n, fresh_keys) as dk,
+                _grad_rows(grads.dv, call.k, n, fresh_keys) as dv,
             ):
                 keys, values = _rows(k, call.k, n), _rows(v, call.k, n)
-                self.backward_tile(part, keys, values, call.scores, Grads(dq, dk, dv))
+                self.backward_tile(part, keys, values, call.scores, Grads(dq, dk, dv, fresh, fresh_keys))
 
 
 def _views(grads: Grads, call: TileCall) -> Grads:
-    if call.q is None and call.k is None:
-        return grads
     dq = grads.dq if call.q is None else grads.dq[:, call.q]
-    return Grads(dq, *((grads.dk, grads.dv) if call.k is None else (grads.dk[:, call.k], grads.dv[:, call.k])))
+    dk, dv = (grads.dk, grads.dv) if call.k is None else (grads.dk[:, call.k], grads.dv[:, call.k])
+    return Grads(dq, dk, dv, call.fresh, call.fresh_keys)
 
 
 def _rows(x: Tensor, rows: slice | Tensor | None, count: int, dim: int = 1) -> Tensor:
@@ -170,18 +175,21 @@ def _acc_rows(acc: Partial, rows: slice | Tensor | None, n: int) -> Iterator[Par
 
 
 @contextmanager
-def _grad_rows(grad: Tensor, rows: slice | Tensor | None, n: int) -> Iterator[Tensor]:
-    """Rows of a gradient to add into, in ``n`` tiles: a view, or zeros that are added back."""
+def _grad_rows(grad: Tensor, rows: slice | Tensor | None, n: int, fresh: bool) -> Iterator[Tensor]:
+    """Rows of a gradient to add into, or to write, in ``n`` tiles: a view, or a part that is added back, or written."""
     if not isinstance(rows, Tensor):
-        taken = _take(grad, rows)
-        view = _stacked(taken, n)
+        view = _stacked(_take(grad, rows), n)
         if _shares(view, grad):
             yield view
             return
-        part = torch.zeros_like(view)
-        yield part
-        taken.add_(_unstacked(part, n))
-        return
-    part = _stacked(grad.new_zeros((grad.shape[0], len(rows), *grad.shape[2:])), n)
+    size = grad.shape[1] if rows is None else len(rows) if isinstance(rows, Tensor) else _take(grad, rows).shape[1]
+    shape = (grad.shape[0], size, *grad.shape[2:])
+    part = _stacked(grad.new_empty(shape) if fresh else grad.new_zeros(shape), n)
     yield part
-    grad.index_add_(1, rows, _unstacked(part, n))  # a key may lie in several tiles
+    whole = _unstacked(part, n)
+    if fresh:
+        _put(grad, rows, whole, 1)
+    elif isinstance(rows, Tensor):
+        grad.index_add_(1, rows, whole)  # a key may lie in several tiles
+    else:
+        _take(grad, rows).add_(whole)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ringattn.kernels.passes import fold_into, join
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:
@@ -23,6 +25,8 @@ class Partial:
     out: `[batch, seqlen, num_heads, v_head_dim]`, fp32 (fp64 for fp64 inputs).
     lse: `[batch, num_heads, seqlen]`, natural log; -inf for rows that saw nothing. fp32, or fp64 while it runs: it is
     small, and each merge rounds it, which would otherwise add up over a long ring.
+
+    Where nothing is merged out may be in the dtype of the inputs.
     """
 
     out: Tensor
@@ -41,17 +45,18 @@ class Partial:
         batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> Partial:
         """The identity of `merge`: nothing seen yet, `out` 0 in `dtype` and `lse` -inf in fp64."""
-        out = torch.zeros(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
-        lse = torch.full((batch, num_heads, seqlen), -math.inf, dtype=torch.float64, device=device)
-        return Partial(out, lse)
+        part = Partial.unset(batch, seqlen, num_heads, head_dim, dtype, device)
+        part.out.zero_(), part.lse.fill_(-math.inf)
+        return part
 
     @staticmethod
     def unset(
-        batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
-    ) -> Partial:
+        batch: int, seqlen: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str,
+        lse_dtype: torch.dtype = torch.float64,
+    ) -> Partial:  # fmt: skip
         """Uninitialised memory, for rows that are written whole before they are merged with."""
         out = torch.empty(batch, seqlen, num_heads, head_dim, dtype=dtype, device=device)
-        return Partial(out, torch.empty(batch, num_heads, seqlen, dtype=torch.float64, device=device))
+        return Partial(out, torch.empty(batch, num_heads, seqlen, dtype=lse_dtype, device=device))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,7 +66,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def merge(a: Partial, b: Partial) -> Partial:
     """The partial over the union of two disjoint sets of keys, as new tensors."""
-    lse, weight = _join(a.lse, b.lse)
+    lse, weight = join(a.lse, b.lse)
     return Partial(torch.lerp(a.out, b.out, weight.to(a.out.dtype)), lse)
 
 
@@ -75,10 +80,7 @@ def fold(acc: Partial, block_out: Tensor, block_lse: Tensor, fresh: bool = False
         acc.out.copy_(block_out)
         acc.lse.copy_(block_lse)
         return
-    out, dtype = acc.out, acc.out.dtype
-    lse, weight = _join(acc.lse, block_lse.to(acc.lse.dtype))
-    out.lerp_(block_out if block_out.dtype == dtype else block_out.to(dtype), weight.to(dtype))
-    acc.lse.copy_(lse)
+    fold_into(acc.out, acc.lse, block_out, block_lse)
 
 
 def add_sinks(acc: Partial, sinks: Tensor) -> None:
@@ -92,11 +94,3 @@ def add_sinks(acc: Partial, sinks: Tensor) -> None:
     kept = torch.exp(acc.lse - joint).masked_fill_(acc.lse == -math.inf, 0.0)
     acc.out.mul_(kept.transpose(1, 2).unsqueeze(-1).to(acc.out.dtype))
     acc.lse.copy_(joint)
-
-
-def _join(lse: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The joint lse, and the block's weight as `[batch, seqlen, num_heads, 1]`."""
-    joint = torch.logaddexp(lse, block_lse)
-    # -inf - (-inf) is NaN where both saw nothing; a NaN of the inputs must survive, so only -inf is replaced.
-    weight = torch.exp(block_lse - joint).masked_fill_(block_lse == -math.inf, 0.0)
-    return joint, weight.transpose(1, 2).unsqueeze(-1)

@@ -44,6 +44,7 @@ class Reference(TileKernel):
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         with torch.autocast(k.device.type, enabled=False):
             assert rows.delta is not None, "this kernel reads delta"
+            grads = grads.begun()
             dtype, group, block = grads.dq.dtype, rows.q.size(2) // k.size(2), _whole(rows.q, k)
             q, dout, lse, delta = (x.to(dtype) for x in (rows.q, rows.dout, rows.lse, rows.delta))
             keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))

@@ -55,6 +55,10 @@ class Sdpa(TileKernel):
     needs = Needs(frozenset({"cpu", "cuda"}), capability=(8, 0))
     reads_delta = False  # fused operators make their own
 
+    def direct(self, call: Call) -> bool:
+        """On CUDA in 16 bits a tile is one call, mostly."""
+        return call.device_type == "cuda" and call.dtype in sdpa_cuda.HALF
+
     def refuse(self, call: Call) -> str | None:
         if call.features:
             features = ", ".join(sorted(call.features))
@@ -85,10 +89,18 @@ class Sdpa(TileKernel):
         assert scores.softcap is None and scores.call is None, "refused, and must not be left out"
         window, scale = scores.window, scores.scale
         if k.is_cuda and k.dtype in sdpa_cuda.HALF:
-            for run, found in sdpa_cuda.backward(rows, k, v, window, scale):
+            runs = list(sdpa_cuda.backward(rows, k, v, window, scale))
+            if len(runs) == 1:
+                grads.add(*runs[0][1])
+                return
+            grads = grads.begun()
+            for run, found in runs:
                 grads.tile(run.rows, run.cols).add(*found)
             return
-        for part in cut(rows.q.shape[1], k.shape[1], window, k.is_cuda, SIZES):
+        parts = cut(rows.q.shape[1], k.shape[1], window, k.is_cuda, SIZES)
+        if len(parts) > 1 or parts[0].band is not None:
+            grads = grads.begun()
+        for part in parts:
             if part.whole:
                 _backward_part(part, rows, k, v, scale, grads)
                 continue

@@ -42,7 +42,8 @@ class Stacking(Enum):
 @dataclass(frozen=True, eq=False)
 class Launch:
     """``count`` tiles of one window, whose query rows are disjoint: one kernel call. ``q`` and ``k`` are their rows,
-    tile after tile, ``area`` their pairs. ``fresh``: nothing was written to these rows of the result before."""
+    tile after tile, ``area`` their pairs. ``fresh``: nothing was written to these rows of the result before (in
+    backward: of dq), ``fresh_keys``: nor to these rows of dk and dv."""
 
     q: RowIndex
     k: RowIndex
@@ -50,6 +51,7 @@ class Launch:
     area: int
     count: int = 1
     fresh: bool = False
+    fresh_keys: bool = False
 
     @staticmethod
     def of(tile: Tile) -> Launch:

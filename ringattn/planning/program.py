@@ -12,11 +12,19 @@ from enum import Enum
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import Tiles
 from ringattn.planning.launches import Launch, Stacking
 from ringattn.planning.stages import ALL, Heads
+
+
+class Sums(NamedTuple):
+    """Of dq, and of dk and dv: whether anything is added to a row that was written before."""
+
+    queries: bool
+    keys: bool
 
 
 class Row(Enum):
@@ -140,6 +148,7 @@ class Program:
     """What one rank does for one mask: the turns of both loops, which index n belongs together on all ranks.
 
     ``blank``: some query rows are not written whole by a fresh launch first, so the result starts from the identity.
+    ``zeros``: the same of the own dq, and of the own dk and dv, which then start as zeros; ``sums``: what is added up.
     ``alone``: no rank needs anything of another. ``schedule``, ``cut``, ``travel`` and ``stacking`` say what it was
     compiled from.
     """
@@ -150,6 +159,8 @@ class Program:
     forward: tuple[Turn, ...]
     backward: tuple[Turn, ...]
     blank: bool
+    zeros: tuple[bool, bool]
+    sums: Sums
     alone: bool
     schedule: str
     cut: int
@@ -166,6 +177,12 @@ class Program:
             used = (b for work in turn.work for b in (work.keys, work.grads, work.queries, work.result))
             found |= dict.fromkeys(b for b in chain(ends, posted, turn.zeros, used) if b is not None)
         return tuple(found)
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether a row of the result is merged with another."""
+        own = [work for turn in self.forward for work in turn.work if work.queries is None]
+        return self.travel or not all(launch.fresh for work in own for launch in work.launches)
 
     @property
     def calls(self) -> int:

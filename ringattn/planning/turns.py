@@ -12,6 +12,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Buffer, Copy, Parcel, Program, Row, Turn, Work
 from ringattn.planning.schedules import Schedule
 from ringattn.planning.stages import ALL, Heads, Stage, Visits, stages_of, visits_of
+from ringattn.planning.writes import first_writes
 
 # Messages of less than this part of a shard are not worth a second turn.
 HIDDEN = 8
@@ -24,13 +25,16 @@ def compile_program(
     stages, blank = stages_of(plan, rank, schedule.steps(plan, rank, cut), stacking)
     visits = visits_of(plan, rank, stacking)
     own = Own(plan.q_frame(rank), plan.k_layout.frame(rank))
+    backward, zeros, sums = first_writes(backward_turns(own, stages, visits, hides), own.queries.size, own.keys.size)
     return Program(
         rank,
         own.queries,
         own.keys,
         _trimmed(forward_turns(own, stages, visits)),
-        _trimmed(backward_turns(own, stages, visits, hides)),
+        _trimmed(backward),
         blank,
+        zeros,
+        sums,
         not (plan.received.any() or len(plan.visits)),
         schedule.name,
         cut,

@@ -146,7 +146,7 @@ class Binding:
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
             stacking = Stacking.of(kind.device.type, scores.positional)
             load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, load), kernel, kind, mask, scores)
+            known = Prepared(self.program(mask, load), kernel, kind, mask, scores, kernel.direct(call))
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)

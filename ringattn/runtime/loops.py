@@ -7,12 +7,12 @@ fp64 inputs).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ringattn.kernels import Grads, Rows
+from ringattn.kernels import Rows
 from ringattn.kernels.base import row_delta
-from ringattn.kernels.partial import Partial, add_sinks
+from ringattn.kernels.operators import cast
+from ringattn.kernels.partial import add_sinks
 from ringattn.kernels.scores import Scores
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
@@ -24,8 +24,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``out`` in the dtype of ``q`` and ``lse`` ``[B, H, S]`` in the accumulator dtype."""
     own, kind, kernel = Own(q, k, v), call.kind, call.kernel
-    start = Partial.empty if call.program.blank else Partial.unset
-    own.acc = start(kind.batch, q.shape[1], kind.num_heads, kind.v_head_dim, call.wide, kind.device)
+    own.acc = call.result(q.shape[1], whole=sinks is None)
     for turn in call.turns(link.workspace)[0]:
         for copy in turn.copies:
             copy(own)
@@ -38,8 +37,7 @@ def forward(
             merge(own)
     if sinks is not None:
         add_sinks(own.acc, sinks)
-    out = own.acc.out
-    return out if kind.dtype == call.wide else out.to(kind.dtype), own.acc.lse.to(call.wide)
+    return cast(own.acc.out, kind.dtype), cast(own.acc.lse, call.wide)
 
 
 def backward(
@@ -50,8 +48,7 @@ def backward(
     own, wide, kernel = Own(q, k, v), call.wide, call.kernel
     delta = row_delta(dout.to(wide), out, dlse) if kernel.reads_delta else None
     own.rows = Rows(q, dout, out, lse, delta, dlse)
-    zeros = torch.zeros_like  # laid in memory as the inputs are
-    own.grads = Grads(zeros(q, dtype=wide), zeros(k, dtype=wide), zeros(v, dtype=wide))
+    own.grads = call.gradients(q, k, v)
     for turn in call.turns(link.workspace)[1]:
         for copy in turn.copies:
             copy(own)
@@ -64,5 +61,4 @@ def backward(
             link.traffic.wait(pending)
         for add in turn.adds:
             add(own)
-    dq, dk, dv = own.grads.dq, own.grads.dk, own.grads.dv
-    return (dq, dk, dv) if q.dtype == wide else (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+    return cast(own.grads.dq, q.dtype), cast(own.grads.dk, k.dtype), cast(own.grads.dv, v.dtype)

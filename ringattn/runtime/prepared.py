@@ -11,11 +11,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ringattn.comm import Pending
 from ringattn.geometry.masks import Expression
-from ringattn.kernels import Kernel, TileCalls, tile_calls
+from ringattn.kernels import Grads, Kernel, TileCalls, tile_calls
+from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores
 from ringattn.planning import program as planned
 from ringattn.planning.program import Parcel, Program, Row
@@ -53,14 +55,33 @@ Turns = list[Turn]
 
 class Prepared:
     """A program, a kernel and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
-    for what each call brings along (a bias, dropout's seed)."""
+    for what each call brings along (a bias, dropout's seed). ``direct``: the kernel may write in the dtype of the
+    inputs what is written once only."""
 
-    def __init__(self, program: Program, kernel: Kernel, kind: Kind, mask: Expression, scores: Scores) -> None:
+    def __init__(
+        self, program: Program, kernel: Kernel, kind: Kind, mask: Expression, scores: Scores, direct: bool
+    ) -> None:
         self.program, self.kernel, self.kind, self.mask = program, kernel, kind, mask
         self.positional, self.wide = scores.positional, kind.wide
         self.signature = mask.digest, kind, program.schedule, program.cut, kernel.name, scores.scale, scores.softcap
+        once = (not program.merges, not program.sums.queries, not program.sums.keys)
+        self._dtypes = tuple(kind.dtype if direct and alone else kind.wide for alone in once)
         turns = (*program.forward, *program.backward)
         self._calls = {work: self._ready(work, scores) for turn in turns for work in turn.work}
+
+    def result(self, seqlen: int, whole: bool) -> Partial:
+        """Where forward's result is gathered. ``whole``: nothing (sinks) changes it behind the last turn."""
+        kind, dtype = self.kind, self._dtypes[0] if whole else self.wide
+        shape = kind.batch, seqlen, kind.num_heads, kind.v_head_dim
+        if self.program.blank:
+            return Partial.empty(*shape, dtype, kind.device)
+        return Partial.unset(*shape, dtype, kind.device, torch.float64 if self.program.merges else self.wide)
+
+    def gradients(self, q: Tensor, k: Tensor, v: Tensor) -> Grads:
+        """Where backward's are gathered, laid in memory as the inputs are."""
+        (_, of_q, of_k), zeros = self._dtypes, self.program.zeros
+        make_q, make_k = (torch.zeros_like if blank else torch.empty_like for blank in zeros)
+        return Grads(make_q(q, dtype=of_q), make_k(k, dtype=of_k), make_k(v, dtype=of_k))
 
     def _ready(self, work: planned.Work, scores: Scores) -> TileCalls:
         frames = work.q_frame, work.k_frame

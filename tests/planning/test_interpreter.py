@@ -93,10 +93,14 @@ class Rank:
         if work.result is not None:
             dq[:] = 0.0
         dk, dv = (x if work.grads is not None else x[:, heads] for x in self.rows(work.grads, Row.GRAD))
-        for tile in (tile for launch in work.launches for tile in launch.tiles):
+        for tile, of in ((tile, launch) for launch in work.launches for tile in launch.tiles):
             rows, cols = np.arange(len(q))[tile.q], np.arange(len(k))[tile.k]
             own = [x[rows][:, heads] for x in (q, dout, lse, delta)]
             found = differentiated(own[0], k[cols], v[cols], *own[1:], allowed(tile))
+            if of.fresh:  # what was there, NaN for instance, is no matter
+                dq[rows] = 0.0
+            if of.fresh_keys:
+                dk[cols] = dv[cols] = 0.0
             dq[np.ix_(rows, range(HEADS)[heads])] += found[0]
             np.add.at(dk, cols, found[1])
             np.add.at(dv, cols, found[2])
@@ -163,7 +167,8 @@ def check(plan, schedule, cut, stacking, dense, hides=True):
             "out": np.full_like(own["q"], blank),
             "lse": np.full(own["q"].shape[:2], -np.inf if program.blank else np.nan),
         }
-        own |= {f"d{name}": np.zeros_like(own[name]) for name in "qkv"}
+        zeros = dict(zip("qkv", (program.zeros[0], program.zeros[1], program.zeros[1]), strict=True))
+        own |= {f"d{name}": np.full_like(own[name], 0.0 if zeros[name] else np.nan) for name in "qkv"}
         ranks.append(Rank(program, **own))
     walk(ranks, "forward")
     for rank in ranks:

@@ -27,6 +27,9 @@ class Idle:
     def refuse(self, call):
         return None
 
+    def direct(self, call):
+        return False
+
     def forward(self, q, k, v, calls, acc):
         for call in calls.calls:
             rows = slice(None) if call.q is None else call.q
@@ -83,8 +86,10 @@ def test_a_second_call_allocates_its_results_alone(schedule, idle):
             call.backward(q, k, v, out, lse, dout, None, False)
     assert before and before == buffers(cp), "not even to be replaced"
     whole, rows = TOKENS * HEADS * DIM, TOKENS * HEADS
-    # out, the gradients, and lse: while it runs, in fp64, and as it is given
-    assert sorted(size for _, size in seen.sizes) == [rows, rows, whole, whole, whole, whole], seen.sizes
+    # out, the gradients, and lse: as it is given, and while it runs, in fp64, where results are merged
+    assert call.call.program.merges == (schedule != "gather")
+    lse = [rows] * (1 + call.call.program.merges)
+    assert sorted(size for _, size in seen.sizes) == [*lse, whole, whole, whole, whole], seen.sizes
 
 
 def test_views_of_buffers_go_with_the_memory():

@@ -1,0 +1,93 @@
+"""The passes of `passes.py` as Triton kernels: each reads and writes its tensors once.
+
+A byte count is their floor: a fold of a 16-bit block into an fp32 result moves 10 bytes an element, a sum of 16-bit
+gradients as many, a first write 6.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ringattn.kernels.passes import Pairs
+
+ELEMENTS = 4096  # of one program: 8 of each of 512 threads, in 16-byte accesses
+WARPS = 4
+
+
+def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """See `passes.fold_into`."""
+    batch, n, heads, dim = out.shape
+    if not out.numel():
+        return
+    width = triton.next_power_of_2(dim)
+    rows = _rows(width, n)
+    _fold[(triton.cdiv(n, rows), heads, batch)](
+        out, lse, block_out, block_lse, n, dim,
+        *out.stride()[:3], *lse.stride(), *block_out.stride()[:3], *block_lse.stride(),
+        ROWS=rows, WIDTH=width, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def accumulate(pairs: Pairs, fresh: bool) -> None:
+    """See `passes.accumulate`."""
+    for target, source in pairs:
+        if not target.numel():
+            continue
+        _, b, c, dim = target.shape
+        width, count = triton.next_power_of_2(dim), target.numel() // dim
+        rows = _rows(width, count)
+        _accumulate[(triton.cdiv(count, rows),)](
+            target, source, count, b, c, dim, *target.stride()[:3], *source.stride(),
+            FRESH=fresh, ROWS=rows, WIDTH=width, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def _rows(width: int, most: int) -> int:
+    """Rows of one program."""
+    return min(max(ELEMENTS // width, 1), triton.next_power_of_2(most))
+
+
+@triton.jit
+def _fold(
+    out, lse, block_out, block_lse, n, dim,
+    ob, on, oh, lb, lh, ln, bb, bn, bh, mb, mh, mn,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one head of a batch row; strides by batch row, row and head (of lse: by batch row, head and row)."""
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside, at, columns = rows < n, rows.to(tl.int64), tl.arange(0, WIDTH)
+    lse += batch * lb + head * lh + at * ln
+    old = tl.load(lse, mask=inside, other=0.0)
+    new = tl.load(block_lse + batch * mb + head * mh + at * mn, mask=inside, other=0.0).to(old.dtype)
+    top = tl.maximum(old, new, propagate_nan=tl.PropagateNan.ALL)
+    nothing = top == float("-inf")  # neither saw a key, and -inf - (-inf) is NaN
+    joint = tl.where(nothing, top, top + tl.log(1.0 + tl.exp(-tl.abs(old - new))))
+    weight = tl.where(new == float("-inf"), 0.0, tl.exp(new - joint)).to(out.dtype.element_ty)
+    tl.store(lse, joint, mask=inside)
+    whole = inside[:, None] & (columns < dim)[None, :]
+    out += batch * ob + head * oh + (at * on)[:, None] + columns[None, :]
+    block_out += batch * bb + head * bh + (at * bn)[:, None] + columns[None, :]
+    before = tl.load(out, mask=whole, other=0.0)
+    block = tl.load(block_out, mask=whole, other=0.0).to(before.dtype)
+    tl.store(out, before + weight[:, None] * (block - before), mask=whole)
+
+
+@triton.jit
+def _accumulate(
+    target, source, count, b, c, dim, ta, tb, tc, sa, sb, sc, sd,
+    FRESH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Some rows of ``[a, b, c, dim]``, counted through, of the target and of the source with the strides s."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    whole = (rows < count)[:, None] & (columns < dim)[None, :]
+    i, j, k = (rows // (b * c)).to(tl.int64), (rows // c % b).to(tl.int64), (rows % c).to(tl.int64)
+    target += (i * ta + j * tb + k * tc)[:, None] + columns[None, :]
+    value = tl.load(source + (i * sa + j * sb + k * sc)[:, None] + columns[None, :] * sd, mask=whole, other=0.0)
+    value = value.to(target.dtype.element_ty)
+    if not FRESH:
+        value += tl.load(target, mask=whole, other=0.0)
+    tl.store(target, value, mask=whole)

@@ -1,0 +1,102 @@
+"""First writes of gradients: where what comes first to a row writes it whole, sums need no zeros to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ringattn.geometry.tiles import RowIndex
+from ringattn.planning.launches import Launch
+from ringattn.planning.program import Buffer, Copy, Row, Sums, Turn, Work
+
+QUERIES, KEYS = "dq", "dk and dv"  # the rank's own
+
+
+@dataclass
+class _Target:
+    """The rows of one gradient. ``whole``: all that came so far found its rows all written or all untouched."""
+
+    written: NDArray[np.bool_]
+    whole: bool = True
+    sums: bool = False
+    fresh: set[Launch] = field(default_factory=set)
+
+    def take(self, launch: Launch, rows: RowIndex) -> None:
+        """A launch writes its rows where nothing is in them, else it adds."""
+        seen = self.written[rows]
+        twice = not isinstance(rows, slice) and len(np.unique(rows)) < len(rows)  # a key of several tiles
+        if twice or seen.any():
+            self.whole &= bool(not twice and seen.all())
+            self.sums = True
+        else:
+            self.fresh.add(launch)
+        self.written[rows] = True
+
+    def add(self, rows: slice) -> None:
+        self.whole &= bool(self.written[rows].all())
+        self.sums = True
+
+    @property
+    def zeros(self) -> bool:
+        """Whether it must begin as zeros: then nothing is a first write."""
+        return not (self.whole and self.written.all())
+
+
+def first_writes(turns: Sequence[Turn], queries: int, keys: int) -> tuple[list[Turn], tuple[bool, bool], Sums]:
+    """A backward loop whose launches say which gradients they write, and not add to.
+
+    ``queries`` and ``keys`` are the rows that the rank holds. Returns also whether dq, and dk and dv, must be zeros
+    before the loop, and what is summed in them.
+    """
+    targets: dict[Hashable, _Target] = {QUERIES: _Target(np.zeros(queries, bool)), KEYS: _Target(np.zeros(keys, bool))}
+    for t, turn in enumerate(turns):
+        targets |= {(buffer.slot, t): _Target(np.zeros(buffer.rows, bool)) for buffer in turn.zeros}
+        for work in turn.work:
+            for name, side in _sides(work, t).items():
+                target = targets[name]
+                target.whole &= work.heads.parts == 1 or isinstance(name, tuple)
+                for launch in work.launches:
+                    target.take(launch, getattr(launch, side))
+        for copy in turn.adds:
+            for _, rows in copy.pairs:
+                targets[_home(copy, t)].add(rows)
+    marked = [_marked(turn, t, targets) for t, turn in enumerate(turns)]
+    own = targets[QUERIES], targets[KEYS]
+    return marked, (own[0].zeros, own[1].zeros), Sums(*(target.sums or target.zeros for target in own))
+
+
+def _sides(work: Work, t: int) -> dict[Hashable, str]:
+    """The gradients that a work touches, each with the rows of its launches that lie in it. Results for guests begin as
+    zeros in any case."""
+    keys: Hashable = KEYS if work.grads is None else (work.grads.slot, t)
+    return {keys: "k"} if work.queries is not None else {QUERIES: "q", keys: "k"}
+
+
+def _home(copy: Copy, t: int) -> Hashable:
+    if copy.target is not None:
+        return copy.target.slot, t
+    return QUERIES if copy.row is Row.DQ else KEYS
+
+
+def _marked(turn: Turn, t: int, targets: dict[Hashable, _Target]) -> Turn:
+    def first(work: Work, launch: Launch, side: str) -> bool:
+        names = [name for name, rows in _sides(work, t).items() if rows == side]
+        return any(not targets[name].zeros and launch in targets[name].fresh for name in names)
+
+    def zeros(buffer: Buffer) -> bool:
+        return targets[buffer.slot, t].zeros
+
+    works = tuple(
+        replace(
+            work,
+            launches=tuple(
+                replace(launch, fresh=first(work, launch, "q"), fresh_keys=first(work, launch, "k"))
+                for launch in work.launches
+            ),
+        )
+        for work in turn.work
+    )
+    return replace(turn, zeros=tuple(filter(zeros, turn.zeros)), work=works)
