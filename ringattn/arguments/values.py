@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -55,6 +56,14 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name}={shown(value)}: must be True or False")
     return bool(value)
+
+
+def path(name: str, value: Any) -> str:
+    """A path, as text."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise ValueError(f"{name}={shown(value)}: must be a path") from None
 
 
 def seed_of(name: str, value: object, hint: str = "") -> int:

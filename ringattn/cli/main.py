@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ringattn.check import CheckError, Settings, check
+from ringattn.cli.rates import write_rates
 from ringattn.cli.table import show
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -46,3 +48,21 @@ def check_command(
         raise typer.Exit(2) from None
     show(report, console)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    output: Annotated[
+        Path | None, typer.Option(help="the file; default: where contexts look for this device's")
+    ] = None,
+) -> None:
+    """Measure what each kernel does on this machine's GPU, for kernel="auto" to choose by.
+
+    Contexts read the file where it is written by default, or where Options(kernel_rates=...) says. Exit code 2: no GPU.
+    """
+    console = Console()
+    try:
+        console.print(f"wrote {write_rates(output, console)}", markup=False, highlight=False, soft_wrap=True)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None

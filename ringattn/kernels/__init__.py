@@ -1,11 +1,22 @@
-"""Kernels compute tiles. `KERNELS` is the order of preference of `choose("auto", ...)`."""
+"""Kernels compute tiles. `KERNELS` is the order in which `choose("auto", ...)` asks them, and prefers them where
+nothing is known of their rates."""
 
-from ringattn.kernels.base import Call, Grads, Kernel, Rows, choose
+from ringattn.kernels.base import Call, Grads, Kernel, Rows
 from ringattn.kernels.blockwise import Blockwise
 from ringattn.kernels.calls import TileCalls, tile_calls
+from ringattn.kernels.choice import Selection, choose
+from ringattn.kernels.flash2 import Flash2
+from ringattn.kernels.flash3 import Flash3
+from ringattn.kernels.flash4 import Flash4
+from ringattn.kernels.hub import HubFlash2, HubFlash3
+from ringattn.kernels.rates import rates_of
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
-KERNELS: tuple[Kernel, ...] = (Sdpa(), Blockwise(), Reference())
+KERNELS: tuple[Kernel, ...] = (
+    Flash4(), Flash3(), Flash2(), Sdpa(), Blockwise(), Reference(), HubFlash3(), HubFlash2(),
+)  # fmt: skip
 
-__all__ = ["KERNELS", "Call", "Grads", "Kernel", "Rows", "TileCalls", "choose", "tile_calls"]
+__all__ = [
+    "KERNELS", "Call", "Grads", "Kernel", "Rows", "Selection", "TileCalls", "choose", "rates_of", "tile_calls",
+]  # fmt: skip

@@ -10,15 +10,14 @@ computed in any number of calls. A kernel that computes a tile a call is a `Tile
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
+from importlib import metadata, util
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from ringattn.kernels.partial import Partial
@@ -41,6 +40,9 @@ class Call:
     windowed: bool = False  # some tile is neither a full rectangle nor a plain causal triangle
     features: frozenset[str] = frozenset()  # of "softcap", "bias", "alibi", "dropout": see `Scores.features`
     dlse: bool = False  # lse has a gradient
+    capability: tuple[int, int] = (0, 0)  # of a CUDA device
+    deterministic: bool = False  # sums are to come in the same order in every run
+    sm_margin: int = 0  # multiprocessors to be left free
 
     def __str__(self) -> str:
         return (
@@ -70,6 +72,10 @@ class Rows:
         """A view of some query rows; the slice may have a step."""
         delta, dlse = (None if x is None else x[:, :, rows] for x in (self.delta, self.dlse))
         return Rows(self.q[:, rows], self.dout[:, rows], self.out[:, rows], self.lse[:, :, rows], delta, dlse)
+
+    def batch(self, rows: slice) -> Rows:
+        """A view of some batch rows."""
+        return self.map(lambda x: x[rows], lambda x: x[rows])
 
     def heads(self, heads: slice) -> Rows:
         """A view of some query heads."""
@@ -120,39 +126,59 @@ class Grads:
 
     def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Add, or write, head-major gradients, `[batch, heads, n, *]`, without their padding columns."""
-        keys = (self.dk, _columns(dk, self.dk)), (self.dv, _columns(dv, self.dv))
-        accumulate(((self.dq, _columns(dq, self.dq)),), fresh=self.fresh)
-        accumulate(keys, fresh=self.fresh_keys)
+        self.take(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
+
+    def take(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> None:
+        """The same for gradients that lie as the accumulators do; None is written already."""
+        for fresh, pairs in ((self.fresh, ((self.dq, dq),)), (self.fresh_keys, ((self.dk, dk), (self.dv, dv)))):
+            found = [(home, _columns(part, home)) for home, part in pairs if part is not None]
+            if found:
+                accumulate(found, fresh)
+
+    def homes(
+        self, dtype: torch.dtype, writable: Callable[[Tensor], bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of dq, dk, dv that an operator of that dtype may write itself, None for the others."""
+        fresh = ((self.dq, self.fresh), (self.dk, self.fresh_keys), (self.dv, self.fresh_keys))
+        dq, dk, dv = (x if first and x.dtype == dtype and writable(x) else None for x, first in fresh)
+        return dq, dk, dv
 
 
-def _columns(part: Tensor, grad: Tensor) -> Tensor:
-    """Of a head-major gradient the columns of its accumulator, as it lies."""
-    return (part if part.shape[3] == grad.shape[3] else part[..., : grad.shape[3]]).transpose(1, 2)
+def _columns(part: Tensor, home: Tensor) -> Tensor:
+    """A gradient without padding columns."""
+    return part if part.shape[3] == home.shape[3] else part[..., : home.shape[3]]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a kernel runs on: types of device, the least compute capability of a CUDA device, and packages with the
-    least version of each."""
+    """What a kernel runs on: types of device, compute capabilities of CUDA devices (the least, and the one that is too
+    new), packages with the versions that will do (``install`` is what pip is to be told), and modules of no package
+    that pip knows, with the remedy."""
 
     devices: frozenset[str] | None = None  # None: any
     capability: tuple[int, int] = (0, 0)
+    below: tuple[int, int] | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
+    install: str | None = None
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     def lacking(self, call: Call) -> str | None:
         """What is missing here for a call, with what to do; None if nothing is."""
         if self.devices is not None and call.device_type not in self.devices:
             return f"device {call.device_type!r} has no operator here ({' and '.join(sorted(self.devices))} have)"
-        if call.device_type == "cuda" and torch.cuda.get_device_capability() < self.capability:
-            least = ".".join(map(str, self.capability))
-            return f"the CUDA device is older than compute capability {least}"
-        for name, least in self.packages.items():
+        if call.device_type == "cuda":
+            shown = "the CUDA device, of compute capability {}.{},".format(*call.capability)
+            if call.capability < self.capability:
+                return f"{shown} is older than {self.capability[0]}.{self.capability[1]}"
+            if self.below is not None and call.capability >= self.below:
+                return f"{shown} is none that it computes right on (below {self.below[0]}.{self.below[1]})"
+        for name, versions in self.packages.items():
             found = _installed(name)
-            if found is None or Version(found) < Version(least):
-                return (
-                    f"package {name} {least} or newer is needed, found {found or 'none'}: pip install '{name}>={least}'"
-                )
-        return None
+            if found is None or not SpecifierSet(versions).contains(found, prereleases=True):
+                install = self.install or f"'{name}{versions}'"
+                return f"package {name}{versions} is needed, found {found or 'none'}: pip install {install}"
+        absent = next((name for name in self.modules if util.find_spec(name) is None), None)
+        return None if absent is None else f"module {absent} is not installed: {self.modules[absent]}"
 
 
 @cache
@@ -169,6 +195,17 @@ class Kernel(Protocol):
     name: str
     needs: Needs
     reads_delta: bool  # whether backward is given `Rows.delta`, or makes its own from dout and out
+    leaves_sms: bool  # whether it can leave multiprocessors of a GPU free, for messages
+    takes_lists: bool  # whether it computes all tiles of a stage at once
+    named_only: frozenset[str]  # types of device on which "auto" does not take it
+
+    def fitted(self, call: Call) -> Kernel:
+        """The kernel as this call wants it (deterministic, with multiprocessors left free)."""
+        ...
+
+    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
+        """A stage's tiles, once, before they are computed in many calls."""
+        ...
 
     def direct(self, call: Call) -> bool:
         """Whether rows that only one tile of the whole call touches may be in the storage dtype: the kernel then writes
@@ -187,38 +224,3 @@ class Kernel(Protocol):
     def backward(self, rows: Rows, k: Tensor, v: Tensor, calls: TileCalls, grads: Grads) -> None:
         """Add the tiles' dq, dk, dv, given the global out, lse and delta."""
         ...
-
-
-def choose(kernel: str, call: Call, registry: Sequence[Kernel]) -> Kernel:
-    """The kernel of that name, or for "auto" the first of the registry that does not refuse the call.
-
-    Raises ValueError for an unknown name, NotImplementedError where the named kernel, or with "auto" every
-    kernel, refuses. A named kernel is never replaced by another.
-    """
-    if kernel == "auto":
-        return _first_fit(call, registry)
-    named = {known.name: known for known in registry}
-    if kernel not in named:
-        names = ["auto", *named]
-        near = difflib.get_close_matches(kernel, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"kernel {kernel!r} is unknown; did you mean {near!r}? There are: {', '.join(names)}")
-    reason = _refusal(named[kernel], call)
-    if reason is not None:
-        raise NotImplementedError(
-            f"kernel {kernel!r} cannot compute {call}: {reason}; kernel='auto' picks one that can, if any"
-        )
-    return named[kernel]
-
-
-def _refusal(kernel: Kernel, call: Call) -> str | None:
-    return kernel.needs.lacking(call) or kernel.refuse(call)
-
-
-def _first_fit(call: Call, registry: Sequence[Kernel]) -> Kernel:
-    reasons = []
-    for kernel in registry:
-        reason = _refusal(kernel, call)
-        if reason is None:
-            return kernel
-        reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no kernel for {call}. " + ". ".join(reasons))

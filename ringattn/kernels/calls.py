@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import RowIndex, Tiles
-from ringattn.kernels.base import Call, Grads, Needs, Rows
+from ringattn.kernels.base import Call, Grads, Kernel, Needs, Rows
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Place, Scores, TileScores
 from ringattn.planning.launches import Launch
@@ -78,7 +78,19 @@ def _ready(rows: RowIndex, size: int, device: torch.device) -> slice | Tensor | 
 class TileKernel:
     """A kernel that computes a tile a call."""
 
+    name = ""
+    reads_delta = False
     needs = Needs()
+    leaves_sms, takes_lists = False, False
+    named_only: frozenset[str] = frozenset()
+
+    def fitted(self, call: Call) -> Kernel:
+        """See `Kernel`."""
+        return self
+
+    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
+        """See `Kernel`."""
+        return calls
 
     def direct(self, call: Call) -> bool:
         """See `Kernel`: a tile may be several parts that add up."""
@@ -86,6 +98,10 @@ class TileKernel:
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""
+        raise NotImplementedError
+
+    def refuse(self, call: Call) -> str | None:
+        """See `Kernel`."""
         raise NotImplementedError
 
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:

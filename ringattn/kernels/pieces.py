@@ -140,3 +140,12 @@ class Run:
     rows: slice
     cols: slice
     band: TileBand
+
+
+def flash_runs(band: TileBand) -> list[Run]:
+    """What FlashAttention-2's operator computes right in one call. It takes an absent bound, and one of at least nk,
+    for nk, which does not reach all columns where there are more rows and the bound on the other side binds."""
+    right = band.window[1]
+    if band.nq > band.nk and (band.lo is not None if right is None else right >= band.nk):
+        return list(band.runs())
+    return [Run(slice(0, band.nq), slice(0, band.nk), band)]

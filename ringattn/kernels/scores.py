@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -183,6 +183,16 @@ class Place:
         return heads, q, k
 
 
+class Bounds(NamedTuple):
+    """Where packed tiles begin and end: int32 ``[tiles + 1]``, of their rows and of their columns, on the device, and
+    how long the longest is."""
+
+    q: Tensor
+    k: Tensor
+    longest_q: int
+    longest_k: int
+
+
 @dataclass(frozen=True)
 class TileScores:
     """What a kernel is told of one tile."""
@@ -192,6 +202,7 @@ class TileScores:
     softcap: float | None = None
     call: Scores | None = None  # set where bias, rule or dropout are
     place: Place | None = None
+    bounds: Bounds | None = None  # of packed tiles, each with the window; only kernels that made them are given any
 
     def bias(self, block: Block) -> Tensor | None:
         """What is added to the logits of a block, `[1|batch, 1|heads, rows, cols]`, or None."""

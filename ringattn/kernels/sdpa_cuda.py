@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from ringattn.geometry.tiles import Window
 from ringattn.kernels.base import Call, Rows
 from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
-from ringattn.kernels.pieces import Run, TileBand
+from ringattn.kernels.pieces import Run, TileBand, flash_runs
 
 HALF = (torch.float16, torch.bfloat16)
 CUDNN_HEAD_DIM = 128
@@ -53,7 +53,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tu
     """`out` `[B, nq, H, D]` in the inputs' dtype and `lse` `[B, H, nq]` fp32 of a whole tile."""
     parts = [
         _forward(q[:, run.rows], k[:, run.cols], v[:, run.cols], run.band, scale)
-        for run in _runs(TileBand.of(q.size(1), k.size(1), window))
+        for run in flash_runs(TileBand.of(q.size(1), k.size(1), window))
     ]
     if len(parts) == 1:
         return parts[0]
@@ -62,17 +62,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, window: Window, scale: float) -> tu
 
 def backward(rows: Rows, k: Tensor, v: Tensor, window: Window, scale: float) -> Iterator[tuple[Run, Gradients]]:
     """`dq, dk, dv` of the parts of a tile, head-major, in the inputs' dtype and with padding columns behind them."""
-    for run in _runs(TileBand.of(rows.q.size(1), k.size(1), window)):
+    for run in flash_runs(TileBand.of(rows.q.size(1), k.size(1), window)):
         yield run, _backward(rows.rows(run.rows), k[:, run.cols], v[:, run.cols], run.band, scale)
-
-
-def _runs(band: TileBand) -> list[Run]:
-    """What flash computes in one call. It takes an absent bound, and one of at least nk, for nk, which does not reach
-    all columns where there are more rows and the bound on the other side binds."""
-    right = band.window[1]
-    if band.nq > band.nk and (band.lo is not None if right is None else right >= band.nk):
-        return list(band.runs())
-    return [Run(slice(0, band.nq), slice(0, band.nk), band)]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, band: TileBand, scale: float) -> tuple[Tensor, Tensor]:

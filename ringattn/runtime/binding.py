@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ringattn.geometry.layouts import NAMED, Layout, Layouts
 from ringattn.geometry.masks import BoundMask, Expression
-from ringattn.kernels import KERNELS, Call
+from ringattn.kernels import KERNELS, Call, Selection, rates_of
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
 from ringattn.planning.launches import Stacking
@@ -138,19 +138,40 @@ class Binding:
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
         if known is None:
-            call = Call(
-                kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
-                self.plans[mask].windowed, scores.features, dlse,
-            )  # fmt: skip
-            kernel = choose_kernel(self.settings.kernel, call, KERNELS)
+            kernels = self.kernels(mask, kind, scores.features, dlse)
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
             stacking = Stacking.of(kind.device.type, scores.positional)
             load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, load), kernel, kind, mask, scores, kernel.direct(call))
+            known = Prepared(self.program(mask, load), kernels, kind, mask, scores)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
+
+    def kernels(self, mask: Expression, kind: Kind, features: frozenset[str], dlse: bool) -> Selection:
+        """The kernels of a call. Raises as :meth:`prepared` does."""
+        options, capability, rates = self.settings.options, (0, 0), None
+        if kind.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(kind.device)
+            rates = rates_of(torch.cuda.get_device_name(kind.device), options.kernel_rates)
+        call = Call(
+            kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
+            self.plans[mask].windowed, features, dlse, capability, options.deterministic, options.sm_margin,
+        )  # fmt: skip
+        return choose_kernel(self.settings.kernel, call, KERNELS, rates)
+
+    def expected_kernels(self, mask: Expression) -> Selection | None:
+        """The kernels of the calls a plan was made for; None where the device they are for is not here.
+
+        Raises ``NotImplementedError`` as :meth:`prepared` does.
+        """
+        shape, name = self.settings.terms.shape, self.settings.device
+        here = name == "cpu" or (torch.cuda.is_available() and torch.cuda.get_device_name() == name)
+        if not here:
+            return None
+        device, dtype = torch.device("cpu" if name == "cpu" else "cuda"), getattr(torch, shape.dtype)
+        sizes = shape.batch, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.values
+        return self.kernels(mask, Kind(*sizes, dtype, device), frozenset(), False)
 
     def remember(self, key: Hashable, checked: Checked) -> None:
         """Keeps what a call's arguments stand for, once all rules have been asked about them."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from ringattn.geometry.masks import Expression
 from ringattn.geometry.spans import Ints
+from ringattn.kernels import Selection
 from ringattn.planning.estimates import estimate
 from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
-from ringattn.planning.plan import Plan
 from ringattn.planning.program import Parcel, Program, Row
 from ringattn.planning.schedules import by_name
 from ringattn.planning.stages import Heads
@@ -37,8 +38,7 @@ def describe(binding: Binding) -> str:
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
         "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
         "calls of the mask with the most; auto takes a simpler layout within 2 %)",
-        f"kernel {settings.kernel}"
-        + (": the fastest that accepts a call, chosen at the call" if settings.kernel == "auto" else ""),
+        *_kernels(binding),
     ]
     for mask in settings.masks:
         lines += _describe_mask(binding, mask, programs[mask])
@@ -61,6 +61,42 @@ def _shape(binding: Binding) -> str:
         f"calls of {shape.num_heads} heads over {shape.num_kv_heads} of {sizes}, batch {shape.batch}, {shape.dtype}"
         f"{'' if told else ' (a guess: tell with shape=ringattn.Shape(...))'}"
     )
+
+
+def _kernels(binding: Binding) -> list[str]:
+    """Which kernels compute calls of the shape planned for, and why, as far as that can be told here."""
+    asked, first = binding.settings.kernel, _selection(binding, binding.settings.masks[0])
+    if not isinstance(first, Selection):
+        return [f"kernel {asked}: {first}"]
+    lines = [f"kernel {asked}" + (f": {first.name}" if asked == "auto" else "")]
+    if first.rates is not None:
+        lines[0] += f", the fastest for each tile by rates ({first.rates.source})"
+    reasons: dict[str, list[str]] = {}
+    for text in first.refused if binding.settings.device != "cpu" else ():  # most are of no use on a CPU
+        name, reason = text.split(": ", 1)
+        reasons.setdefault(reason, []).append(name)
+    return [*lines, *(f"    not {', '.join(names)}: {reason}" for reason, names in reasons.items())]
+
+
+def _selection(binding: Binding, mask: Expression) -> Selection | str:
+    try:
+        return binding.expected_kernels(mask) or "chosen at the call, on the device"
+    except NotImplementedError as refused:
+        return str(refused)
+
+
+def _shares(binding: Binding, mask: Expression, program: Program) -> list[str]:
+    """How many calls each kernel computes, where there are several."""
+    kernels = _selection(binding, mask)
+    if isinstance(kernels, str) or len(kernels.kernels) == 1:
+        return []
+    lines = []
+    for name, turns, backward in (("forward", program.forward, False), ("backward", program.backward, True)):
+        works = [work for turn in turns for work in turn.work]
+        count = Counter(kernel.name for work in works for kernel in kernels.taken(work.launches, backward))
+        counts = [f"{kernel} {_count(n, 'call')}" for kernel, n in count.most_common()]
+        lines.append(f"{name} {', '.join(counts)}")
+    return [f"    kernels: {'; '.join(lines)}"]
 
 
 def _given(options: Options) -> str:
@@ -107,10 +143,11 @@ def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
     ]
-    return lines + ([f"    {program}"] if isinstance(program, str) else _describe_program(binding, plan, program))
+    return lines + ([f"    {program}"] if isinstance(program, str) else _describe_program(binding, mask, program))
 
 
-def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[str]:
+def _describe_program(binding: Binding, mask: Expression, program: Program) -> list[str]:
+    plan = binding.plans[mask]
     guess = estimate(plan, by_name(program.schedule), program.cut, binding.expected.stacking).calls
     others = np.delete(guess, binding.rank)
     beside = f" (about {_between(others)} on the others)" if len(others) else ""
@@ -127,7 +164,7 @@ def _describe_program(binding: Binding, plan: Plan, program: Program) -> list[st
             f"    queries that need many keys travel: {program.tokens(Row.Q, sent=True):,} go from here to {hosts} "
             f"{'rank' if hosts == 1 else 'ranks'}, {guests:,} come here, for {_count(calls, 'call')}"
         )
-    return lines + _steps(program)
+    return lines + _shares(binding, mask, program) + _steps(program)
 
 
 def _steps(program: Program) -> list[str]:

@@ -123,7 +123,7 @@ class Execution:
             "gradient": "wanted" if extras.grad else "not wanted",
             "dropout": "none" if extras.dropout is None else f"p {extras.dropout}",
             "sinks": "given" if extras.sinks else "none",
-            "kernel": self.call.kernel.name,
+            "kernel": self.call.kernels.name,
             "shapes": f"batch {kind.batch}, heads {kind.num_heads} over {kind.num_kv_heads}, head_dim {kind.head_dim}, "
             f"v_head_dim {kind.v_head_dim}, {kind.dtype} on {kind.device.type}",
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",

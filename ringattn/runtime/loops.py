@@ -23,14 +23,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, call: Prepared, scores: Scores, sinks: Tensor | None, link: Link
 ) -> tuple[Tensor, Tensor]:
     """``out`` in the dtype of ``q`` and ``lse`` ``[B, H, S]`` in the accumulator dtype."""
-    own, kind, kernel = Own(q, k, v), call.kind, call.kernel
+    own, kind, placed = Own(q, k, v), call.kind, scores if call.positional else None
     own.acc = call.result(q.shape[1], whole=sinks is None)
     for turn in call.turns(link.workspace)[0]:
         for copy in turn.copies:
             copy(own)
         pending = turn.post(link)
         for work in turn.work:
-            work.forward(own, kernel, work.calls.scored(scores) if call.positional else work.calls)
+            work.forward(own, placed)
         if pending is not None:
             link.traffic.wait(pending)
         for merge in turn.adds:
@@ -45,8 +45,8 @@ def backward(
     scores: Scores, link: Link,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says."""
-    own, wide, kernel = Own(q, k, v), call.wide, call.kernel
-    delta = row_delta(dout.to(wide), out, dlse) if kernel.reads_delta else None
+    own, placed = Own(q, k, v), scores if call.positional else None
+    delta = row_delta(dout.to(call.wide), out, dlse) if call.kernels.reads_delta else None
     own.rows = Rows(q, dout, out, lse, delta, dlse)
     own.grads = call.gradients(q, k, v)
     for turn in call.turns(link.workspace)[1]:
@@ -56,7 +56,7 @@ def backward(
         for buffer in turn.zeros:
             buffer.zero_()
         for work in turn.work:
-            work.backward(own, kernel, work.calls.scored(scores) if call.positional else work.calls)
+            work.backward(own, placed)
         if pending is not None:
             link.traffic.wait(pending)
         for add in turn.adds:

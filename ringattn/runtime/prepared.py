@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ringattn.comm import Pending
 from ringattn.geometry.masks import Expression
-from ringattn.kernels import Grads, Kernel, TileCalls, tile_calls
+from ringattn.kernels import Grads, Selection, tile_calls
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores
 from ringattn.planning import program as planned
 from ringattn.planning.program import Parcel, Program, Row
 from ringattn.runtime.link import Link, Moved
 from ringattn.runtime.wire import Action, Kind, Memory
-from ringattn.runtime.work import Hosting, OwnWork, Work
+from ringattn.runtime.work import Hosting, OwnWork, Shares, Work
 from ringattn.runtime.workspace import Workspace
 
 NAMES = {Row.QUERY: "q"}  # as traffic counts them
@@ -54,20 +54,22 @@ Turns = list[Turn]
 
 
 class Prepared:
-    """A program, a kernel and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
-    for what each call brings along (a bias, dropout's seed). ``direct``: the kernel may write in the dtype of the
-    inputs what is written once only."""
+    """A program, its kernels and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
+    for what each call brings along (a bias, dropout's seed)."""
 
-    def __init__(
-        self, program: Program, kernel: Kernel, kind: Kind, mask: Expression, scores: Scores, direct: bool
-    ) -> None:
-        self.program, self.kernel, self.kind, self.mask = program, kernel, kind, mask
+    def __init__(self, program: Program, kernels: Selection, kind: Kind, mask: Expression, scores: Scores) -> None:
+        self.program, self.kernels, self.kind, self.mask = program, kernels, kind, mask
         self.positional, self.wide = scores.positional, kind.wide
-        self.signature = mask.digest, kind, program.schedule, program.cut, kernel.name, scores.scale, scores.softcap
+        self.signature = mask.digest, kind, program.schedule, program.cut, kernels.name, scores.scale, scores.softcap
         once = (not program.merges, not program.sums.queries, not program.sums.keys)
-        self._dtypes = tuple(kind.dtype if direct and alone else kind.wide for alone in once)
-        turns = (*program.forward, *program.backward)
-        self._calls = {work: self._ready(work, scores) for turn in turns for work in turn.work}
+        self._dtypes = tuple(kind.dtype if kernels.direct and alone else kind.wide for alone in once)
+        directions = (program.forward, False), (program.backward, True)
+        self._shares = {
+            work: self._ready(work, scores, backward)
+            for turns, backward in directions
+            for turn in turns
+            for work in turn.work
+        }
 
     def result(self, seqlen: int, whole: bool) -> Partial:
         """Where forward's result is gathered. ``whole``: nothing (sinks) changes it behind the last turn."""
@@ -83,9 +85,11 @@ class Prepared:
         make_q, make_k = (torch.zeros_like if blank else torch.empty_like for blank in zeros)
         return Grads(make_q(q, dtype=of_q), make_k(k, dtype=of_k), make_k(v, dtype=of_k))
 
-    def _ready(self, work: planned.Work, scores: Scores) -> TileCalls:
-        frames = work.q_frame, work.k_frame
-        return tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
+    def _ready(self, work: planned.Work, scores: Scores, backward: bool) -> Shares:
+        frames, device = (work.q_frame, work.k_frame), self.kind.device
+        calls = tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), device)
+        shares = self.kernels.shares(work.launches, calls, backward)
+        return tuple((kernel, kernel.ready(some, device)) for kernel, some in shares)
 
     def _q_heads(self, work: planned.Work) -> slice:
         heads, group = work.heads.of(self.kind.num_kv_heads), self.kind.num_heads // self.kind.num_kv_heads
@@ -125,16 +129,16 @@ class Prepared:
         )
 
     def _work(self, work: planned.Work, memory: Memory) -> Work:
-        calls = self._calls[work]
+        shares = self._shares[work]
         if work.queries is not None and work.result is not None:
-            return Hosting(calls, memory.whole(work.queries), memory.whole(work.result))
+            return Hosting(shares, memory.whole(work.queries), memory.whole(work.result))
         keys, grads = (
             None if buffer is None else memory.pair(memory.whole(buffer)) for buffer in (work.keys, work.grads)
         )
         if work.heads.parts == 1:
-            return OwnWork(calls, None, None, keys, grads)
+            return OwnWork(shares, None, None, keys, grads)
         heads = work.heads.of(self.kind.num_kv_heads)
-        return OwnWork(calls, self._q_heads(work), (slice(None), slice(None), heads), keys, grads)
+        return OwnWork(shares, self._q_heads(work), (slice(None), slice(None), heads), keys, grads)
 
 
 def _bytes(row: Row, parcels: Sequence[Parcel], messages: Sequence[tuple[Tensor, int]]) -> int:

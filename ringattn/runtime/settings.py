@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ringattn.arguments.values import deadline, flag, integer, seed_of, shown
+from ringattn.arguments.values import deadline, flag, integer, path, seed_of, shown
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import Expression
+from ringattn.kernels.rates import KernelRates
 from ringattn.planning.cost import Terms
 from ringattn.planning.hardware import hardware
 from ringattn.planning.launches import Stacking
@@ -16,6 +18,7 @@ from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 
 BYTES = 1 << 62  # no limit on bytes is larger
+MULTIPROCESSORS = 128  # fewer than a GPU has
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Options:
     seed: where the seeds of dropout calls without one of their own come from.
     rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on
         all ranks. None: what is known of the device.
+    deterministic: sums come in the same order in every run, so that equal calls give equal bits; kernels that cannot
+        do that are refused.
+    sm_margin: multiprocessors of a GPU that kernels leave free for messages; those that cannot are refused.
+    kernel_rates: a file of `ringattn calibrate` by which ``kernel="auto"`` chooses on a GPU. None: the one of this
+        machine and device, if it has been written, else the table that comes with the library.
     compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
         call they belong to (NCCL).
     """
@@ -41,11 +49,16 @@ class Options:
     seed: int = 0
     rates: Rates | None = None
     topology: Topology | None = None
+    deterministic: bool = False
+    sm_margin: int = 0
+    kernel_rates: str | None = None
     compare_every: int = 64
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
             "check_nan": flag("Options.check_nan", self.check_nan),
+            "deterministic": flag("Options.deterministic", self.deterministic),
+            "sm_margin": integer("Options.sm_margin", self.sm_margin, 0, MULTIPROCESSORS),
             "seed": seed_of("Options.seed", self.seed),
         }
         if self.timeout is not None:
@@ -60,6 +73,9 @@ class Options:
                 "a positive number of bytes, ",
             )
         plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
+        if self.kernel_rates is not None:
+            plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
+            KernelRates.read(Path(str(plain["kernel_rates"])))
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         for kind in (Rates, Topology):

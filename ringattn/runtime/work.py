@@ -6,32 +6,37 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ringattn.kernels import Grads, Kernel, TileCalls
+from ringattn.kernels import Grads
+from ringattn.kernels.choice import Share
 from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Scores
 from ringattn.runtime.wire import Index, Own, pack_partial, unpacked_rows
 
 Pair = tuple[Tensor, Tensor]
+Shares = tuple[Share, ...]  # kernels, and the tiles that each of them computes
 
 
 @dataclass(frozen=True, slots=True)
 class OwnWork:
     """Tiles of the rank's own queries, against its own keys or those of a buffer. ``q_heads`` and ``kv_heads`` are None
-    for all heads; a buffer holds just the heads that are computed."""
+    for all heads; a buffer holds just the heads that are computed. ``scores`` of a pass: where tiles must know where
+    they lie, what this call brings along."""
 
-    calls: TileCalls
+    shares: Shares
     q_heads: slice | None
     kv_heads: Index | None
     keys: Pair | None
     grads: Pair | None
 
-    def forward(self, own: Own, kernel: Kernel, calls: TileCalls) -> None:
+    def forward(self, own: Own, scores: Scores | None) -> None:
         q, acc = own.q, own.acc
         if self.q_heads is not None:
             q, acc = q[:, :, self.q_heads], acc.heads(self.q_heads)
         k, v = self._keys(own)
-        kernel.forward(q, k, v, calls, acc)
+        for kernel, calls in self.shares:
+            kernel.forward(q, k, v, calls if scores is None else calls.scored(scores), acc)
 
-    def backward(self, own: Own, kernel: Kernel, calls: TileCalls) -> None:
+    def backward(self, own: Own, scores: Scores | None) -> None:
         rows, grads, index = own.rows, own.grads, self.kv_heads
         dq, (dk, dv) = grads.dq, self.grads or (grads.dk, grads.dv)
         if self.q_heads is not None:
@@ -39,7 +44,8 @@ class OwnWork:
         if self.grads is None and index is not None:
             dk, dv = dk[index], dv[index]
         k, v = self._keys(own)
-        kernel.backward(rows, k, v, calls, Grads(dq, dk, dv))
+        for kernel, calls in self.shares:
+            kernel.backward(rows, k, v, calls if scores is None else calls.scored(scores), Grads(dq, dk, dv))
 
     def _keys(self, own: Own) -> Pair:
         if self.keys is not None:
@@ -53,20 +59,23 @@ class Hosting:
     """Tiles of other ranks' queries, which have come in ``guests``, against the rank's own keys: their results go into
     the message ``result``. dk and dv are where they belong."""
 
-    calls: TileCalls
+    shares: Shares
     guests: Tensor
     result: Tensor
 
-    def forward(self, own: Own, kernel: Kernel, calls: TileCalls) -> None:
+    def forward(self, own: Own, scores: Scores | None) -> None:
         batch, heads = own.q.shape[0], own.q.shape[2]
         acc = Partial.empty(batch, len(self.guests), heads, own.v.shape[-1], self.result.dtype, own.q.device)
-        kernel.forward(self.guests.transpose(0, 1), own.k, own.v, calls, acc)
+        for kernel, calls in self.shares:
+            given = calls if scores is None else calls.scored(scores)
+            kernel.forward(self.guests.transpose(0, 1), own.k, own.v, given, acc)
         pack_partial(acc, self.result)
 
-    def backward(self, own: Own, kernel: Kernel, calls: TileCalls) -> None:
+    def backward(self, own: Own, scores: Scores | None) -> None:
         rows = unpacked_rows(self.guests, own.q.dtype, own.q.shape[-1], own.v.shape[-1])
         grads = Grads(self.result.zero_().transpose(0, 1), own.grads.dk, own.grads.dv)
-        kernel.backward(rows, own.k, own.v, calls, grads)
+        for kernel, calls in self.shares:
+            kernel.backward(rows, own.k, own.v, calls if scores is None else calls.scored(scores), grads)
 
 
 Work = OwnWork | Hosting

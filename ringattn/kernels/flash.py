@@ -1,0 +1,191 @@
+"""What the adapters of FlashAttention's packages share: a tile, or a run of packed tiles, is one call of a fused
+operator in fp16 or bf16 that takes bottom-right aligned windows.
+
+Operators give a block's result, and its gradients from the *global* out and lse, rounded to the dtype of the inputs.
+What is written once is written by the operator itself; the rest is folded and added in fp32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ringattn.geometry.tiles import Window
+from ringattn.kernels.base import Call, Grads, Kernel, Rows
+from ringattn.kernels.calls import TileCalls, TileKernel
+from ringattn.kernels.operators import DLSE_COLUMNS
+from ringattn.kernels.packed import packed
+from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.pieces import TileBand
+from ringattn.kernels.scores import Bounds, TileScores
+
+HALF = (torch.float16, torch.bfloat16)
+ALIGNMENT = 16  # bytes, of the rows that an operator writes
+CLOSE = 0.03  # what a probe's bf16 may be off
+Gradients = tuple[Tensor, Tensor, Tensor]
+Homes = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Ask(NamedTuple):
+    """What an operator is told of a tile. ``bounds``: of several tiles one after the other, each with the window."""
+
+    window: Window
+    scale: float
+    softcap: float | None = None
+    bounds: Bounds | None = None
+    deterministic: bool = False
+    sm_margin: int = 0
+
+
+class Operators(Protocol):
+    """A package's two operators. Tensors are ``[batch, n, heads, dim]``, one batch row with bounds; lse is fp32,
+    natural log, ``[batch, heads, n]``."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ask: Ask, home: Partial | None) -> tuple[Tensor, Tensor]:
+        """Out and lse: those of ``home``, where it is given and the package writes to tensors that exist."""
+        ...
+
+    def backward(self, rows: Rows, k: Tensor, v: Tensor, ask: Ask, homes: Homes) -> Gradients:
+        """``dq, dk, dv``: those of ``homes`` that are given, there may be padding columns behind the others."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlashKernel(TileKernel):
+    """A kernel over a package's operators. ``load`` imports them."""
+
+    load: Callable[[], Operators]
+    deterministic: bool = False
+    sm_margin: int = 0
+
+    name = ""
+    reads_delta = False
+    takes_dlse = False  # else the gradient of lse travels in padding columns
+    largest = 256  # head size
+    written_for = ""  # which versions
+
+    def direct(self, call: Call) -> bool:
+        """See `Kernel`: a tile is one call."""
+        return True
+
+    def fitted(self, call: Call) -> Kernel:
+        """See `Kernel`."""
+        return replace(self, deterministic=call.deterministic, sm_margin=call.sm_margin)
+
+    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
+        """See `Kernel`: packed tiles are one call."""
+        return packed(calls, device)
+
+    def refuse(self, call: Call) -> str | None:
+        """What no version computes, then what this one does not, then what a tiny call says."""
+        if call.features - {"softcap"}:
+            features = ", ".join(sorted(call.features - {"softcap"}))
+            return f"{features}: not computed by {self.name}; kernel='triton' or kernel='blockwise' computes it"
+        if call.dtype not in HALF:
+            return f"dtype {call.dtype} must be float16 or bfloat16"
+        for name, dim in (("head_dim", call.head_dim), ("v_head_dim", call.v_head_dim)):
+            if dim % 8 or dim > self.largest:
+                return f"{name} {dim} must be a multiple of 8 and at most {self.largest}"
+        if call.dlse and not self.takes_dlse and max(call.head_dim, call.v_head_dim) > self.largest - DLSE_COLUMNS:
+            return f"head_dim {call.head_dim} must be at most {self.largest - DLSE_COLUMNS} where lse has a gradient"
+        return self.lacks(call) or probe(self.load, self.name, self.written_for, call.device_type)
+
+    def lacks(self, call: Call) -> str | None:
+        """What this package cannot compute of what others can."""
+        raise NotImplementedError
+
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+        if scores.bounds is not None and q.shape[0] > 1:  # operators take packed tiles of one batch row
+            for b in _rows(q):
+                self.forward_tile(q[b], k[b], v[b], scores, Partial(acc.out[b], acc.lse[b]), fresh)
+            return
+        own = fresh and acc.out.dtype == q.dtype and acc.lse.dtype == torch.float32
+        home = acc if own and _writable(acc.out) and acc.lse.stride(-1) == 1 else None
+        out, lse = self.load().forward(q, k, v, self._ask(q, k, scores), home)
+        if home is None or out.data_ptr() != acc.out.data_ptr():
+            fold(acc, out, lse, fresh)
+
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+        if scores.bounds is not None and k.shape[0] > 1:
+            for b in _rows(k):
+                own = Grads(grads.dq[b], grads.dk[b], grads.dv[b], grads.fresh, grads.fresh_keys)
+                self.backward_tile(rows.batch(b), k[b], v[b], scores, own)
+            return
+        homes = grads.homes(k.dtype, _writable)
+        if rows.dlse is not None and not self.takes_dlse:
+            rows, k, v = padded(rows, k, v)
+            homes = (None, None, None)
+        found = self.load().backward(rows, k, v, self._ask(rows.q, k, scores), homes)
+        grads.take(*(x if home is None else None for x, home in zip(found, homes, strict=True)))
+
+    def _ask(self, q: Tensor, k: Tensor, scores: TileScores) -> Ask:
+        assert scores.call is None, "refused, and must not be left out"
+        window, bounds = scores.window, scores.bounds
+        if bounds is None:
+            window = TileBand.of(q.shape[1], k.shape[1], window).window  # without what does not bind
+        return Ask(window, scores.scale, scores.softcap, bounds, self.deterministic, self.sm_margin)
+
+
+def _rows(x: Tensor) -> Iterator[slice]:
+    return (slice(b, b + 1) for b in range(x.shape[0]))
+
+
+def _writable(x: Tensor) -> bool:
+    """Whether operators write rows of such strides."""
+    size = x.element_size()
+    aligned = x.data_ptr() % ALIGNMENT == 0 and all(s * size % ALIGNMENT == 0 for s in x.stride()[:-1])
+    return x.stride(-1) == 1 and aligned
+
+
+def padded(rows: Rows, k: Tensor, v: Tensor) -> tuple[Rows, Tensor, Tensor]:
+    """The same inputs with a gradient of lse in padding columns: see `operators.carry_dlse`."""
+    assert rows.dlse is not None
+    head_dim, width = rows.out.shape[-1], (0, DLSE_COLUMNS)
+    out, rest = pad(rows.out, width), -rows.dlse.transpose(1, 2)
+    for column in range(head_dim, head_dim + 3):
+        out[..., column] = rest
+        rest = rest - out[..., column]
+    dout = pad(rows.dout, width, value=1.0)
+    return Rows(pad(rows.q, width), dout, out, rows.lse, None, None), pad(k, width), pad(v, width)
+
+
+@cache
+def probe(load: Callable[[], Operators], name: str, written_for: str, device: str) -> str | None:
+    """What is wrong with a package here, by one tiny call in both directions; None if nothing is. Packages that import
+    may still not run, and interfaces change between versions."""
+    own = torch.Generator(device).manual_seed(0)  # the user's numbers are not touched
+    q, dout = (torch.randn(1, 64, 2, 64, device=device, generator=own).bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, 96, 1, 64, device=device, generator=own).bfloat16() for _ in range(2))
+    ask = Ask((40, 8), 0.125)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of imports and of first calls
+            operators = load()
+            out, lse = operators.forward(q, k, v, ask, None)
+            found = out, lse, *operators.backward(Rows(q, dout, out, lse, None, None), k, v, ask, (None, None, None))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{name} does not run here ({text:.300}); it was written for {written_for}"
+    for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, _expected(q, k, v, dout), strict=True):
+        off = float((a.float() - b).norm() / b.norm())
+        if not off < CLOSE:
+            return f"{name} computes something else here ({what} is off by {off:.2g}); it was written for {written_for}"
+    return None
+
+
+def _expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """What a probe's call must give."""
+    with torch.enable_grad():
+        q, k, v = (x.float().requires_grad_() for x in (q, k, v))
+        logits = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) * 0.125
+        distance = torch.arange(96, device=q.device) - torch.arange(64, device=q.device)[:, None] - 32
+        logits = logits.masked_fill((distance < -40) | (distance > 8), -torch.inf)
+        out = torch.einsum("bhqk,bkd->bqhd", logits.softmax(-1), v[:, :, 0])
+        return out.detach(), logits.logsumexp(-1).detach(), *torch.autograd.grad(out, (q, k, v), dout.float())
