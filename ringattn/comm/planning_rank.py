@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from ringattn.arguments.values import deadline, integer
+from ringattn.arguments.values import deadline, integer, shown
 from ringattn.comm.calls import CallLog, Label
 from ringattn.comm.transport import Done, Parcels, Pending
 
@@ -18,6 +18,7 @@ class PlanningRank:
         rank: the place, from 0 to ``world_size - 1``.
         world_size: number of ranks, at least 1. The only rank of a world of one has nobody to miss, and computes.
         timeout: seconds, what contexts on it take for the transport's deadline.
+        device: what contexts on it plan for: "cpu", or a GPU's name, as its driver gives it.
 
     Raises:
         ValueError: one of them is out of its range.
@@ -26,9 +27,12 @@ class PlanningRank:
     name = "planning"
     blind = frozenset[str]()
 
-    def __init__(self, rank: int, world_size: int, timeout: float = 60.0) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: float = 60.0, device: str = "cpu") -> None:
         self.world_size = integer("world_size", world_size, 1)
         self.rank = integer("rank", rank, 0, self.world_size - 1)
+        if not isinstance(device, str):
+            raise ValueError(f"device={shown(device)}: must be 'cpu' or the name of a GPU, as 'NVIDIA H100'")
+        self.device = device
         self.timeout = deadline("timeout", timeout)
         self.log = CallLog(self.rank)
 

@@ -15,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-Pairs = Sequence[tuple[Tensor, Tensor]]  # targets and sources of equal shapes
+Pair = tuple[Tensor, Tensor]  # a target and a source of one shape
+Pairs = Sequence[Pair]
 
 
 def fold_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ringattn.kernels.passes import Pairs
+from ringattn.kernels.passes import Pair, Pairs
 
 ELEMENTS = 4096  # of one program: 8 of each of 512 threads, in 16-byte accesses
 WARPS = 4
@@ -31,17 +31,27 @@ def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None
 
 
 def accumulate(pairs: Pairs, fresh: bool) -> None:
-    """See `passes.accumulate`."""
-    for target, source in pairs:
-        if not target.numel():
-            continue
-        _, b, c, dim = target.shape
-        width, count = triton.next_power_of_2(dim), target.numel() // dim
-        rows = _rows(width, count)
-        _accumulate[(triton.cdiv(count, rows),)](
-            target, source, count, b, c, dim, *target.stride()[:3], *source.stride(),
-            FRESH=fresh, ROWS=rows, WIDTH=width, num_warps=WARPS,
-        )  # fmt: skip
+    """See `passes.accumulate`. Keys and values, or their gradients, are one launch."""
+    if len(pairs) == 2 and pairs[0][0].shape[:3] == pairs[1][0].shape[:3]:
+        _launch(pairs[0], pairs[1], 2, fresh)
+        return
+    for pair in pairs:
+        _launch(pair, pair, 1, fresh)
+
+
+def _launch(one: Pair, other: Pair, count: int, fresh: bool) -> None:
+    (target, source), (target2, source2) = one, other
+    if not target.numel():
+        return
+    _, b, c, dim = target.shape
+    dim2 = target2.shape[3]
+    width, rows = triton.next_power_of_2(max(dim, dim2)), target.numel() // dim
+    block = _rows(width, rows)
+    _accumulate[(triton.cdiv(rows, block), count)](
+        target, source, dim, *target.stride()[:3], *source.stride(),
+        target2, source2, dim2, *target2.stride()[:3], *source2.stride(),
+        rows, b, c, FRESH=fresh, ROWS=block, WIDTH=width, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def _rows(width: int, most: int) -> int:
@@ -77,16 +87,28 @@ def _fold(
 
 @triton.jit
 def _accumulate(
-    target, source, count, b, c, dim, ta, tb, tc, sa, sb, sc, sd,
-    FRESH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    target, source, dim, ta, tb, tc, sa, sb, sc, sd,
+    target2, source2, dim2, ta2, tb2, tc2, sa2, sb2, sc2, sd2,
+    count, b, c, FRESH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of ``[a, b, c, dim]``, counted through, of the target and of the source with the strides s."""
+    """Some rows of ``[a, b, c, dim]``, counted through, of one pair of a target and a source, or of the other."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    whole = (rows < count)[:, None] & (columns < dim)[None, :]
     i, j, k = (rows // (b * c)).to(tl.int64), (rows // c % b).to(tl.int64), (rows % c).to(tl.int64)
-    target += (i * ta + j * tb + k * tc)[:, None] + columns[None, :]
-    value = tl.load(source + (i * sa + j * sb + k * sc)[:, None] + columns[None, :] * sd, mask=whole, other=0.0)
+    if tl.program_id(1) == 0:
+        into, of = i * ta + j * tb + k * tc, i * sa + j * sb + k * sc
+        _take(target, into, source, of, sd, rows < count, dim, FRESH, WIDTH)
+    else:
+        into, of = i * ta2 + j * tb2 + k * tc2, i * sa2 + j * sb2 + k * sc2
+        _take(target2, into, source2, of, sd2, rows < count, dim2, FRESH, WIDTH)
+
+
+@triton.jit
+def _take(target, into, source, of, step, inside, dim, FRESH: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a source added, or written, to those of a target."""
+    columns = tl.arange(0, WIDTH)
+    whole = inside[:, None] & (columns < dim)[None, :]
+    target += into[:, None] + columns[None, :]
+    value = tl.load(source + of[:, None] + columns[None, :] * step, mask=whole, other=0.0)
     value = value.to(target.dtype.element_ty)
     if not FRESH:
         value += tl.load(target, mask=whole, other=0.0)

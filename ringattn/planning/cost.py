@@ -15,7 +15,7 @@ from ringattn.planning.hardware import CPU
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.rates import Rates
-from ringattn.planning.schedules import Schedule, by_name, two_shards
+from ringattn.planning.schedules import Schedule, by_name, room_of
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 from ringattn.planning.travel import worthwhile
@@ -43,6 +43,14 @@ class Terms:
         """Bytes that travel for a K/V token in each pass."""
         return np.array([self.shape.forward.token, self.shape.backward.token])
 
+    @cached_property
+    def shards(self) -> int:
+        """How many shards of K/V buffers may take unless a limit is given: two; on a GPU, where each step's merge is a
+        pass over memory, as many as the running result of a shard's queries takes."""
+        shape = self.shape
+        result, keys = shape.batch * shape.num_heads * shape.values * shape.wide, shape.num_kv_heads * shape.row_bytes
+        return max(2, result // keys) if self.rates.queued else 2
+
     def work(self, by_kind: NDArray[Any]) -> Seconds:
         """Seconds of pairs, ``[3, n]`` by their kind, in each pass: ``[2, n]``."""
         return np.multiply.outer(self.pair, self.rates.weigh(by_kind))
@@ -56,7 +64,7 @@ class Cost:
     received: int  # foreign K/V tokens needed; a relay carries more
     calls: int  # kernel calls of a forward pass
     balance: float  # largest over mean work
-    fits: bool  # whether two shards of K/V are room enough for the schedule's buffers
+    fits: bool  # whether `Terms.shards` are room enough for the schedule's buffers
 
 
 def cheaper(plan: Plan, schedules: Sequence[str], terms: Terms) -> Plan:
@@ -78,10 +86,10 @@ def cost(plan: Plan, name: str, terms: Terms) -> Cost:
 
 def costs(plan: Plan, names: Sequence[str], terms: Terms) -> list[Cost]:
     """For each schedule the slowest rank's compute (FLOP, calls, merges), forward and backward, and what of its
-    transfers does not hide behind it. Room is two shards of K/V, or what the schedule's smallest cut takes. Rows that
-    stacks gather are not counted."""
+    transfers does not hide behind it. Room is `Terms.shards` of K/V, or what the schedule's smallest cut takes. Rows
+    that stacks gather are not counted."""
     schedules = [by_name(name) for name in names]
-    cuts = [settled(plan, schedule, terms.shape.num_kv_heads) for schedule in schedules]
+    cuts = [settled(plan, schedule, terms.shape.num_kv_heads, terms.shards) for schedule in schedules]
     made = estimates(plan, [(s, cut) for s, (cut, _) in zip(schedules, cuts, strict=True)], terms.stacking)
     work, most = plan.work, int(plan.received.max(initial=0))
     mean = float(work.mean())
@@ -118,9 +126,9 @@ def unhidden(transfer: Seconds, compute: Seconds, rates: Rates) -> Seconds:
     return np.maximum(transfer - compute, 0) + rates.exposed * np.minimum(transfer, compute)
 
 
-def settled(plan: Plan, schedule: Schedule, kv_heads: int) -> tuple[int, bool]:
-    """The cut that fits two shards of K/V, or else the smallest; and whether it does."""
-    cut = schedule.fit(plan, kv_heads, two_shards(plan, kv_heads))
+def settled(plan: Plan, schedule: Schedule, kv_heads: int, shards: int = 2) -> tuple[int, bool]:
+    """The cut that fits so many shards of K/V, or else the smallest; and whether it does."""
+    cut = schedule.fit(plan, kv_heads, room_of(plan, kv_heads, shards))
     if cut is not None:
         return cut, True
     return min(schedule.cuts(plan, kv_heads), key=lambda cut: (schedule.buffers(plan, cut, kv_heads), cut)), False

@@ -55,7 +55,7 @@ class Problem:
     world_size: int
     terms: Terms
     schedules: tuple[str, ...] = ("exchange", "gather", "ring")
-    two_shards: bool = True  # buffers must fit two shards of K/V; else a call decides what fits its own limit
+    limited: bool = True  # buffers must fit the room of `terms`; else a call decides what fits its own limit
     k_layout: Layout | None = None
 
     @property
@@ -79,12 +79,13 @@ class Offer:
     out: str = ""
 
     @staticmethod
-    def of(schedule: str, costs: Sequence[Cost], seconds: float, free: bool) -> Offer:
+    def of(schedule: str, costs: Sequence[Cost], seconds: float, shards: int | None) -> Offer:
+        """``shards``: of K/V are what buffers may take; None: what they like."""
         calls, out = max(c.calls for c in costs), ""
         if calls > CALL_BUDGET:
             out = f"about {calls:,} kernel calls a rank, budget {CALL_BUDGET:,}"
-        elif not free and not any(c.fits for c in costs):
-            out = "its buffers do not fit the room of two shards"
+        elif shards is not None and not any(c.fits for c in costs):
+            out = f"its buffers do not fit the room of {'two' if shards == 2 else shards} shards"
         most = max(c.received for c in costs)
         return Offer(schedule, seconds, max(c.balance for c in costs), most, calls, out)
 
@@ -108,7 +109,7 @@ class Candidate:
         """One for each schedule, best first: of those that take about as long the one of fewest calls; those that may
         not be taken last."""
         names, terms = self.problem.schedules, self.problem.terms
-        free = len(names) == 1 or not self.problem.two_shards
+        free = len(names) == 1 or not self.problem.limited
         of_masks = [costs(plan, names, terms) for plan in self.plans]
         # a mask for whose buffers there is no room takes the best schedule for whose there is
         instead = [min((c.seconds for c in each if c.fits), default=0.0) for each in of_masks]
@@ -117,7 +118,7 @@ class Candidate:
             seconds = sum(
                 c.seconds if free or c.fits else max(c.seconds, other) for c, other in zip(each, instead, strict=True)
             )
-            offers.append(Offer.of(name, each, seconds, free))
+            offers.append(Offer.of(name, each, seconds, None if free else terms.shards))
         good = SIMPLER * min((o.seconds for o in offers if not o.out), default=0.0)
         return tuple(
             sorted(offers, key=lambda o: (bool(o.out), o.seconds > good, o.calls * (o.seconds <= good), o.seconds))

@@ -26,7 +26,7 @@ from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
-from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, two_shards
+from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
@@ -190,7 +190,8 @@ class Binding:
     def _fit(self, plan: Plan, load: Load) -> tuple[Schedule, int]:
         """The first schedule, and its preferred cut, whose buffers fit."""
         limit, heads = self.settings.options.kv_bytes, load.kv_heads
-        room = two_shards(plan, heads) if limit is None else limit // max(load.row_bytes, 1)
+        shards = self.settings.terms.shards
+        room = room_of(plan, heads, shards) if limit is None else limit // max(load.row_bytes, 1)
         asked = [by_name(name) for name in self.schedules]
         for schedule in asked:
             cut = schedule.fit(plan, heads, room)

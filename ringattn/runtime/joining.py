@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.arguments.values import shown
-from ringattn.comm import Meeting, Solo, Transport, told
+from ringattn.comm import Meeting, PlanningRank, Solo, Transport, told
 from ringattn.comm.shield import shield
 from ringattn.runtime.binding import Shared
 from ringattn.runtime.link import Link
@@ -26,8 +26,15 @@ def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
     """What a first context shares with those that replace it. ``options`` looks at its arguments, and raises for those
     that do not fit."""
     link = _link(group_or_mesh, options)
-    gpus = "cuda" in link.transport.blind and torch.cuda.is_available()
-    return Shared(link, torch.cuda.get_device_name() if gpus else "cpu")
+    return Shared(link, _device(link.transport))
+
+
+def _device(transport: Transport) -> str:
+    """What contexts plan for. One rank alone may call on either device, and costs nothing to plan for."""
+    if isinstance(transport, PlanningRank):
+        return transport.device
+    gpus = "cuda" in transport.blind or transport.world_size == 1
+    return torch.cuda.get_device_name() if gpus and torch.cuda.is_available() else "cpu"
 
 
 def _link(group_or_mesh: Group, options: Callable[[], Options]) -> Link:

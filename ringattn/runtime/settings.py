@@ -28,8 +28,8 @@ class Options:
     timeout: seconds, the deadline on every wait for a peer; None is 300, or a given transport's own.
     kv_bytes: what the buffers in which a rank holds foreign (gather: all) K/V may take, in bytes, on top of the shards;
         schedules cut their steps to fit. Gradient buffers have as many elements, in fp32, and messages that have to
-        be packed are copied on their way out. None: two shards of K/V, or what
-        a schedule asked for by name takes.
+        be packed are copied on their way out. None: two shards of K/V, on a GPU as many as an fp32 result takes, or
+        what a schedule asked for by name takes.
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
     rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on

@@ -19,6 +19,7 @@ from torch import Tensor
 from ringattn.kernels import Grads, Rows
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.partial import Partial, accumulator_dtype, fold
+from ringattn.kernels.passes import accumulate
 from ringattn.planning.program import Buffer, Copy, Parcel, Row
 from ringattn.runtime.workspace import Workspace
 
@@ -128,8 +129,7 @@ class _LayKeys:
     index: Index
 
     def __call__(self, own: Own) -> None:
-        self.k.copy_(own.k[self.index])
-        self.v.copy_(own.v[self.index])
+        accumulate(((self.k, own.k[self.index]), (self.v, own.v[self.index])), fresh=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +187,7 @@ class _AddHome:
     index: Index
 
     def __call__(self, own: Own) -> None:
-        own.grads.dk[self.index].add_(self.dk)
-        own.grads.dv[self.index].add_(self.dv)
+        accumulate(((own.grads.dk[self.index], self.dk), (own.grads.dv[self.index], self.dv)))
 
 
 @dataclass(frozen=True, slots=True)

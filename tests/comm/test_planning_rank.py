@@ -78,3 +78,18 @@ def test_the_only_rank_of_a_world_computes() -> None:
 def test_places_that_there_are_not(place: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         PlanningRank(*place)
+
+
+def test_it_plans_for_the_device_it_is_told():
+    """On a GPU merges cost more beside the work, so a step of the ring takes more hops."""
+    shape = ra.Shape(32, 8, 128)
+    hops = {}
+    for device in ("cpu", "NVIDIA H100"):
+        cp = ra.ContextParallel(
+            PlanningRank(2, 8, device=device), 1 << 16, layout="zigzag", schedule="ring", shape=shape
+        )
+        assert ("an H100 or H200" in cp.describe()) == (device != "cpu")
+        hops[device] = cp.program(cp.masks[0]).cut
+    assert hops == {"cpu": 1, "NVIDIA H100": 2}
+    with pytest.raises(ValueError, match="device=7: must be 'cpu' or the name of a GPU"):
+        PlanningRank(0, 1, device=7)

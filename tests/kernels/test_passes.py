@@ -73,6 +73,17 @@ def test_gradients_are_added_or_written(source, fresh):
     assert (whole[others].isnan() if fresh else whole[others] == 1.0).all()
 
 
+def test_keys_and_values_of_their_own_sizes_are_packed_in_one_launch():
+    k, v = torch.randn(2, 20, 3, 16, device=DEVICE), torch.randn(2, 20, 3, 24, device=DEVICE)
+    row = torch.full((9, 2, 3, 40), math.nan, device=DEVICE, dtype=HALF[0]).transpose(0, 1)
+    pairs = [(row[..., :16], k[:, 1:19:2]), (row[..., 16:], v[:, 1:19:2])]
+    fused.accumulate(pairs, True)
+    assert torch.equal(row, torch.cat([k, v], -1)[:, 1:19:2].to(HALF[0]))
+    wide = row.float()
+    fused.accumulate([(wide[..., :16], row[..., :16]), (wide[..., 16:], row[..., 16:])], False)
+    assert torch.equal(wide, 2 * row.float())
+
+
 def test_nothing_is_folded_and_added_where_there_is_nothing():
     acc = partial(1, 0, 2, 16, torch.float32, torch.float64)
     fused.fold(acc.out, acc.lse, acc.out, acc.lse)

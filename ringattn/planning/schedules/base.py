@@ -93,9 +93,9 @@ class Schedule:
         return next(fitting, None)
 
 
-def two_shards(plan: Plan, kv_heads: int) -> int:
-    """The room that is taken unless a limit is given: rows of one head in two shards of K/V."""
-    return 2 * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
+def room_of(plan: Plan, kv_heads: int, shards: int) -> int:
+    """Rows of one head in so many of the largest shard's K/V."""
+    return shards * int(plan.k_layout.sizes.max(initial=0)) * kv_heads
 
 
 def straight(plan: Plan) -> Ints:
