@@ -1,6 +1,8 @@
 """The passes as Triton kernels, run by its interpreter, beside their forms of PyTorch's own operators."""
 
 import math
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,11 +76,11 @@ def test_gradients_are_added_or_written(source, fresh):
 
 
 def test_keys_and_values_of_their_own_sizes_are_packed_in_one_launch():
-    k, v = torch.randn(2, 20, 3, 16, device=DEVICE), torch.randn(2, 20, 3, 24, device=DEVICE)
+    k, v = (torch.randn(2, 20, 3, dim).to(DEVICE, HALF[0]) for dim in (16, 24))
     row = torch.full((9, 2, 3, 40), math.nan, device=DEVICE, dtype=HALF[0]).transpose(0, 1)
     pairs = [(row[..., :16], k[:, 1:19:2]), (row[..., 16:], v[:, 1:19:2])]
     fused.accumulate(pairs, True)
-    assert torch.equal(row, torch.cat([k, v], -1)[:, 1:19:2].to(HALF[0]))
+    assert torch.equal(row, torch.cat([k, v], -1)[:, 1:19:2])
     wide = row.float()
     fused.accumulate([(wide[..., :16], row[..., :16]), (wide[..., 16:], row[..., 16:])], False)
     assert torch.equal(wide, 2 * row.float())
@@ -92,8 +94,17 @@ def test_nothing_is_folded_and_added_where_there_is_nothing():
 
 def test_a_ring_takes_the_fused_passes(monkeypatch):
     """Every schedule, with results and gradients as with PyTorch's operators."""
-    seqlen, made = 60, []
-    monkeypatch.setattr(passes, "fused_for", lambda x: made.append(x.shape) or fused)
+    seqlen, made, alone = 60, [], threading.Lock()  # the interpreter is for one thread at a time
+
+    def locked(function):
+        def call(*args):
+            with alone:
+                function(*args)
+
+        return call
+
+    kernels = SimpleNamespace(fold=locked(fused.fold), accumulate=locked(fused.accumulate))
+    monkeypatch.setattr(passes, "fused_for", lambda x: made.append(x.shape) or kernels)
     q, dout = (torch.randn(1, seqlen, 2, 16, dtype=torch.float64, device=DEVICE) for _ in range(2))
     k, v = (torch.randn(1, seqlen, 1, 16, dtype=torch.float64, device=DEVICE) for _ in range(2))
     dlse = torch.zeros(1, 2, seqlen, dtype=torch.float64, device=DEVICE)

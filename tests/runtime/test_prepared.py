@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ringattn as ra
 from ringattn.kernels import KERNELS
+from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.scores import Scores
 from ringattn.runtime import binding
 from ringattn.runtime.dispatch import kind_of
@@ -19,16 +20,13 @@ from ringattn.testing import InstantRank
 TOKENS, HEADS, DIM = 48, 2, 8
 
 
-class Idle:
+class Idle(TileKernel):
     """A kernel that writes what it is given, and makes nothing."""
 
-    name, reads_delta, needs = "idle", False, KERNELS[0].needs
+    name = "idle"
 
     def refuse(self, call):
         return None
-
-    def direct(self, call):
-        return False
 
     def forward(self, q, k, v, calls, acc):
         for call in calls.calls:
