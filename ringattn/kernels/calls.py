@@ -111,14 +111,18 @@ class TileKernel:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
         """See `Kernel`."""
         for call in calls.calls:
-            if call.plain:
-                queries, part = (q, acc) if call.q is None else (q[:, call.q], acc.rows(call.q))
-                keys, values = (k, v) if call.k is None else (k[:, call.k], v[:, call.k])
-                self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
-                continue
-            with _acc_rows(acc, call.q, call.count) as part:
-                queries, keys, values = (_rows(x, at, call.count) for x, at in ((q, call.q), (k, call.k), (v, call.k)))
-                self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
+            self.forward_call(q, k, v, call, acc)
+
+    def forward_call(self, q: Tensor, k: Tensor, v: Tensor, call: TileCall, acc: Partial) -> None:
+        """One of them."""
+        if call.plain:
+            queries, part = (q, acc) if call.q is None else (q[:, call.q], acc.rows(call.q))
+            keys, values = (k, v) if call.k is None else (k[:, call.k], v[:, call.k])
+            self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
+            return
+        with _acc_rows(acc, call.q, call.count) as part:
+            queries, keys, values = (_rows(x, at, call.count) for x, at in ((q, call.q), (k, call.k), (v, call.k)))
+            self.forward_tile(queries, keys, values, call.scores, part, call.fresh)
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, calls: TileCalls, grads: Grads) -> None:
         """See `Kernel`."""

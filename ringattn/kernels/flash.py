@@ -8,7 +8,7 @@ What is written once is written by the operator itself; the rest is folded and a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -19,14 +19,16 @@ from torch.nn.functional import pad
 
 from ringattn.geometry.tiles import Window
 from ringattn.kernels.base import Call, Grads, Kernel, Rows
-from ringattn.kernels.calls import TileCalls, TileKernel
+from ringattn.kernels.calls import TileCall, TileCalls, TileKernel
 from ringattn.kernels.operators import DLSE_COLUMNS
 from ringattn.kernels.packed import packed
 from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.passes import fold_all
 from ringattn.kernels.pieces import TileBand
 from ringattn.kernels.scores import Bounds, TileScores
 
 HALF = (torch.float16, torch.bfloat16)
+TOGETHER = 8  # results that are held to be folded at once
 ALIGNMENT = 16  # bytes, of the rows that an operator writes
 CLOSE = 0.03  # what a probe's bf16 may be off
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -101,6 +103,21 @@ class FlashKernel(TileKernel):
         """What this package cannot compute of what others can."""
         raise NotImplementedError
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
+        """See `Kernel`: what several tiles add to the same rows is folded at once."""
+        for run in _on_the_same_rows(calls.calls):
+            if len(run) == 1:
+                self.forward_call(q, k, v, run[0], acc)
+                continue
+            rows = run[0].q
+            queries, home = (q, acc) if rows is None else (q[:, rows], acc.rows(rows))
+            blocks = q.new_empty((len(run), *home.out.shape))
+            lses = torch.empty((len(run), *home.lse.shape), device=q.device)
+            for call, out, lse in zip(run, blocks, lses, strict=True):
+                keys, values = (k, v) if call.k is None else (k[:, call.k], v[:, call.k])
+                self.forward_tile(queries, keys, values, call.scores, Partial(out, lse), fresh=True)
+            fold_all(home.out, home.lse, blocks, lses)
+
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         if scores.bounds is not None and q.shape[0] > 1:  # operators take packed tiles of one batch row
             for b in _rows(q):
@@ -131,6 +148,19 @@ class FlashKernel(TileKernel):
         if bounds is None:
             window = TileBand.of(q.shape[1], k.shape[1], window).window  # without what does not bind
         return Ask(window, scores.scale, scores.softcap, bounds, self.deterministic, self.sm_margin)
+
+
+def _on_the_same_rows(calls: Sequence[TileCall]) -> Iterator[list[TileCall]]:
+    """The calls in their order, those together that add to the same rows."""
+    run: list[TileCall] = []
+    for call in calls:
+        joins = run and call.plain and run[-1].plain and call.q == run[-1].q and len(run) < TOGETHER
+        if run and (call.fresh or run[-1].fresh or not joins):
+            yield run
+            run = []
+        run.append(call)
+    if run:
+        yield run
 
 
 def _rows(x: Tensor) -> Iterator[slice]:

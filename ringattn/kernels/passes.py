@@ -19,20 +19,30 @@ Pair = tuple[Tensor, Tensor]  # a target and a source of one shape
 Pairs = Sequence[Pair]
 
 
-def fold_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+def fold_into(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> None:
     """Merges a block's result into a running one in place (`partial.py` has the formula).
 
-    out, block_out: `[batch, n, heads, dim]`; lse, block_lse: `[batch, heads, n]`, natural log. Any float dtypes, any
-    strides; the block may be of a lower precision.
+    out, block: `[batch, n, heads, dim]`; lse, block_lse: `[batch, heads, n]`, natural log. Any float dtypes, any strides;
+    the block may be of a lower precision.
     """
     fused = fused_for(out)
     if fused is not None:
-        fused.fold(out, lse, block_out, block_lse)
+        fused.fold(out, lse, block[None], block_lse[None])
         return
     dtype = out.dtype
     joint, weight = join(lse, block_lse.to(lse.dtype))
-    out.lerp_(block_out if block_out.dtype == dtype else block_out.to(dtype), weight.to(dtype))
+    out.lerp_(block if block.dtype == dtype else block.to(dtype), weight.to(dtype))
     lse.copy_(joint)
+
+
+def fold_all(out: Tensor, lse: Tensor, blocks: Tensor, block_lses: Tensor) -> None:
+    """The same for several blocks, `[count, ...]`, one after the other."""
+    fused = fused_for(out)
+    if fused is not None:
+        fused.fold(out, lse, blocks, block_lses)
+        return
+    for block, block_lse in zip(blocks, block_lses, strict=True):
+        fold_into(out, lse, block, block_lse)
 
 
 def join(lse: Tensor, block_lse: Tensor) -> tuple[Tensor, Tensor]:

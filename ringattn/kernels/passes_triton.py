@@ -16,17 +16,17 @@ ELEMENTS = 4096  # of one program: 8 of each of 512 threads, in 16-byte accesses
 WARPS = 4
 
 
-def fold(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """See `passes.fold_into`."""
+def fold(out: Tensor, lse: Tensor, blocks: Tensor, block_lses: Tensor) -> None:
+    """See `passes.fold_all`."""
     batch, n, heads, dim = out.shape
     if not out.numel():
         return
     width = triton.next_power_of_2(dim)
     rows = _rows(width, n)
     _fold[(triton.cdiv(n, rows), heads, batch)](
-        out, lse, block_out, block_lse, n, dim,
-        *out.stride()[:3], *lse.stride(), *block_out.stride()[:3], *block_lse.stride(),
-        ROWS=rows, WIDTH=width, num_warps=WARPS,
+        out, lse, blocks, block_lses, n, dim,
+        *out.stride()[:3], *lse.stride(), *blocks.stride()[:4], *block_lses.stride(),
+        COUNT=len(blocks), ROWS=rows, WIDTH=width, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -61,28 +61,34 @@ def _rows(width: int, most: int) -> int:
 
 @triton.jit
 def _fold(
-    out, lse, block_out, block_lse, n, dim,
-    ob, on, oh, lb, lh, ln, bb, bn, bh, mb, mh, mn,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    out, lse, blocks, block_lses, n, dim,
+    ob, on, oh, lb, lh, ln, bp, bb, bn, bh, mp, mb, mh, mn,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of one head of a batch row; strides by batch row, row and head (of lse: by batch row, head and row)."""
+    """Some rows of one head of a batch row; strides by block, batch row, row and head (of lse: batch row, head,
+    row)."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside, at, columns = rows < n, rows.to(tl.int64), tl.arange(0, WIDTH)
-    lse += batch * lb + head * lh + at * ln
-    old = tl.load(lse, mask=inside, other=0.0)
-    new = tl.load(block_lse + batch * mb + head * mh + at * mn, mask=inside, other=0.0).to(old.dtype)
-    top = tl.maximum(old, new, propagate_nan=tl.PropagateNan.ALL)
-    nothing = top == float("-inf")  # neither saw a key, and -inf - (-inf) is NaN
-    joint = tl.where(nothing, top, top + tl.log(1.0 + tl.exp(-tl.abs(old - new))))
-    weight = tl.where(new == float("-inf"), 0.0, tl.exp(new - joint)).to(out.dtype.element_ty)
-    tl.store(lse, joint, mask=inside)
     whole = inside[:, None] & (columns < dim)[None, :]
+    lse += batch * lb + head * lh + at * ln
     out += batch * ob + head * oh + (at * on)[:, None] + columns[None, :]
-    block_out += batch * bb + head * bh + (at * bn)[:, None] + columns[None, :]
-    before = tl.load(out, mask=whole, other=0.0)
-    block = tl.load(block_out, mask=whole, other=0.0).to(before.dtype)
-    tl.store(out, before + weight[:, None] * (block - before), mask=whole)
+    blocks += batch * bb + head * bh + (at * bn)[:, None] + columns[None, :]
+    block_lses += batch * mb + head * mh + at * mn
+    joint = tl.load(lse, mask=inside, other=0.0)
+    result = tl.load(out, mask=whole, other=0.0)
+    for _ in tl.static_range(COUNT):
+        new = tl.load(block_lses, mask=inside, other=0.0).to(joint.dtype)
+        top = tl.maximum(joint, new, propagate_nan=tl.PropagateNan.ALL)
+        nothing = top == float("-inf")  # neither saw a key, and -inf - (-inf) is NaN
+        joint = tl.where(nothing, top, top + tl.log(1.0 + tl.exp(-tl.abs(joint - new))))
+        weight = tl.where(new == float("-inf"), 0.0, tl.exp(new - joint)).to(result.dtype)
+        block = tl.load(blocks, mask=whole, other=0.0).to(result.dtype)
+        result += weight[:, None] * (block - result)
+        blocks += bp
+        block_lses += mp
+    tl.store(lse, joint, mask=inside)
+    tl.store(out, result, mask=whole)
 
 
 @triton.jit

@@ -180,6 +180,21 @@ def test_masks_in_many_pieces(name, mask, world, batch, monkeypatch):
 
 
 @each
+def test_what_several_tiles_add_to_the_same_rows_is_folded_at_once(name, monkeypatch):
+    """Strided keys of a gather are a tile for each owner."""
+    folds = []
+    monkeypatch.setattr(
+        flash, "fold_all", lambda *args: folds.append(len(args[2])) or ra.kernels.passes.fold_all(*args)
+    )
+    kernel, _ = made(name)
+    found, dense = attention(kernel, monkeypatch, ra.causal(), 4, layout="striped", schedule="gather")
+    assert folds and max(folds) > 1
+    for rank in found:
+        for a, b in zip(rank, dense, strict=True):
+            assert rms(a.double() - b) < 0.02 * max(1.0, b.abs().max().item())
+
+
+@each
 def test_documents_are_one_call(name, monkeypatch):
     kernel, interface = made(name)
     attention(kernel, monkeypatch, ra.documents(DOCUMENTS) & ra.causal(), 1)

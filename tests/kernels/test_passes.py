@@ -33,7 +33,7 @@ def test_fold_is_the_merge_of_partial_results(shape, block):
     acc.lse[0, 0, 0] = -math.inf
     new.lse[-1, -1, -1] = -math.inf
     want = merge(acc, Partial(new.out.to(wide), new.lse.double()))
-    fused.fold(acc.out, acc.lse, new.out, new.lse)
+    fused.fold(acc.out, acc.lse, new.out[None], new.lse[None])
     torch.testing.assert_close(acc.out, want.out, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(acc.lse, want.lse, rtol=1e-14, atol=1e-14)
 
@@ -44,10 +44,23 @@ def test_fold_of_rows_that_saw_nothing_and_of_nan():
         part.lse[0, 0] = torch.tensor(lse)
     acc.out[0, :2] = 0.0
     new.out[0, 0] = 0.0
-    fused.fold(acc.out, acc.lse, new.out, new.lse)
+    fused.fold(acc.out, acc.lse, new.out[None], new.lse[None])
     assert acc.lse[0, 0, 0] == -math.inf and not acc.out[0, 0].any()
     assert acc.lse[0, 0, 1] == 2.0 and torch.equal(acc.out[0, 1], new.out[0, 1])
     assert acc.lse[0, 0, 2:].isnan().all() and acc.out[0, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_results_are_folded_in_one_pass(count):
+    acc, new = (partial(2, 23, 3, 16, torch.float32, torch.float64) for _ in range(2))
+    blocks, lses = torch.randn(count, 2, 23, 3, 16).to(DEVICE, HALF[0]), 3 * torch.randn(count, 2, 3, 23, device=DEVICE)
+    lses[1, 0, 0, :5] = -math.inf
+    new.out.copy_(acc.out), new.lse.copy_(acc.lse)
+    fused.fold(acc.out, acc.lse, blocks, lses)
+    for block, lse in zip(blocks, lses, strict=True):
+        fold(new, block, lse)
+    torch.testing.assert_close(acc.out, new.out, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(acc.lse, new.lse, rtol=1e-14, atol=1e-14)
 
 
 def test_fold_takes_views_and_leaves_what_lies_between():
@@ -56,7 +69,8 @@ def test_fold_takes_views_and_leaves_what_lies_between():
     acc, before = whole.rows(rows).heads(heads), Partial(whole.out.clone(), whole.lse.clone())
     want = merge(acc, Partial(new.out.float(), new.lse.double()))
     block = torch.randn(2, 2, 13, 24).to(DEVICE, HALF[0]).transpose(1, 2).copy_(new.out)
-    fused.fold(acc.out, acc.lse, block, new.lse.transpose(1, 2).contiguous().transpose(1, 2))
+    lse = new.lse.transpose(1, 2).contiguous().transpose(1, 2)
+    fused.fold(acc.out, acc.lse, block[None], lse[None])
     torch.testing.assert_close(acc.out, want.out, rtol=2e-6, atol=1e-6)
     before.rows(rows).heads(heads).out.copy_(want.out)
     torch.testing.assert_close(whole.out, before.out, rtol=2e-6, atol=1e-6)
@@ -88,7 +102,7 @@ def test_keys_and_values_of_their_own_sizes_are_packed_in_one_launch():
 
 def test_nothing_is_folded_and_added_where_there_is_nothing():
     acc = partial(1, 0, 2, 16, torch.float32, torch.float64)
-    fused.fold(acc.out, acc.lse, acc.out, acc.lse)
+    fused.fold(acc.out, acc.lse, acc.out[None], acc.lse[None])
     fused.accumulate([(acc.out, acc.out)], False)
 
 
