@@ -22,8 +22,8 @@ Pairs = Sequence[Pair]
 def fold_into(out: Tensor, lse: Tensor, block: Tensor, block_lse: Tensor) -> None:
     """Merges a block's result into a running one in place (`partial.py` has the formula).
 
-    out, block: `[batch, n, heads, dim]`; lse, block_lse: `[batch, heads, n]`, natural log. Any float dtypes, any strides;
-    the block may be of a lower precision.
+    out, block: `[batch, n, heads, dim]`; lse, block_lse: `[batch, heads, n]`, natural log. Any float dtypes, any
+    strides; the block may be of a lower precision.
     """
     fused = fused_for(out)
     if fused is not None:
