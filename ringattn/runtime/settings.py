@@ -33,6 +33,9 @@ class Options:
         all ranks. None: what is known of the device.
     compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
         call they belong to (NCCL).
+    communicators: of our own that messages between GPUs travel on (NCCL), on streams of high priority. 0: none, but the
+        group's; 1: one for all messages; 2: one for keys and queries, one for gradients and results, where
+        ``NCCL_LAUNCH_ORDER_IMPLICIT=1`` must be set.
     """
 
     timeout: float | None = None
@@ -42,6 +45,7 @@ class Options:
     rates: Rates | None = None
     topology: Topology | None = None
     compare_every: int = 64
+    communicators: int = 0
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
@@ -60,6 +64,7 @@ class Options:
                 "a positive number of bytes, ",
             )
         plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
+        plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         for kind in (Rates, Topology):
