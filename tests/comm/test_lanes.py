@@ -17,7 +17,6 @@ import ringattn as ra
 from ringattn.comm import Homeward, PeerError, SharedMemoryTransport
 from ringattn.comm.lanes import OwnLane, open_lanes
 from ringattn.testing import results, run_processes
-from tests.comm.test_comm import EXCHANGES
 from tests.support.lanes import unlabelled_transport
 from tests.support.ring import check, single_process, tensors
 
@@ -27,18 +26,6 @@ SCHEDULES = ("ring", "exchange", "gather")
 # the last one's queries travel
 MASKS = [ra.causal(), ra.documents([0, 3, 3, 70, 90, S]) & ra.causal(), ra.longformer(5, 2, causal=False)]
 HOMEWARD = ("forward partial", "backward grad", "backward dq")
-
-
-def exchange(rank: int, world: int, communicators: int) -> None:
-    transport = unlabelled_transport(20, communicators)
-    for one in EXCHANGES:
-        one(transport)
-    assert len(transport.lanes) == communicators
-
-
-@pytest.mark.parametrize("communicators", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_what_is_sent_arrives(communicators: int) -> None:
-    run_processes(exchange, 2, communicators)
 
 
 def pass_each_other(rank: int, world: int, communicators: int) -> list[float]:
