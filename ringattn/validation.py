@@ -95,6 +95,11 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
             f"Options.compare_every={options.compare_every}, but contexts that follow each other count calls "
             f"together, and the first said {link.compare_every}"
         )
+    if options.communicators != link.communicators:
+        raise ValueError(
+            f"Options.communicators={options.communicators}, but the transport's are {link.communicators}: they are "
+            "set when it is made, by the first of the contexts that follow each other, or by whoever passes it in"
+        )
     if options.timeout not in (None, link.transport.timeout):
         raise ValueError(
             f"Options.timeout={options.timeout}, but the transport's deadline is {link.transport.timeout} s: it is "

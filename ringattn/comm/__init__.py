@@ -7,13 +7,14 @@ from ringattn.comm.meeting import Meeting
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
-from ringattn.comm.transport import Allocator, Pending, Solo, Transport, empty
+from ringattn.comm.transport import Allocator, Homeward, Pending, Solo, Transport, empty
 
 __all__ = [
     "TORN",
     "Allocator",
     "CallLog",
     "CallMismatch",
+    "Homeward",
     "Kind",
     "Label",
     "Loopback",

@@ -19,7 +19,8 @@ from ringattn.comm.shared_memory import transport_over
 from ringattn.comm.transport import Transport
 
 _NEW = "a new one"
-_known: WeakKeyDictionary[dist.ProcessGroup, dict[float, tuple[int, Transport]]] = WeakKeyDictionary()
+# By deadline and number of communicators.
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[float, int], tuple[int, Transport]]] = WeakKeyDictionary()
 
 
 class Meeting(GroupBoard):
@@ -47,31 +48,35 @@ class Meeting(GroupBoard):
         self._given_up = True
         self.timeout = 0.0
 
-    def transport(self, timeout: float) -> Transport:
+    def transport(self, timeout: float, communicators: int = 0) -> Transport:
         """The transport of all ranks' contexts, made if they have none that all can go on with. Collective.
 
         Raises:
             PeerError: a rank did not come within ``timeout`` seconds.
-            CallMismatch: (a ValueError) transfers of this group were left without their other ends.
+            CallMismatch: (a ValueError) transfers of this group were left without their other ends, or ranks differ in
+                the number of ``communicators`` (see `ProcessGroupTransport`).
         """
-        known = _known.setdefault(self.group, {})
-        made, shared = known.get(timeout, (0, None))
+        known, kind = _known.setdefault(self.group, {}), (timeout, communicators)
+        made, shared = known.get(kind, (0, None))
         if shared is not None and shared.log.group_lost:
             raise CallMismatch(str(shared.log.lost))
         place = None if shared is None else shared.log.place
         self._seconds = self.timeout = timeout
         if self._given_up:
             self.timeout = 0.0
-        if self._all_at(_NEW if place is None else f"that of meeting {made}, {place}") == _NEW or shared is None:
-            shared = transport_over(self.group, timeout)
-            known[timeout] = self._number, shared
+        place = _NEW if place is None else f"that of meeting {made}, {place}"
+        if self._all_at(place, communicators) == _NEW or shared is None:
+            shared = transport_over(self.group, timeout, communicators)
+            known[kind] = self._number, shared
         return shared
 
-    def _all_at(self, place: str) -> str:
+    def _all_at(self, place: str, communicators: int) -> str:
         """Waits for all ranks; the place, if all are at it."""
+        number = {"Options.communicators": str(communicators)}
         try:
-            agree(self, f"meeting {self._number}", {"transport": place})
-        except CallMismatch:
+            agree(self, f"meeting {self._number}", {"transport": place, **number})
+        except CallMismatch:  # in one of the two; all ranks are here
+            agree(self, f"meeting {self._number}, communicators", number)
             place = _NEW
         except PeerError as error:
             raise PeerError(

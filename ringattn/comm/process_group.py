@@ -1,5 +1,5 @@
 """The transport over `torch.distributed`: gloo between CPUs, NCCL between GPUs. Between GPUs one batch of transfers
-is one `batch_isend_irecv`; the group's own store serves for agreement; there are no threads of our own.
+is fused to one on each lane; the group's own store serves for agreement; there are no threads of our own.
 
 Between CPUs, two ranks that share a batch also exchange its labels, which they wait for first: a label is of one size
 whatever call it comes from, so two calls can meet in it and be told apart. Tensors travel under a tag of their call.
@@ -14,7 +14,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from torch import Tensor
 from ringattn.arguments.values import deadline
 from ringattn.comm.board import GroupBoard
 from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
-from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, check_device, in_vain
+from ringattn.comm.lanes import Fused, Lane, Tensors, group_lane, open_lanes
+from ringattn.comm.transport import Done, Homeward, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
 PAUSE = 0.1  # seconds between two looks at what others have told
 _CPU = torch.device("cpu")
@@ -47,13 +47,16 @@ class ProcessGroupTransport(GroupBoard):
     Args:
         group: a process group this rank belongs to (of a 1-D DeviceMesh: `mesh.get_group()`).
         timeout: seconds, the deadline on every wait.
+        communicators: 0, or how many of our own the transfers between GPUs travel on, one or two, on streams of high
+            priority: two keep keys and queries apart from what is `Homeward`. The same on all ranks.
 
     Raises:
         ValueError: `group` is not a group of this rank's, or `timeout` is not positive.
+        NotImplementedError: `communicators`, and the group's engine for GPUs is not NCCL.
         PeerError: not every rank of the group constructed its transport in time.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float = 60.0) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float = 60.0, communicators: int = 0) -> None:
         super().__init__(group)
         self.timeout = deadline("timeout", timeout)
         self.log = CallLog(self.rank)
@@ -70,6 +73,9 @@ class ProcessGroupTransport(GroupBoard):
         self.keep_apart(self._number)
         for held in (self._under_way, self._kept, self._labels):
             self.at_end(held.clear)
+        self.lanes: list[Lane] = [group_lane]
+        if communicators and self.blind:
+            self.open_lanes(communicators, self._devices["cuda"])
 
     def _meet(self, number: int) -> int:
         """Initialises the communicators, and spreads rank 0's `number`."""
@@ -83,6 +89,18 @@ class ProcessGroupTransport(GroupBoard):
             except RuntimeError as error:
                 raise self._absent(error) from error
         return total
+
+    def open_lanes(self, number: int, device: torch.device) -> None:
+        """Makes as many communicators of our own, which end with the group, for messages without labels. Collective."""
+        try:
+            lanes = open_lanes(self.group, device, self._open_store, number)
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:
+            raise self._absent(error) from error
+        self.lanes[:] = lanes
+        for lane in lanes:
+            self.at_end(lane.close)
 
     def _absent(self, error: RuntimeError) -> PeerError:
         return PeerError(
@@ -110,15 +128,16 @@ class ProcessGroupTransport(GroupBoard):
         """See `Transport`. Raises ValueError for tensors on a device the group cannot move."""
         check_batch(self, sends, recvs)
         self.log.check()
-        group, label = self.group, self.log.label(what)
+        self.check_open()
+        label = self.log.label(what)
         who = f"{what}: rank {self.rank} of group '{self.name}'"
-        parts: list[_Labelled | _Fused] = []
-        for kind in (_Labelled, _Fused):
-            out, back = (by_peer([p for p in parcels if kind.moves(p[0])]) for parcels in (sends, recvs))
+        parts: list[_Labelled | Fused] = []
+        for lane in (None, *self.lanes):
+            out, back = (by_peer([p for p in parcels if self._lane(p) is lane]) for parcels in (sends, recvs))
             for tensor in (t for tensors in (*out.values(), *back.values()) for t in tensors):
                 check_device(tensor, self._devices, self.name, what)
             if out or back:
-                parts.append(kind(self, group, label, out, back))
+                parts.append(_Labelled(self, label, out, back) if lane is None else Fused(self, lane, out, back))
         if not parts:
             return Done()
         batch = _Batch(who, self, parts)
@@ -126,6 +145,12 @@ class ProcessGroupTransport(GroupBoard):
         for part in parts:
             part.start()
         return batch
+
+    def _lane(self, parcel: tuple[Tensor, int]) -> Lane | None:
+        """What a message travels on; None: with a label."""
+        if parcel[0].device.type not in self.blind:
+            return None
+        return self.lanes[-1 if isinstance(parcel, Homeward) else 0]
 
     def done(self, batch: _Batch) -> None:
         """A batch whose tensors nobody writes to any more."""
@@ -201,7 +226,7 @@ class ProcessGroupTransport(GroupBoard):
 class _Batch:
     """One batch under way. It holds the tensors, which must outlive the transfers."""
 
-    def __init__(self, who: str, transport: ProcessGroupTransport, parts: list[_Labelled | _Fused]) -> None:
+    def __init__(self, who: str, transport: ProcessGroupTransport, parts: list[_Labelled | Fused]) -> None:
         self._who, self._transport, self._parts = who, transport, parts
         self._failed: Exception | None = None
 
@@ -227,9 +252,6 @@ class _Batch:
         self._parts = []
 
 
-_Tensors = dict[int, list[Tensor]]  # by peer
-
-
 class _Transfer:
     """A tensor that goes to a peer or comes from it between CPUs. Whoever needs it keeps it before it begins."""
 
@@ -251,10 +273,8 @@ class _Transfer:
 class _Labelled:
     """The transfers between CPUs, started one by one, which tells which of them failed."""
 
-    def __init__(
-        self, transport: ProcessGroupTransport, group: dist.ProcessGroup, label: Label, out: _Tensors, back: _Tensors
-    ) -> None:
-        self.transport, self.group, self.label = transport, group, label
+    def __init__(self, transport: ProcessGroupTransport, label: Label, out: Tensors, back: Tensors) -> None:
+        self.transport, self.label = transport, label
         self.peers = sorted(out.keys() | back.keys())
         self.notes = {peer: _Transfer(_note(label.pack())) for peer in self.peers}
         self.out, self.back = ({peer: [_Transfer(tensor) for tensor in of[peer]] for peer in of} for of in (out, back))
@@ -262,7 +282,7 @@ class _Labelled:
 
     def start(self) -> None:
         """Starts all of them, those of a broken connection in vain."""
-        group, label = self.group, self.label
+        group, label = self.transport.group, self.label
         labels, tensors = self.transport.tag(label.epoch), self.transport.tag(label.epoch, label.chain)
         for peer in self.peers:
             try:
@@ -274,11 +294,6 @@ class _Labelled:
                 self.notes[peer].begin(group.send, peer, labels)  # last: who has a label can count on the rest
             except RuntimeError as error:  # a connection known to be broken; wait() reports it
                 self.errors[peer] = error
-
-    @staticmethod
-    def moves(tensor: Tensor) -> bool:
-        """Whether this is how the tensor travels."""
-        return tensor.device.type == "cpu"
 
     def wait(self, deadline: float) -> dict[int, RuntimeError]:
         """The errors by peer; raises CallMismatch, or what a peer has failed with."""
@@ -305,42 +320,6 @@ class _Labelled:
             return
         if not theirs.fits(self.label):
             raise log.mismatch(self.label, theirs)
-
-
-class _Fused:
-    """The transfers between GPUs, started as one, so that NCCL fuses them."""
-
-    def __init__(
-        self, _: ProcessGroupTransport, group: dist.ProcessGroup, __: Label, out: _Tensors, back: _Tensors
-    ) -> None:
-        transfers: list[tuple[Callable[..., Any], Tensor, int]]
-        transfers = [(dist.isend, tensor, peer) for peer, tensors in out.items() for tensor in tensors]
-        transfers += [(dist.irecv, tensor, peer) for peer, tensors in back.items() for tensor in tensors]
-        self.peers = sorted(out.keys() | back.keys())
-        self.held = [dist.P2POp(move, tensor, group=group, group_peer=peer) for move, tensor, peer in transfers]
-        self.works: list[dist.Work] = []
-        self.errors: dict[int, RuntimeError] = {}
-
-    def start(self) -> None:
-        """Starts all of them."""
-        try:
-            self.works = dist.batch_isend_irecv(self.held)
-        except RuntimeError as error:
-            self.errors = dict.fromkeys(self.peers, error)
-
-    @staticmethod
-    def moves(tensor: Tensor) -> bool:
-        """Whether this is how the tensor travels."""
-        return tensor.device.type != "cpu"
-
-    def wait(self, deadline: float) -> dict[int, RuntimeError]:
-        """The errors by peer. Orders the current stream behind the transfers; a timeout would block the host."""
-        try:
-            for work in self.works:
-                work.wait()
-        except RuntimeError as error:
-            self.errors = dict.fromkeys(self.peers, error)
-        return self.errors
 
 
 def _note(packed: bytes) -> Tensor:

@@ -26,10 +26,10 @@ from ringattn.comm.transport import Done, Parcels, Pending, Transport, by_peer, 
 AWAKE = 0.02
 
 
-def transport_over(group: dist.ProcessGroup, timeout: float) -> Transport:
+def transport_over(group: dist.ProcessGroup, timeout: float, communicators: int = 0) -> Transport:
     """Shared memory where the group moves CPU tensors only and all its ranks run on one Linux machine, else the
-    group's own engine. Collective; raises like `ProcessGroupTransport`."""
-    engine = ProcessGroupTransport(group, timeout)
+    group's own engine. Collective; takes and raises what `ProcessGroupTransport` does."""
+    engine = ProcessGroupTransport(group, timeout, communicators)
     if engine.devices == {"cpu"} and engine.world_size > 1 and engine.same_everywhere(_machine()):
         return SharedMemoryTransport(engine) if _machine() else engine
     return engine

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,14 @@ from torch import Tensor
 from ringattn.comm.calls import CallLog, Label, PeerError
 
 Parcels = Sequence[tuple[Tensor, int]]  # tensors with the group rank each goes to or comes from
+
+
+class Homeward(NamedTuple):
+    """A message with what was computed of others: gradients and partial results. Where a transport has two lanes it
+    takes the other one; it is so at both of its ends."""
+
+    tensor: Tensor
+    rank: int
 
 
 class Pending(Protocol):

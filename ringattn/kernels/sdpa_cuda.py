@@ -31,6 +31,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 def refuse(call: Call) -> str | None:
+    if call.deterministic:
+        return "Options.deterministic: PyTorch's fused operators on CUDA promise no order of sums"
     if call.dtype in HALF:
         if call.v_head_dim != call.head_dim:
             return f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim} in {call.dtype} on CUDA"

@@ -30,11 +30,11 @@ class Stacking(Enum):
     ALL = "all"
 
     @staticmethod
-    def of(device: str, positional: bool) -> Stacking:
+    def of(device: str, alone: bool) -> Stacking:
         """That of a type of device. For 64 x 64 tiles of 4 heads, a CPU needs 1.6 times as long for stacks of scattered
-        rows as for their tiles one by one, and 0.75 times for rows that lie side by side. ``positional``: tiles must
-        know where they lie, for a bias or dropout."""
-        if positional:
+        rows as for their tiles one by one, and 0.75 times for rows that lie side by side. ``alone``: each tile is to
+        be a call of its own, as it must know where it lies (a bias, dropout), or sums must have one order."""
+        if alone:
             return Stacking.NONE
         return Stacking.VIEWS if device == "cpu" else Stacking.ALL
 

@@ -47,6 +47,11 @@ class Row(Enum):
         """Whether rows are of KV heads, not of query heads."""
         return self in (Row.KV, Row.GRAD)
 
+    @property
+    def homeward(self) -> bool:
+        """Whether rows are computed of keys or queries that came from elsewhere, and on their way home."""
+        return self in (Row.GRAD, Row.PARTIAL, Row.DQ)
+
     def width(self, head_dim: int, v_head_dim: int) -> int:
         """Numbers of one head."""
         return {

@@ -140,13 +140,17 @@ class Binding:
         if known is None:
             kernels = self.kernels(mask, kind, scores.features, dlse)
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
-            stacking = Stacking.of(kind.device.type, scores.positional)
+            stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
             load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
             known = Prepared(self.program(mask, load), kernels, kind, mask, scores)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
+
+    def _in_order(self, kind: Kind) -> bool:
+        """Whether a key's gradients must not be added up by several tiles of one call, in any order."""
+        return self.settings.options.deterministic and kind.device.type == "cuda"
 
     def kernels(self, mask: Expression, kind: Kind, features: frozenset[str], dlse: bool) -> Selection:
         """The kernels of a call. Raises as :meth:`prepared` does."""

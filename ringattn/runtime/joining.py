@@ -42,7 +42,7 @@ def _link(group_or_mesh: Group, options: Callable[[], Options]) -> Link:
     group = _group(group_or_mesh)
     if group is None:
         asked = options()
-        return Link(Solo(asked.timeout or DEADLINE), asked.compare_every)
+        return Link(Solo(asked.timeout or DEADLINE), asked.compare_every, asked.communicators)
     if isinstance(group, dist.ProcessGroup):
         return _meet(group, options)
     with told(group, "a new context"):
@@ -60,7 +60,8 @@ def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
             if refusal is not None:
                 raise refusal
             asked = options()  # what does not fit says so before anything is sent
-            links.append(Link(meeting.transport(asked.timeout or DEADLINE), asked.compare_every))
+            transport = meeting.transport(asked.timeout or DEADLINE, asked.communicators)
+            links.append(Link(transport, asked.compare_every, asked.communicators))
 
     def stop() -> None:
         for meeting in meetings:

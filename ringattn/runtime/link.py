@@ -74,10 +74,11 @@ class _Common:
 @dataclass
 class Link:
     """What contexts share that follow each other. ``compare_every``: calls between two comparisons of all calls so far,
-    where messages carry no label."""
+    where messages carry no label. ``communicators``: what `Options` asked for when the transport was made."""
 
     transport: Transport
     compare_every: int = 64
+    communicators: int = 0
     workspace: Workspace = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
     _common: _Common = field(default_factory=_Common)

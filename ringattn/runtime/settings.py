@@ -41,6 +41,9 @@ class Options:
         machine and device, if it has been written, else the table that comes with the library.
     compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
         call they belong to (NCCL).
+    communicators: of our own that messages between GPUs travel on (NCCL), on streams of high priority. 0: none, but the
+        group's; 1: one for all messages; 2: one for keys and queries, one for gradients and results, where
+        ``NCCL_LAUNCH_ORDER_IMPLICIT=1`` must be set.
     """
 
     timeout: float | None = None
@@ -53,6 +56,7 @@ class Options:
     sm_margin: int = 0
     kernel_rates: str | None = None
     compare_every: int = 64
+    communicators: int = 0
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
@@ -76,6 +80,7 @@ class Options:
         if self.kernel_rates is not None:
             plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
             KernelRates.read(Path(str(plain["kernel_rates"])))
+        plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         for kind in (Rates, Topology):
@@ -107,7 +112,7 @@ class ContextSettings:
         """What costs are reckoned with."""
         known, stacking = (
             hardware(self.device),
-            Stacking.of("cpu" if self.device == "cpu" else "cuda", positional=False),
+            Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False),
         )
         options, shape = self.options, self.shape or TYPICAL
         return Terms(options.topology or known.topology, options.rates or known.rates, shape, stacking)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.comm import Homeward
 from ringattn.kernels import Grads, Rows
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.partial import Partial, accumulator_dtype, fold
@@ -80,7 +81,8 @@ class Memory:
         return kv[..., : self.kind.head_dim], kv[..., self.kind.head_dim :]
 
     def message(self, parcel: Parcel) -> tuple[Tensor, int]:
-        return self.whole(parcel.buffer)[parcel.rows], parcel.peer
+        rows = self.whole(parcel.buffer)[parcel.rows]
+        return Homeward(rows, parcel.peer) if parcel.buffer.row.homeward else (rows, parcel.peer)
 
     def laying(self, copy: Copy) -> list[Action]:
         """What writes the rows of a copy."""

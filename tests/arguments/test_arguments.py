@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "seed of options": (lambda: ra.Options(seed=-1), "seed=-1"),
     "check_nan is a word": (lambda: ra.Options(check_nan="no"), "check_nan='no'"),
     "compare_every is none": (lambda: ra.Options(compare_every=0), "compare_every=0"),
+    "three communicators": (lambda: ra.Options(communicators=3), "communicators=3"),
     "rates of nothing": (lambda: ra.Rates(0, 1e9), "Rates.forward=0"),
     "rates is a bool": (lambda: ra.Rates(1e9, True), "Rates.backward=True"),
     "heads of no number": (lambda: ra.Shape(8.5, 8, 64), "Shape.num_heads=8.5"),

@@ -28,6 +28,7 @@ from ringattn.comm import (
 from ringattn.comm.shared_memory import AWAKE, _serve
 from ringattn.comm.transport import name_ranks
 from ringattn.testing import run_processes
+from tests.support.lanes import unlabelled_transport
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -249,6 +250,10 @@ def shared_memory(timeout: float) -> Transport:
     return transport
 
 
+def on_lanes(timeout: float) -> Transport:
+    return unlabelled_transport(timeout, 2)
+
+
 BETWEEN_PROCESSES = pytest.mark.parametrize("make", [gloo, shared_memory])
 
 
@@ -260,7 +265,7 @@ def all_exchanges(rank: int, world_size: int, make: Callable[[float], Transport]
     return transport.name
 
 
-@BETWEEN_PROCESSES
+@pytest.mark.parametrize("make", [gloo, shared_memory, on_lanes])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_processes(world_size: int, make: Callable[[float], Transport]) -> None:
     names = run_processes(all_exchanges, world_size, make)

@@ -330,3 +330,8 @@ def test_the_hub_is_asked_by_name_only(monkeypatch):
             choose(kernel.name, call_of(), [kernel])
         with pytest.raises(NotImplementedError, match="taken by name only on 'cuda'"):
             choose("auto", call_of(), [kernel])
+
+
+def test_what_sums_in_any_order_is_refused_where_one_order_is_asked_for():
+    assert "promise no order" in ra.kernels.sdpa.Sdpa().refuse(call_of(deterministic=True))
+    assert ra.kernels.sdpa.Sdpa().refuse(call_of(device_type="cpu", deterministic=True)) is None

@@ -59,7 +59,7 @@ def test_a_program_says_how_many_calls_run(mask, bias, monkeypatch):
     cp = ra.ContextParallel(None, 256, mask=mask)
     q, k, v = (torch.randn(1, 256, 2, 16) for _ in range(3))
     ra.attention(q, k, v, cp=cp, bias=bias)
-    load = Load(2, 0, Stacking.of("cpu", positional=bias is not None))
+    load = Load(2, 0, Stacking.of("cpu", alone=bias is not None))
     assert len(ran) == cp.program(mask, load).calls
 
 

@@ -9,25 +9,20 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.comm import PeerError, ProcessGroupTransport, process_group
+from ringattn.comm import PeerError, ProcessGroupTransport
 from ringattn.rolling import roll
 from ringattn.testing import dense_attention, run_processes
 from tests.support.exits import exit_codes
 from tests.support.faults import Faults
+from tests.support.lanes import unlabelled_transport
 from tests.support.steps import S, inputs_of
 
 BACKENDS = pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 DEADLINE = 20.0
 
 
-def unlabelled() -> ProcessGroupTransport:
-    """Over gloo: as NCCL's transfers, which are told apart by their order alone."""
-    transport = ProcessGroupTransport(dist.group.WORLD, DEADLINE)
-    if dist.get_backend() == "gloo":
-        process_group._Labelled.moves = staticmethod(lambda tensor: False)  # type: ignore[method-assign]
-        process_group._Fused.moves = staticmethod(lambda tensor: True)  # type: ignore[method-assign]
-        transport.blind = frozenset({"cpu"})
-    return transport
+def unlabelled(communicators: int = 0) -> ProcessGroupTransport:
+    return unlabelled_transport(DEADLINE, communicators)
 
 
 def context(transport: Any, compare_every: int, **settings: Any) -> ra.ContextParallel:
@@ -65,8 +60,8 @@ def step(cp: ra.ContextParallel, number: int, inputs: list[torch.Tensor] | None 
     return "right"
 
 
-def steps(rank: int, world: int) -> list[str]:
-    transport, found = unlabelled(), []
+def steps(rank: int, world: int, communicators: int = 0) -> list[str]:
+    transport, found = unlabelled(communicators), []
     masks = [ra.causal(), ra.documents([0, 5, 6, 20, S]) & ra.causal(), ra.longformer(4, [1, 9])]
     for mask in masks:
         for schedule in ("ring", "exchange", "gather"):
@@ -82,6 +77,13 @@ def steps(rank: int, world: int) -> list[str]:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_steps_are_right(backend: str, world: int) -> None:
     for found in run_processes(steps, world, backend=backend):
+        assert set(found) == {"right"}, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("communicators", [1, 2])
+def test_steps_on_communicators_of_our_own_are_right(communicators: int) -> None:
+    for found in run_processes(steps, 2, communicators, backend="nccl"):
         assert set(found) == {"right"}, found
 
 
@@ -125,9 +127,9 @@ def test_a_refusal_is_heard_at_the_next_comparison(backend: str) -> None:
         assert first == last == "right" and "tokens, but rank" in text, (text, last)
 
 
-def fail_at(rank: int, world: int, points: tuple[int, ...]) -> list[str]:
+def fail_at(rank: int, world: int, points: tuple[int, ...], communicators: int = 0) -> list[str]:
     """Rank r fails at its point r of a forward; what the steps after it say."""
-    transport = unlabelled()
+    transport = unlabelled(communicators)
     faults, cp = Faults(transport), context(transport, 1, layout="zigzag", schedule="ring")
     # all on the device by now: a copy would wait behind what never arrives
     first, second, *later = (tensors(cp, number) for number in range(4))
@@ -146,8 +148,11 @@ def fail_at(rank: int, world: int, points: tuple[int, ...]) -> list[str]:
 @pytest.mark.parametrize(
     "points, left", [((1, 1), False), ((2, 2), False), ((2, 3), False), ((1, 2), True), ((3, 1), True)]
 )
-def test_ranks_that_fail_go_on_if_no_transfer_is_left(backend: str, points: tuple[int, ...], left: bool) -> None:
-    for first, failed, *later in run_processes(fail_at, 2, points, backend=backend):
+@pytest.mark.parametrize("communicators", [0, 2])
+def test_ranks_that_fail_go_on_if_no_transfer_is_left(
+    backend: str, points: tuple[int, ...], left: bool, communicators: int
+) -> None:
+    for first, failed, *later in run_processes(fail_at, 2, points, communicators, backend=backend):
         assert first == "right" and failed.startswith("Injected")
         if left:
             assert all("CallMismatch" in text and "a new process group" in text for text in later), later

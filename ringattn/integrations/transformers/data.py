@@ -173,9 +173,10 @@ class ShardingCollator:
         """A context that knows its place and talks to nobody: enough to plan and to cut."""
         s = self._settings
         place = PlanningRank(self._rank, self._world_size, s.options.timeout or 60.0)
+        link = Link(place, s.options.compare_every, s.options.communicators)
         return ContextParallel(
             None, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options,
-            kv_layout=s.kv_layout, shape=s.shape, _shared=Shared(Link(place, s.options.compare_every), s.device),
+            kv_layout=s.kv_layout, shape=s.shape, _shared=Shared(link, s.device),
         )  # fmt: skip
 
 
