@@ -70,7 +70,7 @@ MASKS = [ra.bigbird(4, 3, 1, 2), ra.chunked(4), ra.strided(6), ra.bigbird(4, 1, 
 @pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stacks_give_the_same(mask, schedule, batch, poison, monkeypatch):
-    monkeypatch.setattr(Stacking, "of", lambda device, positional: Stacking.ALL)
+    monkeypatch.setattr(Stacking, "of", lambda device, alone: Stacking.ALL)
     sizes = {"q_len": 72, "kv_len": 72, "batch": batch}
     for world in (1, 2):
         settings = {"layout": "contiguous", "schedule": schedule}
