@@ -12,7 +12,7 @@ WORKERS ?= 2
 ARGS ?=
 
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := $(filter-out common gpu,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
+BENCHMARKS := $(filter-out common,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)))
 # only these files, so that a machine's own python needs no more packages than they do
 GPU_TESTS = $(shell grep -rl --include='test_*.py' 'mark\.gpu' tests)
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(INSTALLED))
