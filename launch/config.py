@@ -244,11 +244,13 @@ class Config:
             )
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
-        self._check_layers()
+        self._check_how()
         check_choice("engine", self.engine, ENGINES)
 
-    def _check_layers(self) -> None:
-        """How the built-in decoder's layers are computed."""
+    def _check_how(self) -> None:
+        """How the built-in decoder's layers are computed, and on whose GPU."""
+        if self.share_gpus and self.device != "cuda":
+            raise ValueError(f'share_gpus is set with device {self.device!r}; leave it out, or set device = "cuda"')
         check_choice("residual", self.residual, RESIDUALS)
         if self.residual != "float32" and self.dtype != "bfloat16":
             raise ValueError(

@@ -91,6 +91,7 @@ def test_the_residual_stream_has_the_dtype_that_is_asked_for(text: Path) -> None
         ({"residual": "bfloat16"}, "residual is 'bfloat16' with dtype 'float64'"),
         ({"residual": "float16", "dtype": "bfloat16"}, "unknown residual 'float16'"),
         ({"token_chunks": 0}, "token_chunks is 0"),
+        ({"share_gpus": True}, "share_gpus is set with device 'cpu'"),
         ({"token_chunks": 300}, "token_chunks is 300 for 257 tokens"),
         ({"token_chunks": 2, "hf": "x.json", "model": None, "masks": ()}, "has layers of its own"),
     ],
