@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -45,18 +46,30 @@ def _read(path: str) -> str:
 
 def write(name: str, result: dict[str, Any]) -> Path:
     """``results/NAME.json`` with the machine, the command and the date."""
+    path = store(name, head() | result)
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return path
+
+
+def head() -> dict[str, Any]:
+    """What a result begins with: the command, the date and the machine."""
+    command = f"python -m {_module()} {' '.join(sys.argv[1:])}".strip()
+    return {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
+
+
+def store(name: str, result: dict[str, Any]) -> Path:
+    """``results/NAME.json``, whole at any moment, whoever ends this process."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = f"python -m {_module()} {' '.join(sys.argv[1:])}".strip()
-    head = {"command": command, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
-    path.write_text(json.dumps(head | result, indent=1) + "\n")
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, path)
     return path
 
 
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
 
 
 def on_processes(fn: Callable[..., Any], world_size: int, *args: Any) -> Any:

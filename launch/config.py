@@ -18,6 +18,7 @@ from launch.rules import COUNT, SEED, SIZE, Rule, check, integer, number, shown
 
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = ("float32", "float64", "bfloat16")
+RESIDUALS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 ENGINES = ("ddp", "fsdp")
 
@@ -69,6 +70,7 @@ JOB = {
     "data_parallel": integer(1, SIZE),
     "accumulate": integer(1, SIZE),
     "loss_chunks": integer(1, COUNT, 8),
+    "token_chunks": integer(1, COUNT, 8),
     "timeout": number(1, 10**6, 300.0),
     "masks": Rule(lambda masks: len(masks) <= 10_000, "a list of at most 10,000 masks", ["causal()"]),
 }
@@ -177,7 +179,10 @@ class Config:
     data_parallel: replicas of the context; the other ranks share each sequence. accumulate: samples of a replica in a
     step. loss_chunks: the logits of a shard are computed in so many pieces. timeout: seconds that a rank waits for
     another, anywhere, before it says for whom and ends. dtype: float32 or float64 is the dtype of
-    everything, bfloat16 means autocast over fp32 parameters."""
+    everything, bfloat16 means autocast over fp32 parameters; residual: what is held of a token between layers then.
+    recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
+    all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
+    share_gpus: more ranks of one machine than it has GPUs share these, over sockets, which is slow: for tests."""
 
     name: str
     seqlen: int
@@ -196,7 +201,10 @@ class Config:
     data: tuple[str, ...] = ()
     device: str = "cpu"
     dtype: str = "float32"
+    residual: str = "float32"
     recompute: bool = False
+    token_chunks: int = 1
+    share_gpus: bool = False
     layout: str = "auto"
     schedule: str = "auto"
     kernel: str = "auto"
@@ -206,11 +214,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check(_values(self), JOB)
-        if self.loss_chunks > self.seqlen:
-            raise ValueError(
-                f"loss_chunks is {self.loss_chunks} for {self.seqlen} tokens; it is a number of chunks: set at most as "
-                "many as tokens, for instance 8"
-            )
+        for name in ("loss_chunks", "token_chunks"):
+            if getattr(self, name) > self.seqlen:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} for {self.seqlen} tokens; it is a number of chunks: set at most "
+                    "as many as tokens, for instance 8"
+                )
         if (self.model is None) == (not self.hf):
             given = "neither" if self.model is None else f"both, hf = {shown(self.hf)},"
             raise ValueError(
@@ -235,7 +244,24 @@ class Config:
             )
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
+        self._check_how()
         check_choice("engine", self.engine, ENGINES)
+
+    def _check_how(self) -> None:
+        """How the built-in decoder's layers are computed, and on whose GPU."""
+        if self.share_gpus and self.device != "cuda":
+            raise ValueError(f'share_gpus is set with device {self.device!r}; leave it out, or set device = "cuda"')
+        check_choice("residual", self.residual, RESIDUALS)
+        if self.residual != "float32" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"residual is {self.residual!r} with dtype {self.dtype!r}, which is that of everything; leave it out, "
+                'or set dtype = "bfloat16"'
+            )
+        if self.hf and (self.token_chunks != 1 or self.residual != "float32"):
+            raise ValueError(
+                f"token_chunks and residual are of the decoder in [model]; {shown(self.hf)} has layers of its own: "
+                "leave them out"
+            )
 
     @property
     def keeps_documents_apart(self) -> bool:

@@ -50,7 +50,7 @@ def _perform(request: Request, world: World, stop: StopSignal | None) -> int:
     prepared: list[Job] = []
     world.together(lambda: prepared.append(_prepare(request, world)))
     (job,) = prepared
-    join(world, job.config.device, job.config.timeout)
+    join(world, job.config.device, job.config.timeout, job.config.share_gpus)
     return run_job(job, world, request.check, stop)
 
 

@@ -44,6 +44,8 @@ class Language:
     layers: what is gathered one at a time where parameters are sharded. hidden: from a shard to what the head takes,
     [rows, local_seqlen, width]. head: logits of rows of it, [tokens, vocabulary]. masks: of each layer in order;
     `distinct` are the same without repeats, the widest first. shape: of a layer's attention, but for its dtype.
+    matmuls: parameters that every token is multiplied with, the embedding's not among them; None where that is not
+    known (experts).
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Language:
     distinct: Masks
     shape: ringattn.Shape
     vocabulary: int
+    matmuls: int | None = None
 
 
 class Objective(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from launch.config import ModelConfig
+from launch.config import Config, ModelConfig
 from launch.data import VOCABULARY
 from launch.language import Inputs, Language, Masks, check_memory
 from ringattn.integrations.checkpointing import keep_attention
@@ -20,15 +20,18 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> ou
 
 class Decoder(nn.Module):
     """`model(tokens, position_ids, attend)` gives what the head takes, [batch, local_seqlen, d_model]. `recompute`
-    drops each layer's activations but attention's and computes them again in backward."""
+    drops each layer's activations but attention's and computes them again in backward. `chunks`: see `Layer`.
+    `residual` is the dtype of what is held of a token between layers; None is that of the embedding's weights."""
 
-    def __init__(self, config: ModelConfig, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, recompute: bool = False, chunks: int = 1, residual: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute, self.residual = recompute, residual
         self.embedding = nn.Embedding(VOCABULARY, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.layers = nn.ModuleList(Layer(config, index, chunks) for index in range(config.num_layers))
+        self.norm = Norm(config.d_model, eps=1e-6)
         self.head = nn.Linear(config.d_model, VOCABULARY, bias=False)
         self.reset_parameters()
 
@@ -48,6 +51,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         rotation = self.rotation(position_ids)
         x = self.embedding(tokens)
+        if self.residual is not None:
+            x = x.to(self.residual)
         for layer in self.layers:
             if self.recompute:
                 x = checkpoint(layer, x, rotation, attend, use_reentrant=False, context_fn=keep_attention())
@@ -56,39 +61,68 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rotation(self, position_ids: Tensor) -> Tensor:
-        """Complex unit numbers [local_seqlen, 1, head_dim / 2], one turn per position and pair. The angles
+        """Complex unit numbers [1, local_seqlen, 1, head_dim / 2], one turn per position and pair. The angles
         are taken in fp64: at a million tokens fp32 angles would be off by a twentieth of a radian."""
         dim = self.config.head_dim
         pairs = torch.arange(0, dim, 2, dtype=torch.float64, device=position_ids.device)
-        angles = position_ids.double()[:, None, None] * self.config.rope_base ** (-pairs / dim)
+        angles = position_ids.double()[None, :, None, None] * self.config.rope_base ** (-pairs / dim)
         rotation = torch.polar(torch.ones_like(angles), angles)
         return rotation if self.head.weight.dtype == torch.float64 else rotation.to(torch.complex64)
 
 
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+class Norm(nn.RMSNorm):
+    """In the dtype of its weight, whatever that of x."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x)).
+
+    All but attention works on each token alone. With more than one of `chunks` it is computed in so many pieces of the
+    tokens, and again in backward piece by piece: then the inner widths are never held of all tokens at once."""
+
+    def __init__(self, config: ModelConfig, index: int, chunks: int = 1) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.chunks = index, chunks
         self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         heads, kv_heads, dim = self.heads
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention_norm = Norm(config.d_model, eps=1e-6)
         self.qkv = nn.Linear(config.d_model, (heads + 2 * kv_heads) * dim, bias=False)
         self.output = nn.Linear(heads * dim, config.d_model, bias=False)
-        self.mlp_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.mlp_norm = Norm(config.d_model, eps=1e-6)
         self.up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
+        q, k, v = in_chunks(self.project, self.chunks, x, rotation)
+        (x,) = in_chunks(self.conclude, self.chunks, x, attend(self.index, q, k, v))
+        return x
+
+    def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attends: q, k and v."""
         heads, kv_heads, dim = self.heads
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (heads + 2 * kv_heads, dim))
         # split, not slices: its backward is one concatenation
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
         q, k = rotate(qk, rotation).split((heads, kv_heads), dim=2)
-        x = x + self.output(attend(self.index, q, k, v).flatten(2))
+        return q, k, v
+
+    def conclude(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+        """What attention's result and the MLP make of x."""
+        x = x + self.output(attended.flatten(2))
         gate, value = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * value)
+        return (x + self.down(F.silu(gate) * value),)
+
+
+def in_chunks(part: Callable[..., tuple[Tensor, ...]], chunks: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`part` of tensors [batch or 1, tokens, ...], in pieces of the tokens of which none keeps its activations."""
+    if chunks == 1:
+        return part(*inputs)
+    pieces = zip(*(x.chunk(chunks, dim=1) for x in inputs), strict=True)
+    found = [checkpoint(part, *piece, use_reentrant=False) for piece in pieces]
+    return tuple(torch.cat(column, dim=1) for column in zip(*found, strict=True))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -97,10 +131,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
-def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
+def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
     """A fresh decoder as the job sees it; `masks` are repeated over the depth."""
     check_memory(_parameters(config))
-    model = Decoder(config, recompute)
+    residual = torch.bfloat16 if job.residual == "bfloat16" else None
+    model = Decoder(config, job.recompute, job.token_chunks, residual)
 
     def hidden(inputs: Inputs) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -111,11 +146,16 @@ def decoder(config: ModelConfig, masks: Masks, recompute: bool) -> Language:
     of_layers = tuple(masks[layer % len(masks)] for layer in range(config.num_layers))
     shape = ringattn.Shape(config.num_heads, config.num_kv_heads, config.head_dim)
     distinct = tuple(dict.fromkeys(of_layers))
-    return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, shape, VOCABULARY)
+    matmuls = _matmuls(config)
+    return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, shape, VOCABULARY, matmuls)
+
+
+def _matmuls(config: ModelConfig) -> int:
+    """Parameters of the linear maps, the head among them."""
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return config.d_model * (config.num_layers * (attention + 3 * config.d_ff) + VOCABULARY)
 
 
 def _parameters(config: ModelConfig) -> int:
-    """How many there will be."""
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.d_model * (attention + 3 * config.d_ff + 2)
-    return config.num_layers * layer + (2 * VOCABULARY + 1) * config.d_model
+    """How many there will be: beside the maps' those of the embedding and the norms."""
+    return _matmuls(config) + config.d_model * (VOCABULARY + 2 * config.num_layers + 1)

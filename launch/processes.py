@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from launch.board import ALONE, DONE, Attempt, Board, connect, find_attempt, new_store
 from launch.stopping import StopSignal
 from ringattn.integrations.fsdp import data_context_mesh
+from ringattn.testing import share_gpus
 
 # what a rank refuses in one line; an error of another kind is a fault in the program
 REFUSALS = (ValueError, NotImplementedError, ImportError, OSError, MemoryError)
@@ -126,6 +127,11 @@ class World:
                     f"{everyone[ranks[0]][name]!r}; start every rank with the same arguments, text and files"
                 )
 
+    @property
+    def device_name(self) -> str:
+        """As the driver calls this process's device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
     def peak_memory(self) -> int:
         """Largest memory this process has held, in bytes: allocated by CUDA, or resident."""
         if self.device.type == "cuda":
@@ -157,10 +163,11 @@ def limit_waits(timeout: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError where this machine has fewer GPUs than the launcher has started ranks here."""
+def check_device(device: str, share_gpus: bool) -> None:
+    """Raises ValueError where this machine has fewer GPUs than the launcher has started ranks here, unless they are to
+    share them."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device == "cuda" and torch.cuda.device_count() < ranks:
+    if device == "cuda" and torch.cuda.device_count() < (1 if share_gpus else ranks):
         raise ValueError(
             f"{ranks} ranks want a GPU each and this machine shows {torch.cuda.device_count()}; start fewer "
             'ranks, or take a config with device = "cpu", such as cpu-128k'
@@ -179,10 +186,15 @@ def meet(world: World, stop: StopSignal | None) -> None:
         world.attempt = Attempt(world.attempt.launch, max(world.board.gather(world.attempt.restarts)))
 
 
-def join(world: World, device: str, timeout: float) -> None:
-    """Makes the processes one group, in which no wait is longer than `timeout` seconds."""
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device("cpu")
+def join(world: World, device: str, timeout: float, shared: bool = False) -> None:
+    """Makes the processes one group, in which no wait is longer than `timeout` seconds. `shared`: several of them may
+    have one GPU."""
+    place = torch.device("cpu")
     if device == "cuda":
+        if shared:
+            share_gpus(world.rank)
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        place = torch.device("cuda", number % torch.cuda.device_count() if shared else number)
         torch.cuda.set_device(place)
     else:
         keep_freed_memory()

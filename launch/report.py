@@ -22,6 +22,7 @@ from rich.text import Text
 
 from launch.checkpoint import write_durably
 from launch.config import Config, dump
+from launch.flop import peak
 from launch.recall import Answers
 from launch.rules import shown
 from launch.training import Counters
@@ -56,10 +57,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RankSummary:
-    """What one rank says at the end: its largest memory in bytes, and its counters over the steps."""
+    """What one rank says at the end: its largest memory in bytes, its counters over the steps, and its device."""
 
     peak_memory: int
     counters: Counters
+    device: str = "cpu"
 
 
 class Report:
@@ -147,10 +149,21 @@ class Report:
         steps = f"{len(done)} step{'s' if len(done) > 1 else ''}{f' since step {self.first}' if self.first else ''}"
         yield "time", f"{seconds:.0f} s for {steps}, {seconds / len(done):.2f} s a step"
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
+        yield from self._utilisation(ranks, seconds)
         yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
         yield "K/V and gradients received", f"{mebibytes(received)}; the masks require {mebibytes(required)}"
         yield "attention waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"
         yield "written to", str(self.run)
+
+    def _utilisation(self, ranks: Sequence[RankSummary], seconds: float) -> Iterator[tuple[str, str]]:
+        """Where the model's FLOP and the peak of every device are known, and each rank has one to itself."""
+        peaks, done = [peak(rank.device) for rank in ranks], sum(rank.counters.flop for rank in ranks)
+        known = [found for found in peaks if found is not None]
+        if not done or len(known) < len(ranks) or self.config.dtype != "bfloat16" or self.config.share_gpus:
+            return
+        rate = done / seconds
+        of = f"{rate / len(ranks) / 1e12:,.0f} TFLOP/s of {sum(known) / len(ranks) / 1e12:,.0f} a device"
+        yield "model FLOP utilisation", f"{100 * rate / sum(known):.1f} %, {of}"
 
 
 def mebibytes(count: int) -> str:

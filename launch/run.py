@@ -81,7 +81,7 @@ def build(config: Config) -> Language:
         if not parse_mask(text).area(config.seqlen, config.seqlen):
             raise ValueError(f"mask {shown(text)} lets no token attend to any; name another")
     if config.model is not None:
-        language = model.decoder(config.model, tuple(map(parse_mask, config.masks)), config.recompute)
+        language = model.decoder(config, config.model, tuple(map(parse_mask, config.masks)))
     else:
         language = huggingface.decoder(Path(config.hf), config.recompute)
         if dtype == torch.float64:
@@ -93,7 +93,7 @@ def build(config: Config) -> Language:
 def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: Attempt = ALONE) -> Job:
     """Checks all that a process can check alone. Raises ValueError with the value, the rule and the
     remedy."""
-    check_device(config.device)
+    check_device(config.device, config.share_gpus)
     _check_place(config, run)
     restarted, there = resume.began_here(run, attempt), checkpoint.holds_any(run)
     if go_on and not restarted and not there:
@@ -195,7 +195,7 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
                 _save(job, trainer)
         saved = _save(job, trainer)
         world.at("the summary")
-        ranks = world.gather(RankSummary(world.peak_memory(), trainer.counters().since(before)))
+        ranks = world.gather(RankSummary(world.peak_memory(), trainer.counters().since(before), world.device_name))
         answers = recall(trainer, job.task) if job.done and isinstance(job.task, RecallTask) else []
         if report:
             report.summarize(ranks, answers)

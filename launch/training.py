@@ -12,6 +12,7 @@ import ringattn
 from launch.config import Config
 from launch.data import Sample
 from launch.engine import clip, summing
+from launch.flop import model_flop
 from launch.language import Inputs, Language, Masks
 from launch.processes import World
 from ringattn.loss import count_targets
@@ -39,16 +40,21 @@ def attention_shape(config: Config, language: Language) -> ringattn.Shape:
 @dataclass(frozen=True, slots=True)
 class Counters:
     """What a rank has done so far: bytes received for attention, the fewest the masks allow it to receive,
-    seconds attention spent waiting for other ranks."""
+    seconds attention spent waiting for other ranks, and the model's FLOP (see `launch.flop`; 0 where it is not
+    known)."""
 
     received: int
     required: int
     waited: float
+    flop: int = 0
 
     def since(self, earlier: "Counters") -> "Counters":
         """The difference to an earlier count."""
         return Counters(
-            self.received - earlier.received, self.required - earlier.required, self.waited - earlier.waited
+            self.received - earlier.received,
+            self.required - earlier.required,
+            self.waited - earlier.waited,
+            self.flop - earlier.flop,
         )
 
 
@@ -77,6 +83,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer | None
     cp: ringattn.ContextParallel
     required: int = 0
+    flop: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -86,7 +93,7 @@ class Trainer:
     def counters(self) -> Counters:
         """Totals since the start of the process."""
         traffic = self.cp.traffic()
-        return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"])
+        return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"], self.flop)
 
     def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
@@ -141,7 +148,13 @@ class Trainer:
         if distinct != self.cp.masks or seqlen != self.cp.seqlen:
             self.cp = self.cp.replace(seqlen=seqlen, mask=distinct)
         self.required += self._least_bytes(masks) * len(sample.tokens)
+        self.flop += self._flop(masks) * len(sample.tokens)
         return self.cp, masks
+
+    def _flop(self, masks: Masks) -> int:
+        """The model's FLOP of this rank's part of one row."""
+        pairs = sum(int(self.cp.plans[mask].work[self.cp.rank]) for mask in masks)
+        return model_flop(self.language, self.cp.local_seqlen, pairs)
 
     def _least_bytes(self, masks: Masks) -> int:
         """Bytes this rank must move for one row: the K/V its queries need from other ranks once in forward and once

@@ -35,14 +35,14 @@ class InstantRank:
         self.rank = integer("rank", rank, 0, self.world_size - 1)
         self.timeout = deadline("timeout", timeout)
         self.log = CallLog(self.rank)
-        self._filled: set[int] = set()
+        self._filled: dict[int, int] = {}  # bytes by address: a buffer takes messages of several lengths
 
     def post(self, sends: Parcels, recvs: Parcels, what: str) -> Pending:
         """See the class."""
         check_batch(self, sends, recvs)
         for tensor, _ in recvs:
-            if tensor.is_floating_point() and tensor.data_ptr() not in self._filled:
-                self._filled.add(tensor.data_ptr())
+            if tensor.is_floating_point() and self._filled.get(tensor.data_ptr(), 0) < tensor.nbytes:
+                self._filled[tensor.data_ptr()] = tensor.nbytes
                 with torch.no_grad():
                     tensor.normal_()
         return Done()

@@ -107,7 +107,7 @@ def run_processes(
 
 def share_gpus(rank: int) -> None:
     """Lets NCCL run more ranks than there are GPUs: it takes each process for a host of its own."""
-    os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
 

@@ -36,6 +36,13 @@ def test_a_receive_is_random_numbers_once_and_then_left_alone() -> None:
     assert torch.equal(x, kept)
 
 
+def test_a_buffer_is_filled_for_the_longest_message_it_takes() -> None:
+    rank, buffer = InstantRank(0, 2), torch.full((100,), torch.nan)
+    for length in (10, 100, 50):
+        rank.post([], [(buffer[:length], 1)], "longer").wait()
+        assert buffer[:length].isfinite().all()
+
+
 def test_it_is_a_transport_on_which_calls_are_refused_as_on_any() -> None:
     assert isinstance(InstantRank(0, 2), Transport)
     cp = ra.ContextParallel(InstantRank(1, 2), S)
