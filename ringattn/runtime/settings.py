@@ -16,6 +16,7 @@ from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 
 BYTES = 1 << 62  # no limit on bytes is larger
+GRAPHS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
         all ranks. None: what is known of the device.
     compare_every: calls after which the ranks compare all calls so far, over transports whose messages do not say which
         call they belong to (NCCL).
+    graphs: whether calls on a CUDA device are captured in CUDA graphs at the second of a kind and replayed from then
+        on: auto (where its host would be the slower of the two), on (refused where it cannot be), off.
     """
 
     timeout: float | None = None
@@ -42,6 +45,7 @@ class Options:
     rates: Rates | None = None
     topology: Topology | None = None
     compare_every: int = 64
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
@@ -60,6 +64,8 @@ class Options:
                 "a positive number of bytes, ",
             )
         plain["compare_every"] = integer("Options.compare_every", self.compare_every, 1, hint=", a number of calls")
+        if not isinstance(self.graphs, str) or self.graphs not in GRAPHS:
+            raise ValueError(f"Options.graphs={shown(self.graphs)}: must be one of {', '.join(GRAPHS)}")
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         for kind in (Rates, Topology):
