@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import ringattn as ra
 from ringattn.comm import PeerError
 from ringattn.runtime import graphs
-from ringattn.testing import InstantRank, dense_attention
+from ringattn.runtime.capture import Cuda
+from ringattn.testing import InstantRank, dense_attention, run_processes
 from tests.support.faults import Faults
 from tests.support.tape import captured, series, taped
 
@@ -448,3 +449,49 @@ def test_one_rank_may_refuse_alone():
 def test_the_option_is_one_of_three(given):
     with pytest.raises(ValueError, match=r"Options.graphs=.*: must be one of auto, on, off"):
         ra.Options(graphs=given)
+
+
+# -- CUDA's own ---------------------------------------------------------------------------------
+
+
+def test_memory_without_its_owner():
+    for made in (torch.arange(24.0).view(2, 3, 4)[:, 1:].transpose(0, 2), torch.zeros(0, 3), torch.ones(5).bfloat16()):
+        seen = Cuda().unowned(made)
+        assert seen.stride() == made.stride() and seen.dtype == made.dtype and torch.equal(seen, made)
+        assert seen.data_ptr() == made.data_ptr()
+        made += 1
+        assert torch.equal(seen, made)
+    kept = weakref.ref(made.untyped_storage())
+    del made
+    assert kept() is None and seen.shape == (5,)
+
+
+def test_which_devices_are_captured():
+    ranks, cuda = ra.Loopback(1).run(lambda transport: transport), torch.device("cuda", 0)
+    assert isinstance(Cuda().refuse(torch.device("cpu"), InstantRank(0, 2)), ValueError)
+    assert "threads of one process" in str(Cuda().refuse(cuda, ranks[0]))
+    assert Cuda().refuse(cuda, InstantRank(0, 2)) is None
+
+
+def replay_over_nccl(rank, world):
+    """Five steps whose calls are captured, among eager ones; the group then ends while the context lives."""
+    mask, group = ra.causal(), torch.distributed.group.WORLD
+    cp = ra.ContextParallel(group, S, mask=mask, layout="zigzag", schedule="ring", options=ON)
+    errors = []
+    for number in range(5):
+        q, k, v, dout = (cp.shard(t.to("cuda", torch.float32)) for t in inputs_of(number))
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = ra.attention(*leaves, cp=cp)
+        out.backward(dout)
+        exact = truth(number, mask)
+        for a, b in zip((out, *(t.grad for t in leaves)), (exact[0], *exact[2:]), strict=True):
+            errors.append(float((a.detach().cpu().double() - b[:, cp.position_ids]).abs().max()))
+    text = cp.describe()
+    torch.distributed.destroy_process_group()
+    return max(errors), "forward captured" in text and "backward captured" in text
+
+
+@pytest.mark.gpu
+def test_replays_over_nccl_and_the_end_of_their_group():
+    for error, replayed in run_processes(replay_over_nccl, 2, backend="nccl"):
+        assert error < 1e-4 and replayed
