@@ -46,6 +46,9 @@ class Tape(TorchDispatchMode):
         self.ops.append((func, args, kwargs, out))
         return out
 
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot copy a graph")
+
     def replay(self):
         self.device.replays += 1
         for func, args, kwargs, out in self.ops:
