@@ -185,7 +185,7 @@ def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
         pending = link.transport.post(sends, recvs, f"roll along dim {dim}")
         rolled = torch.full_like(local, fill, memory_format=torch.contiguous_format)
         rolled.index_copy_(dim, here_to, local.index_select(dim, here_from))
-        link.traffic.wait(pending)
+        link.wait(pending)
         link.finish(local.device.type)
     return rolled.index_copy_(dim, arriving, back.movedim(0, dim))
 

@@ -14,6 +14,7 @@ from ringattn.planning.estimates import Estimate, estimates
 from ringattn.planning.hardware import CPU
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
+from ringattn.planning.program import Program
 from ringattn.planning.rates import Rates
 from ringattn.planning.schedules import Schedule, by_name, room_of
 from ringattn.planning.shape import TYPICAL, Shape
@@ -119,6 +120,12 @@ def _seconds(plan: Plan, schedule: Schedule, cut: int, made: Estimate, terms: Te
         device = compute + first + unhidden(transfer - first, hider, terms.rates)
         seconds = seconds + (np.maximum(device, calls + steps) if terms.rates.queued else device + steps)
     return seconds
+
+
+def host_and_device(plan: Plan, rank: int, program: Program, terms: Terms) -> tuple[float, float]:
+    """Seconds that one rank's host and its device take for a program, forward and backward, beside its messages."""
+    host = 2 * (terms.rates.call * program.calls + terms.rates.step * len(program.forward))
+    return host, float(terms.work(plan.work_by_kind[:, rank]).sum())
 
 
 def unhidden(transfer: Seconds, compute: Seconds, rates: Rates) -> Seconds:

@@ -28,6 +28,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
+from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
@@ -43,8 +44,12 @@ class Shared:
 
     link: Link
     device: str = "cpu"
+    graphs: Graphs = field(init=False)
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "graphs", Graphs(self.link))
 
     def bind(self, settings: ContextSettings) -> Binding:
         """The binding of these settings, a known one if there is one."""
@@ -90,7 +95,7 @@ class Binding:
     """Layouts, plans, the order of schedules, and this rank's programs. Planned when made, on integers alone."""
 
     def __init__(self, settings: ContextSettings, shared: Shared, digest: bytes) -> None:
-        self.settings, self.link, self.digest = settings, shared.link, digest
+        self.settings, self.link, self.digest, self.graphs = settings, shared.link, digest, shared.graphs
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
@@ -133,7 +138,8 @@ class Binding:
     def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
         """The program and the kernel of a call, made ready. ``dlse``: lse may have a gradient.
 
-        Raises ``NotImplementedError`` where no kernel, or not the chosen one, computes the call.
+        Raises ``NotImplementedError`` where no kernel, or not the chosen one, computes the call, and what
+        :meth:`Graphs.refuse` does.
         """
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
@@ -143,6 +149,7 @@ class Binding:
             stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
             load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
             known = Prepared(self.program(mask, load), kernels, kind, mask, scores)
+            known.eager = self.graphs.refuse(known, self.plans[mask], self.settings.options)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
@@ -176,6 +183,10 @@ class Binding:
         device, dtype = torch.device("cpu" if name == "cpu" else "cuda"), getattr(torch, shape.dtype)
         sizes = shape.batch, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.values
         return self.kernels(mask, Kind(*sizes, dtype, device), frozenset(), False)
+
+    def known(self, mask: Expression) -> list[Prepared]:
+        """The calls under a mask that are prepared by now."""
+        return [call for call in self._prepared.values() if call.mask == mask]
 
     def remember(self, key: Hashable, checked: Checked) -> None:
         """Keeps what a call's arguments stand for, once all rules have been asked about them."""

@@ -21,6 +21,11 @@ from ringattn.runtime.binding import Binding
 from ringattn.runtime.settings import Options
 
 MAX_STEPS = 8
+GRAPHS = {
+    "auto": ": calls on a CUDA device are captured at the second of a kind and replayed, unless that gains nothing",
+    "on": ": calls are captured at the second of a kind and replayed, or refused",
+    "off": "",
+}
 
 
 def describe(binding: Binding) -> str:
@@ -39,6 +44,7 @@ def describe(binding: Binding) -> str:
         "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
         "calls of the mask with the most; auto takes a simpler layout within 2 %)",
         *_kernels(binding),
+        f"graphs {settings.options.graphs}{GRAPHS[settings.options.graphs]}",
     ]
     for mask in settings.masks:
         lines += _describe_mask(binding, mask, programs[mask])
@@ -143,7 +149,9 @@ def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
         f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
     ]
-    return lines + ([f"    {program}"] if isinstance(program, str) else _describe_program(binding, mask, program))
+    lines += [f"    {program}"] if isinstance(program, str) else _describe_program(binding, mask, program)
+    reports = [(call.kind, line) for call in binding.known(mask) for line in binding.graphs.report(call)]
+    return lines + [f"    calls of {kind.dtype} on {kind.device.type}, {line}" for kind, line in dict.fromkeys(reports)]
 
 
 def _describe_program(binding: Binding, mask: Expression, program: Program) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from ringattn.comm import agree, together
 from ringattn.kernels.base import row_delta
+from ringattn.kernels.operators import cast
 from ringattn.kernels.scores import RULES, Rule, Scores
 from ringattn.runtime import loops
 from ringattn.runtime.binding import Binding
+from ringattn.runtime.capture import Inputs, Loop, Walk
 from ringattn.runtime.prepared import Prepared
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
@@ -43,7 +46,7 @@ class Execution:
             _check_finite(binding, q=q, k=k, v=v)
         if not _together(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = loops.forward(q, k, v, self.call, self.scores, self.sinks, link)
+        out, lse = self._walk(loops.forward, (q, k, v, self.sinks), (self.call.kind.dtype, self.call.wide))
         link.finish(q.device.type, needed=not self.call.program.alone)
         return out, lse
 
@@ -67,12 +70,24 @@ class Execution:
     def _backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> tuple[Tensor, ...]:
-        call, link = self.call, self.binding.link
+        given, dtypes = (q, k, v), (self.call.kind.dtype,) * 3
         if _together(q, k, v):
-            return loops.backward(q, k, v, out, lse, dout, dlse, call, self.scores, link)
+            return self._walk(loops.backward, (q, k, v, out, lse, dout, dlse), dtypes)
         dense = q.contiguous(), k.contiguous(), v.contiguous()
-        found = loops.backward(*dense, out, lse, dout, dlse, call, self.scores, link)
-        return tuple(torch.empty_like(x).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
+        found = self._walk(loops.backward, (*dense, out, lse, dout, dlse), dtypes)
+        return tuple(torch.empty_like(x).copy_(g) for g, x in zip(found, given, strict=True))
+
+    def _walk(self, loop: Loop, inputs: Inputs, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+        """What a loop finds, in these dtypes: the call's own tensors, whether it ran or a graph of it was replayed."""
+        call, binding, replayed = self.call, self.binding, False
+        walk = Walk(loop, inputs, call, self.scores)
+        if call.eager is None:
+            found, replayed = binding.graphs.run(walk, must=binding.settings.options.graphs == "on")
+        else:
+            found = walk(binding.link)
+        if replayed:
+            return tuple(x.to(dtype, copy=True) for x, dtype in zip(found, dtypes, strict=True))
+        return tuple(cast(x, dtype) for x, dtype in zip(found, dtypes, strict=True))
 
     def without_tensors(self) -> Execution:
         """What autograd may keep: tensors it keeps itself, watches over, and lets hooks move."""

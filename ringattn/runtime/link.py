@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,10 +49,30 @@ class Traffic:
             self.sent[kind] += sent
             self.received[kind] += received
 
+
+class Batch(Protocol):
+    """Messages of one turn, with the name that both of their ends know, and their bytes."""
+
+    @property
+    def what(self) -> str: ...
+    @property
+    def sends(self) -> Sequence[tuple[Tensor, int]]: ...
+    @property
+    def recvs(self) -> Sequence[tuple[Tensor, int]]: ...
+    @property
+    def moved(self) -> Sequence[Moved]: ...
+
+
+class Messages(Protocol):
+    """What a loop moves its messages through: a link, or what stands for one while the loop is captured."""
+
+    workspace: Workspace
+
+    def post(self, batch: Batch) -> Pending | None:
+        """Starts the messages of a batch, if there are any."""
+
     def wait(self, pending: Pending) -> None:
-        start = time.perf_counter()
-        pending.wait()
-        self.wait_seconds += time.perf_counter() - start
+        """Waits for messages that were started."""
 
 
 class _Known(NamedTuple):
@@ -86,6 +106,19 @@ class Link:
     def __post_init__(self) -> None:
         transport = self.transport
         self.workspace = Workspace(transport.allocate if isinstance(transport, Allocator) else empty)
+
+    def post(self, batch: Batch) -> Pending | None:
+        """See :class:`Messages`."""
+        if not (batch.sends or batch.recvs):
+            return None
+        self.traffic.count(batch.moved)
+        return self.transport.post(batch.sends, batch.recvs, batch.what)
+
+    def wait(self, pending: Pending) -> None:
+        """See :class:`Messages`. Its time counts as the host's."""
+        start = time.perf_counter()
+        pending.wait()
+        self.traffic.wait_seconds += time.perf_counter() - start
 
     def begin(
         self,

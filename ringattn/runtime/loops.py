@@ -2,7 +2,7 @@
 
 Both walk the turns of a prepared program: what is copied, posted, computed and added, in which order, was decided when
 it was compiled. Before a turn computes, its messages are posted; after it, they are waited for. Sums are fp32 (fp64 for
-fp64 inputs).
+fp64 inputs). Between messages a loop only queues work on its device, which is what a CUDA graph captures (`graphs.py`).
 """
 
 from __future__ import annotations
@@ -11,40 +11,39 @@ from torch import Tensor
 
 from ringattn.kernels import Rows
 from ringattn.kernels.base import row_delta
-from ringattn.kernels.operators import cast
 from ringattn.kernels.partial import add_sinks
 from ringattn.kernels.scores import Scores
-from ringattn.runtime.link import Link
+from ringattn.runtime.link import Messages
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.wire import Own
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, call: Prepared, scores: Scores, sinks: Tensor | None, link: Link
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Prepared, scores: Scores, link: Messages
 ) -> tuple[Tensor, Tensor]:
-    """``out`` in the dtype of ``q`` and ``lse`` ``[B, H, S]`` in the accumulator dtype."""
-    own, kind, placed = Own(q, k, v), call.kind, scores if call.positional else None
+    """``out`` and ``lse [B, H, S]`` as they were added up."""
+    own, placed = Own(q, k, v), scores if call.positional else None
     own.acc = call.result(q.shape[1], whole=sinks is None)
     for turn in call.turns(link.workspace)[0]:
         for copy in turn.copies:
             copy(own)
-        pending = turn.post(link)
+        pending = link.post(turn)
         for work in turn.work:
             work.forward(own, placed)
         if pending is not None:
-            link.traffic.wait(pending)
+            link.wait(pending)
         for merge in turn.adds:
             merge(own)
     if sinks is not None:
         add_sinks(own.acc, sinks)
-    return cast(own.acc.out, kind.dtype), cast(own.acc.lse, call.wide)
+    return own.acc.out, own.acc.lse
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, call: Prepared,
-    scores: Scores, link: Link,
+    scores: Scores, link: Messages,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``dq, dk, dv`` in the dtypes of the inputs. K/V travel again; dK/dV come home as the program says."""
+    """``dq, dk, dv`` as they were added up. K/V travel again; dK/dV come home as the program says."""
     own, placed = Own(q, k, v), scores if call.positional else None
     delta = row_delta(dout.to(call.wide), out, dlse) if call.kernels.reads_delta else None
     own.rows = Rows(q, dout, out, lse, delta, dlse)
@@ -52,13 +51,13 @@ def backward(
     for turn in call.turns(link.workspace)[1]:
         for copy in turn.copies:
             copy(own)
-        pending = turn.post(link)
+        pending = link.post(turn)
         for buffer in turn.zeros:
             buffer.zero_()
         for work in turn.work:
             work.backward(own, placed)
         if pending is not None:
-            link.traffic.wait(pending)
+            link.wait(pending)
         for add in turn.adds:
             add(own)
-    return cast(own.grads.dq, q.dtype), cast(own.grads.dk, k.dtype), cast(own.grads.dv, v.dtype)
+    return own.grads.dq, own.grads.dk, own.grads.dv

@@ -14,14 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.comm import Pending
 from ringattn.geometry.masks import Expression
 from ringattn.kernels import Grads, Selection, tile_calls
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores
 from ringattn.planning import program as planned
 from ringattn.planning.program import Parcel, Program, Row
-from ringattn.runtime.link import Link, Moved
+from ringattn.runtime.link import Moved
 from ringattn.runtime.wire import Action, Kind, Memory
 from ringattn.runtime.work import Hosting, OwnWork, Shares, Work
 from ringattn.runtime.workspace import Workspace
@@ -42,24 +41,18 @@ class Turn(NamedTuple):
     work: Sequence[Work]
     adds: Sequence[Action]
 
-    def post(self, link: Link) -> Pending | None:
-        """Starts its messages, if there are any."""
-        if not (self.sends or self.recvs):
-            return None
-        link.traffic.count(self.moved)
-        return link.transport.post(self.sends, self.recvs, self.what)
-
 
 Turns = list[Turn]
 
 
 class Prepared:
     """A program, its kernels and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
-    for what each call brings along (a bias, dropout's seed)."""
+    for what each call brings along (a bias, dropout's seed). ``eager``: why its calls are in no CUDA graph."""
 
     def __init__(self, program: Program, kernels: Selection, kind: Kind, mask: Expression, scores: Scores) -> None:
         self.program, self.kernels, self.kind, self.mask = program, kernels, kind, mask
         self.positional, self.wide = scores.positional, kind.wide
+        self.eager: str | None = None
         self.signature = mask.digest, kind, program.schedule, program.cut, kernels.name, scores.scale, scores.softcap
         once = (not program.merges, not program.sums.queries, not program.sums.keys)
         self._dtypes = tuple(kind.dtype if kernels.direct and alone else kind.wide for alone in once)

@@ -19,6 +19,7 @@ from ringattn.planning.topology import Topology
 
 BYTES = 1 << 62  # no limit on bytes is larger
 MULTIPROCESSORS = 128  # fewer than a GPU has
+GRAPHS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Options:
     communicators: of our own that messages between GPUs travel on (NCCL), on streams of high priority. 0: none, but the
         group's; 1: one for all messages; 2: one for keys and queries, one for gradients and results, where
         ``NCCL_LAUNCH_ORDER_IMPLICIT=1`` must be set.
+    graphs: whether calls on a CUDA device are captured in CUDA graphs at the second of a kind and replayed from then
+        on: auto (where its host would be the slower of the two), on (refused where it cannot be), off.
     """
 
     timeout: float | None = None
@@ -57,6 +60,7 @@ class Options:
     kernel_rates: str | None = None
     compare_every: int = 64
     communicators: int = 0
+    graphs: str = "auto"
 
     def __post_init__(self) -> None:
         plain: dict[str, object] = {
@@ -81,6 +85,8 @@ class Options:
             plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
             KernelRates.read(Path(str(plain["kernel_rates"])))
         plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
+        if not isinstance(self.graphs, str) or self.graphs not in GRAPHS:
+            raise ValueError(f"Options.graphs={shown(self.graphs)}: must be one of {', '.join(GRAPHS)}")
         for name, value in plain.items():
             object.__setattr__(self, name, value)  # as plain numbers: equal options have one digest on all ranks
         for kind in (Rates, Topology):

@@ -79,7 +79,7 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
             [(parts[r], r) for r in others if parts[r].numel()],
         )
         link.traffic.count([Moved.of("unshard", sends, recvs)])
-        link.traffic.wait(transport.post(sends, recvs, "all shards"))
+        link.wait(transport.post(sends, recvs, "all shards"))
         whole = _assembled({**parts, transport.rank: mine}, layout)
         link.finish(mine.device.type)
     return whole.movedim(0, dim)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +21,10 @@ class Workspace:
         self._allocate = allocate
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._views: WeakKeyDictionary[Hashable, object] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        """A copy has memory of its own, and none yet."""
+        return Workspace(copy.deepcopy(self._allocate, memo))
 
     def reserve(self, slot: str, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Makes room for so many numbers; what was in the slot, and all views, may be lost."""

@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "kv_bytes is a part": (lambda: ra.Options(kv_bytes=1.5), "kv_bytes=1.5"),
     "seed of options": (lambda: ra.Options(seed=-1), "seed=-1"),
     "check_nan is a word": (lambda: ra.Options(check_nan="no"), "check_nan='no'"),
+    "graphs are none": (lambda: ra.Options(graphs="never"), "graphs='never'"),
     "compare_every is none": (lambda: ra.Options(compare_every=0), "compare_every=0"),
     "three communicators": (lambda: ra.Options(communicators=3), "communicators=3"),
     "rates of nothing": (lambda: ra.Rates(0, 1e9), "Rates.forward=0"),
