@@ -114,11 +114,14 @@ class Grads:
 @dataclass(frozen=True)
 class Needs:
     """What a kernel runs on: types of device, the least compute capability of a CUDA device, and packages with the
-    least version of each."""
+    least version of each. ``extra`` is the library's own that brings them along; on the types ``named_only`` a kernel
+    computes only where it is asked for by name."""
 
     devices: frozenset[str] | None = None  # None: any
     capability: tuple[int, int] = (0, 0)
     packages: Mapping[str, str] = field(default_factory=dict)
+    extra: str | None = None
+    named_only: frozenset[str] = frozenset()
 
     def lacking(self, call: Call) -> str | None:
         """What is missing here for a call, with what to do; None if nothing is."""
@@ -130,9 +133,8 @@ class Needs:
         for name, least in self.packages.items():
             found = _installed(name)
             if found is None or Version(found) < Version(least):
-                return (
-                    f"package {name} {least} or newer is needed, found {found or 'none'}: pip install '{name}>={least}'"
-                )
+                remedy = f"{name}>={least}" if self.extra is None else f"ringattn[{self.extra}]"
+                return f"package {name} {least} or newer is needed, found {found or 'none'}: pip install '{remedy}'"
         return None
 
 
@@ -154,6 +156,11 @@ class Kernel(Protocol):
     def refuse(self, call: Call) -> str | None:
         """None if the call can be computed, forward and backward, else the reason in words, with the value and the
         rule."""
+        ...
+
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
+        """What `forward` and `backward` are to be given for these tiles in calls of this kind: made once, with all that
+        has to be on the device."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:
@@ -193,6 +200,9 @@ def _refusal(kernel: Kernel, call: Call) -> str | None:
 def _first_fit(call: Call, registry: Sequence[Kernel]) -> Kernel:
     reasons = []
     for kernel in registry:
+        if call.device_type in kernel.needs.named_only:
+            reasons.append(f"{kernel.name}: on device {call.device_type!r} only where it is asked for by name")
+            continue
         reason = _refusal(kernel, call)
         if reason is None:
             return kernel

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import RowIndex, Tiles
-from ringattn.kernels.base import Grads, Needs, Rows
+from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Place, Scores, TileScores
 from ringattn.planning.launches import Launch
@@ -34,17 +34,22 @@ class TileCall:
     plain: bool  # all its rows are views
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class TileCalls:
-    """The tiles of one piece of work: the table, and the calls that compute it, in order."""
+    """The tiles of one piece of work: the table, and the calls that compute it, in order. ``launches`` are what the
+    calls were made of, ``place`` is where all local rows and columns lie, where scores ask for it."""
 
     tiles: Tiles
+    launches: tuple[Launch, ...]
     calls: tuple[TileCall, ...]
+    scores: Scores
+    place: Place | None
+    device: torch.device
 
     def scored(self, scores: Scores) -> TileCalls:
         """The same for a call with a bias or dropout of its own."""
         made = (replace(call, scores=replace(call.scores, call=scores)) for call in self.calls)
-        return TileCalls(self.tiles, tuple(made))
+        return replace(self, calls=tuple(made), scores=scores)
 
 
 def tile_calls(
@@ -65,7 +70,8 @@ def tile_calls(
         made = TileScores(launch.window, scores.scale, scores.softcap, None, place)
         plain = launch.count == 1 and not any(isinstance(side, Tensor) for side in rows)
         calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, plain))
-    return TileCalls(tiles, tuple(calls))
+    whole = Place(slice(0, sizes[0]), positions[0], positions[1], heads) if positions else None
+    return TileCalls(tiles, launches, tuple(calls), Scores(scores.scale, scores.softcap), whole, device)
 
 
 def _ready(rows: RowIndex, size: int, device: torch.device) -> slice | Tensor | None:
@@ -78,6 +84,10 @@ class TileKernel:
     """A kernel that computes a tile a call."""
 
     needs = Needs()
+
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
+        """See `Kernel`."""
+        return calls
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""

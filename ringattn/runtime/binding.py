@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ringattn.geometry.layouts import NAMED, Layout, Layouts
 from ringattn.geometry.masks import BoundMask, Expression
-from ringattn.kernels import KERNELS, Call
+from ringattn.kernels import KERNELS
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
 from ringattn.planning.launches import Stacking
@@ -138,10 +138,7 @@ class Binding:
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
         if known is None:
-            call = Call(
-                kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
-                self.plans[mask].windowed, scores.features, dlse,
-            )  # fmt: skip
+            call = kind.call(scores.features, self.plans[mask].windowed, dlse)
             kernel = choose_kernel(self.settings.kernel, call, KERNELS)
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
             stacking = Stacking.of(kind.device.type, scores.positional)

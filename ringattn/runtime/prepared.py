@@ -64,7 +64,8 @@ class Prepared:
 
     def _ready(self, work: planned.Work, scores: Scores) -> TileCalls:
         frames = work.q_frame, work.k_frame
-        return tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
+        calls = tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
+        return self.kernel.ready(calls, self.kind.call(scores.features))
 
     def _q_heads(self, work: planned.Work) -> slice:
         heads, group = work.heads.of(self.kind.num_kv_heads), self.kind.num_heads // self.kind.num_kv_heads

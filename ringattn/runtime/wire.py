@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels import Grads, Rows
+from ringattn.kernels import Call, Grads, Rows
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.planning.program import Buffer, Copy, Parcel, Row
@@ -41,6 +41,13 @@ class Kind(NamedTuple):
     def wide(self) -> torch.dtype:
         """That of the accumulators."""
         return accumulator_dtype(self.dtype)
+
+    def call(self, features: frozenset[str], windowed: bool = False, dlse: bool = False) -> Call:
+        """What is asked of a kernel."""
+        return Call(
+            self.device.type, self.dtype, self.head_dim, self.v_head_dim, self.num_heads, self.num_kv_heads,
+            windowed, features, dlse,
+        )  # fmt: skip
 
     def dtype_of(self, row: Row) -> torch.dtype:
         return self.dtype if row.kept else self.wide
