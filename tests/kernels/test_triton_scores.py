@@ -25,7 +25,7 @@ SCORES = {name: case for name, case in features.CASES.items() if name != "bias o
 
 @pytest.mark.parametrize(
     ("tile", "scattered"),
-    [((40, 70, (45, 20)), True), pytest.param((150, 130, (100, 120)), False, marks=pytest.mark.slow)],
+    [((40, 70, (45, 20)), True), pytest.param((100, 80, (70, 75)), False, marks=pytest.mark.slow)],
     ids=str,
 )
 @pytest.mark.parametrize("case", SCORES.values(), ids=SCORES)
