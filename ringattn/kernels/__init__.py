@@ -12,9 +12,10 @@ from ringattn.kernels.hub import HubFlash2, HubFlash3
 from ringattn.kernels.rates import rates_of
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
+from ringattn.kernels.triton_tiles import Triton
 
 KERNELS: tuple[Kernel, ...] = (
-    Flash4(), Flash3(), Flash2(), Sdpa(), Blockwise(), Reference(), HubFlash3(), HubFlash2(),
+    Flash4(), Flash3(), Flash2(), Sdpa(), Triton(), Blockwise(), Reference(), HubFlash3(), HubFlash2(),
 )  # fmt: skip
 
 __all__ = [

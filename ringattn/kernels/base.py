@@ -203,10 +203,6 @@ class Kernel(Protocol):
         """The kernel as this call wants it (deterministic, with multiprocessors left free)."""
         ...
 
-    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
-        """A stage's tiles, once, before they are computed in many calls."""
-        ...
-
     def direct(self, call: Call) -> bool:
         """Whether rows that only one tile of the whole call touches may be in the storage dtype: the kernel then writes
         them once, rounded once."""
@@ -215,6 +211,11 @@ class Kernel(Protocol):
     def refuse(self, call: Call) -> str | None:
         """None if the call can be computed, forward and backward, else the reason in words, with the value and the
         rule."""
+        ...
+
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
+        """What `forward` and `backward` are to be given for these tiles in calls of this kind: made once, with all that
+        has to be on the device."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, calls: TileCalls, acc: Partial) -> None:

@@ -85,7 +85,7 @@ def _rates(kernel: Kernel, call: Call, tiles: Tiles, launch: Launch, sizes: Size
     frames = [Frame(np.array([[0, int(tiles.boxes[:, c].max() + tiles.boxes[0, c + 1]), 1]])) for c in (0, 3)]
     fresh = Launch(launch.q, launch.k, launch.window, launch.area, launch.count, True, True)
     scores, heads = Scores(sizes.dim**-0.5), slice(0, sizes.heads)
-    calls = kernel.ready(tile_calls(tiles, (fresh,), (frames[0], frames[1]), scores, heads, device), device)
+    calls = kernel.ready(tile_calls(tiles, (fresh,), (frames[0], frames[1]), scores, heads, device), call)
     forward, backward = _passes(kernel, calls, [frame.size for frame in frames], kernel.direct(call), sizes, device)
     flop = 4 * sizes.heads * sizes.dim * launch.area
     return [_rounded(flop / _seconds(forward, sizes, device)), _rounded(2.5 * flop / _seconds(backward, sizes, device))]

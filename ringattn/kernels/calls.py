@@ -35,17 +35,22 @@ class TileCall:
     plain: bool  # all its rows are views
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class TileCalls:
-    """The tiles of one piece of work: the table, and the calls that compute it, in order."""
+    """The tiles of one piece of work: the table, and the calls that compute it, in order. ``launches`` are what the
+    calls were made of, ``place`` is where all local rows and columns lie, where scores ask for it."""
 
     tiles: Tiles
+    launches: tuple[Launch, ...]
     calls: tuple[TileCall, ...]
+    scores: Scores
+    place: Place | None
+    device: torch.device
 
     def scored(self, scores: Scores) -> TileCalls:
         """The same for a call with a bias or dropout of its own."""
         made = (replace(call, scores=replace(call.scores, call=scores)) for call in self.calls)
-        return TileCalls(self.tiles, tuple(made))
+        return replace(self, calls=tuple(made), scores=scores)
 
 
 def tile_calls(
@@ -66,7 +71,8 @@ def tile_calls(
         made = TileScores(launch.window, scores.scale, scores.softcap, None, place)
         plain = launch.count == 1 and not any(isinstance(side, Tensor) for side in rows)
         calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, launch.fresh_keys, plain))
-    return TileCalls(tiles, tuple(calls))
+    whole = Place(slice(0, sizes[0]), positions[0], positions[1], heads) if positions else None
+    return TileCalls(tiles, launches, tuple(calls), Scores(scores.scale, scores.softcap), whole, device)
 
 
 def _ready(rows: RowIndex, size: int, device: torch.device) -> slice | Tensor | None:
@@ -88,13 +94,13 @@ class TileKernel:
         """See `Kernel`."""
         return self
 
-    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
-        """See `Kernel`."""
-        return calls
-
     def direct(self, call: Call) -> bool:
         """See `Kernel`: a tile may be several parts that add up."""
         return False
+
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
+        """See `Kernel`."""
+        return calls
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         """Folds one tile into ``acc``, its rows of the running result; ``fresh``: nothing is in them yet."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from ringattn.kernels.base import Call, Kernel
@@ -47,7 +47,7 @@ class Selection:
         taken = self.taken(launches, backward)
         pairs = zip(taken, calls.calls, strict=True)
         for kernel, some in groupby(pairs, key=lambda pair: pair[0]):
-            yield kernel, TileCalls(calls.tiles, tuple(call for _, call in some))
+            yield kernel, replace(calls, calls=tuple(call for _, call in some))
 
     def taken(self, launches: Sequence[Launch], backward: bool) -> list[Kernel]:
         """The kernel of each launch. One that computes a list of tiles at once computes all of them or none."""

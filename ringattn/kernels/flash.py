@@ -81,9 +81,9 @@ class FlashKernel(TileKernel):
         """See `Kernel`."""
         return replace(self, deterministic=call.deterministic, sm_margin=call.sm_margin)
 
-    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
         """See `Kernel`: packed tiles are one call."""
-        return packed(calls, device)
+        return packed(calls)
 
     def refuse(self, call: Call) -> str | None:
         """What no version computes, then what this one does not, then what a tiny call says."""

@@ -94,9 +94,9 @@ class Flash2(FlashKernel):
         same = call.v_head_dim == call.head_dim
         return None if same else f"v_head_dim {call.v_head_dim} must equal head_dim {call.head_dim}"
 
-    def ready(self, calls: TileCalls, device: torch.device) -> TileCalls:
+    def ready(self, calls: TileCalls, call: Call) -> TileCalls:
         """See `Kernel`: of packed tiles only such as are right however long they are."""
-        return packed(calls, device, lambda window: window in ((None, None), (window[0], 0)))
+        return packed(calls, lambda window: window in ((None, None), (window[0], 0)))
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         runs = _cut(q, k, scores)

@@ -15,9 +15,9 @@ from ringattn.kernels.pieces import TileBand
 from ringattn.kernels.scores import Bounds
 
 
-def packed(calls: TileCalls, device: torch.device, takes: Callable[[Window], bool] = lambda window: True) -> TileCalls:
+def packed(calls: TileCalls, takes: Callable[[Window], bool] = lambda window: True) -> TileCalls:
     """The calls, runs of packed tiles with one window as one each. ``takes``: which windows the operator takes so."""
-    return TileCalls(calls.tiles, tuple(run.joined(device) for run in _runs(calls.calls, takes)))
+    return replace(calls, calls=tuple(run.joined(calls.device) for run in _runs(calls.calls, takes)))
 
 
 def _runs(calls: tuple[TileCall, ...], takes: Callable[[Window], bool]) -> Iterator[_Run]:

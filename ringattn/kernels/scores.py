@@ -107,6 +107,11 @@ class Dropout:
     p: float
     seed: int
 
+    @property
+    def mixed(self) -> int:
+        """A hash of the seed, 64 bits: what those of batch rows are made of."""
+        return _mixed(self.seed)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -273,7 +278,12 @@ def _kept(dropout: Dropout, batch: int, heads: Tensor, q: Tensor, k: Tensor) -> 
 
 @lru_cache(maxsize=256)
 def _key(seed: int, batch: int) -> int:
-    return int(_mix64(_mix64(torch.tensor(seed, device="cpu")) + batch).to(torch.int32))
+    return int(_mix64(torch.tensor(_mixed(seed), device="cpu") + batch).to(torch.int32))
+
+
+@lru_cache(maxsize=256)
+def _mixed(seed: int) -> int:
+    return int(_mix64(torch.tensor(seed, device="cpu")))
 
 
 def _mix32(x: Tensor) -> Tensor:

@@ -79,10 +79,10 @@ class Prepared:
         return Grads(make_q(q, dtype=of_q), make_k(k, dtype=of_k), make_k(v, dtype=of_k))
 
     def _ready(self, work: planned.Work, scores: Scores, backward: bool) -> Shares:
-        frames, device = (work.q_frame, work.k_frame), self.kind.device
-        calls = tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), device)
+        frames = work.q_frame, work.k_frame
+        calls = tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
         shares = self.kernels.shares(work.launches, calls, backward)
-        return tuple((kernel, kernel.ready(some, device)) for kernel, some in shares)
+        return tuple((kernel, kernel.ready(some, self.kernels.call)) for kernel, some in shares)
 
     def _q_heads(self, work: planned.Work) -> slice:
         heads, group = work.heads.of(self.kind.num_kv_heads), self.kind.num_heads // self.kind.num_kv_heads

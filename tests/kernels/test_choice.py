@@ -86,7 +86,7 @@ def test_each_tile_goes_to_the_fastest_and_each_direction_on_its_own():
     assert made.name == "dense+windows"
     assert [kernel.name for kernel in made.taken(tiles, False)] == ["dense", "windows", "dense"]
     assert {kernel.name for kernel in made.taken(tiles, True)} == {"windows"}
-    calls = TileCalls(None, ("a", "b", "c"))
+    calls = TileCalls(None, (), ("a", "b", "c"), None, None, None)
     shares = [(kernel.name, some.calls) for kernel, some in made.shares(tiles, calls, False)]
     assert shares == [("dense", ("a",)), ("windows", ("b",)), ("dense", ("c",))], "in their order"
 

@@ -14,7 +14,8 @@ from ringattn.kernels.scores import Scores, TileScores
 from ringattn.runtime import binding
 from ringattn.testing import dense_results
 from tests.support import flash_packages
-from tests.support.tiles import SCALE, TILES, autograd_result, make_problem, rms, rows_of, zero_grads
+from tests.support.one_tile import SCALE, TILES, autograd_result, make_problem, rows_of, zero_grads
+from tests.support.tiles import rms
 
 PACKAGES = {
     "flash4": (flash4.Flash4, flash4.Package, flash_packages.flash4),

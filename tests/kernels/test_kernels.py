@@ -3,12 +3,9 @@
 import itertools
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 import ringattn
 from ringattn.kernels import KERNELS, Call, Grads, Kernel, choose, sdpa, sdpa_cuda
@@ -17,69 +14,21 @@ from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.pieces import Piece, Shape, TileBand, flash_runs
 from ringattn.kernels.scores import TileScores
-from tests.support.tiles import (
+from tests.support.one_tile import (
+    DEVICES,
     SCALE,
     TILES,
     Problem,
-    Window,
-    accumulator,
-    attends,
+    assert_within_law,
     autograd_result,
     empty_partial,
+    kernel_result,
+    make_call,
     make_problem,
-    rms,
     rows_of,
     zero_grads,
-)  # fmt: skip
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def kernel_result(kernel: Kernel, p: Problem) -> list[Tensor]:
-    acc, grads = empty_partial(p), zero_grads(p)
-    kernel.forward_tile(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
-    kernel.backward_tile(rows_of(p, acc), p.k, p.v, TileScores(p.window, SCALE), grads)
-    return [acc.out, acc.lse, grads.dq, grads.dk, grads.dv]
-
-
-def skip_refused(kernel: Kernel, p: Problem) -> None:
-    call = Call(
-        p.q.device.type, p.q.dtype, p.q.size(3), p.v.size(3), p.q.size(2), p.k.size(2), p.window != (None, None)
-    )
-    reason = kernel.refuse(call)
-    if reason is not None:
-        pytest.skip(f"{kernel.name} refuses: {reason}")
-
-
-def single_device_errors(p: Problem, precision: torch.dtype) -> list[float]:
-    """Errors of `out, dq, dk, dv` by PyTorch's scaled_dot_product_attention in `precision`, against fp64."""
-    q, k, v = (x.detach().to(precision).requires_grad_() for x in (p.q, p.k, p.v))
-    mask = attends(q.size(1), k.size(1), p.window).to(q.device)
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=SCALE, enable_gqa=True).transpose(1, 2)
-    got = [out.detach(), *torch.autograd.grad(out, (q, k, v), p.dout.to(precision))]
-    exact = autograd_result(replace(p, dlse=None), torch.float64)
-    return [rms(x - y) for x, y in zip(got, [exact[0], *exact[2:]], strict=True)]
-
-
-def assert_within_law(kernel: Kernel, p: Problem) -> None:
-    """At most twice the error of a same-precision single-device computation, or a few ulp of what is summed."""
-    skip_refused(kernel, p)
-    got = kernel_result(kernel, p)
-    given_out = got[0].to(p.q.dtype)
-    exact = autograd_result(p, torch.float64, given_out)
-    # On CUDA 16-bit operators give 16-bit results; everywhere else kernels owe fp32 whatever the storage.
-    in_storage = p.q.is_cuda and kernel.name == "sdpa"
-    precision = p.q.dtype if in_storage else accumulator(p.q.dtype)
-    independent = autograd_result(p, precision, given_out)
-    peers = dict(zip(("out", "dq", "dk", "dv"), single_device_errors(p, precision), strict=True))
-    size_of_gradients = max(x.abs().max().item() for x in exact[2:])
-    sizes = [p.v.abs().max().item(), exact[1].abs().max().item(), *[size_of_gradients] * 3]
-    for i, name in enumerate(("out", "lse", "dq", "dk", "dv")):
-        peer = max(rms(independent[i] - exact[i]), peers.get(name, 0.0))
-        allowed = max(2 * peer, 2 * torch.finfo(precision).eps * sizes[i])
-        error = rms(got[i] - exact[i])
-        assert error <= allowed, (name, error, allowed)
+)
+from tests.support.tiles import Window, attends
 
 
 def test_tiles_are_trimmed() -> None:
@@ -279,20 +228,6 @@ def test_windows_reach_as_far_as_the_gpus_operator_needs(most: int) -> None:
         assert torch.equal(found, band.int()), (nq, nk, window)
 
 
-def make_call(**changes: object) -> Call:
-    call = {
-        "device_type": "cpu",
-        "dtype": torch.float32,
-        "head_dim": 64,
-        "v_head_dim": 64,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "windowed": False,
-        "features": frozenset(),
-    }
-    return Call(**(call | changes))  # type: ignore[arg-type]
-
-
 def test_auto_takes_the_first_that_does_not_refuse() -> None:
     assert choose("auto", make_call(), KERNELS).name == "sdpa"
     assert choose("auto", make_call(v_head_dim=32), KERNELS).name == "blockwise"
@@ -337,7 +272,7 @@ def test_auto_without_a_fit_lists_every_reason() -> None:
 
 
 def test_an_unknown_kernel_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"'sdap'.*'sdpa'.*auto, .*sdpa, blockwise, reference"):
+    with pytest.raises(ValueError, match=r"'sdap'.*'sdpa'.*auto, .*sdpa, triton, blockwise, reference"):
         choose("sdap", make_call(), KERNELS)
 
 

@@ -28,6 +28,9 @@ class Idle(TileKernel):
     def refuse(self, call):
         return None
 
+    def ready(self, calls, call):
+        return calls
+
     def forward(self, q, k, v, calls, acc):
         for call in calls.calls:
             rows = slice(None) if call.q is None else call.q

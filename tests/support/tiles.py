@@ -1,16 +1,19 @@
-"""One tile of a kernel: its window pair by pair, what it accumulates in, and what must come out by plain autograd."""
+"""One tile of a kernel: its window pair by pair, what it accumulates in, and kernels of tables asked for one tile."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ringattn.kernels import Grads, Rows
+from ringattn.geometry.tiles import Tiles
+from ringattn.kernels import Call, Grads, Kernel, Rows, TileCalls
 from ringattn.kernels.partial import Partial
+from ringattn.kernels.scores import Place, Scores, TileScores
+from ringattn.planning.launches import Launch
 
 Window = tuple[int | None, int | None]
-SCALE = 0.31
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -30,111 +33,37 @@ def rms(difference: Tensor) -> float:
     return difference.double().square().mean().sqrt().item()
 
 
-# (nq, nk, window): trimmed tiles of every kind
-TILES: list[tuple[int, int, Window]] = [
-    (1, 1, (None, None)),
-    (1, 63, (None, None)),
-    (63, 1, (None, None)),
-    (127, 257, (None, None)),
-    (1, 1, (0, 0)),
-    (63, 63, (None, 0)),
-    (257, 257, (None, 0)),
-    (1000, 1000, (None, 0)),
-    (63, 257, (None, 0)),  # a prefix and a triangle
-    (63, 257, (None, 20)),
-    (257, 127, (None, 130)),  # the first row sees one key
-    (257, 127, (None, 200)),
-    (257, 127, (None, 131)),
-    (128, 64, (None, 64)),
-    (300, 299, (None, 1)),
-    (64, 1, (None, 63)),
-    (5, 3, (None, 3)),
-    (257, 127, (3, 200)),
-    (257, 127, (140, 140)),
-    (300, 100, (99, None)),
-    (63, 63, (0, None)),
-    (257, 257, (10, None)),
-    (127, 257, (140, None)),
-    (257, 127, (3, None)),
-    (257, 257, (0, 0)),
-    (257, 257, (5, 5)),
-    (1000, 1000, (63, 0)),
-    (1000, 1000, (30, 17)),
-    (1000, 1000, (255, 0)),
-    (127, 127, (5000, 0)),
-    (127, 127, (5000, 5000)),
-    (257, 300, (100, 5)),
-    (500, 400, (120, 150)),
-    (300, 900, (620, 0)),
-    (2, 1000, (998, 0)),
-]
+class OneTile:
+    """A kernel of whole tables with the methods of a `TileKernel`: its table is one tile."""
 
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel, self.name, self.refuse = kernel, kernel.name, kernel.refuse
 
-@dataclass
-class Problem:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    dout: Tensor
-    dlse: Tensor | None
-    window: Window
+    def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
+        calls, _ = self._calls(q, k, v, scores, fresh)
+        self.kernel.forward(q, k, v, calls, acc)
 
+    def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
+        calls, mine = self._calls(rows.q, k, v, scores, grads.fresh, grads.fresh_keys)
+        self.kernel.backward(rows, k, v, calls, grads)
+        if mine.dbias is not None:
+            scores.call.dbias[:, :, scores.place.rows] += mine.dbias
 
-def make_problem(
-    nq: int,
-    nk: int,
-    window: Window,
-    dtype: torch.dtype = torch.float64,
-    heads: tuple[int, int] = (4, 2),
-    with_dlse: bool = False,
-    device: str = "cpu",
-    head_dim: int = 16,
-    batch: int = 2,
-) -> Problem:
-    num_heads, num_kv_heads = heads
-    q, dout = (torch.randn(batch, nq, num_heads, head_dim).to(device, dtype) for _ in range(2))
-    k, v = (torch.randn(batch, nk, num_kv_heads, head_dim).to(device, dtype) for _ in range(2))
-    dlse = torch.randn(batch, num_heads, nq).to(device, accumulator(dtype)) if with_dlse else None
-    return Problem(q, k, v, dout, dlse, window)
-
-
-def autograd_result(p: Problem, dtype: torch.dtype, given_out: Tensor | None = None) -> list[Tensor]:
-    """`out, lse, dq, dk, dv` by plain autograd through an explicit softmax, computed in `dtype`.
-
-    Backward is given an out that was rounded to the storage dtype and enters by delta = rowsum(dout * out) alone,
-    just as a gradient of lse does; so `given_out` moves the exact gradients to what is asked of a kernel.
-    """
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (p.q, p.k, p.v))
-    dout = p.dout.to(dtype)
-    group = q.size(2) // k.size(2)
-    keys, values = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, keys) * SCALE
-    scores = scores.masked_fill(~attends(q.size(1), k.size(1), p.window).to(q.device), -math.inf)
-    lse = scores.logsumexp(-1)
-    out = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), values)
-    dlse = torch.zeros_like(lse) if p.dlse is None else p.dlse.to(dtype)
-    if given_out is not None:
-        dlse = dlse + (dout * (out.detach() - given_out.to(dtype))).sum(-1).transpose(1, 2)
-    loss = (out * dout).sum() + (lse * dlse).sum()
-    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))]
-
-
-def empty_partial(p: Problem, fill: float = math.nan) -> Partial:
-    shape = (*p.q.shape[:3], p.v.size(-1))
-    dtype = accumulator(p.q.dtype)
-    out = torch.full(shape, fill, dtype=dtype, device=p.q.device)
-    return Partial(out, torch.full((shape[0], shape[2], shape[1]), fill, dtype=dtype, device=p.q.device))
-
-
-def rows_of(p: Problem, acc: Partial) -> Rows:
-    """The query side of backward as the ring prepares it, out in the storage dtype."""
-    out = acc.out.to(p.q.dtype)
-    delta = (p.dout.to(acc.out.dtype) * out.to(acc.out.dtype)).sum(-1).transpose(1, 2)
-    if p.dlse is not None:
-        delta = delta - p.dlse
-    return Rows(p.q, p.dout, out, acc.lse, delta, p.dlse)
-
-
-def zero_grads(p: Problem) -> Grads:
-    dtype = accumulator(p.q.dtype)
-    return Grads(*(torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v)))
+    def _calls(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, fresh: bool, fresh_keys: bool = False
+    ) -> tuple[TileCalls, Scores]:
+        """A tile's rows are the whole index space, so a bias is that of these rows alone."""
+        (nq, heads), (nk, kv_heads), call, place = q.shape[1:3], k.shape[1:3], scores.call, scores.place
+        left, right = scores.window
+        lo = 1 - nq if left is None else nk - nq - left
+        hi = nk - 1 if right is None else nk - nq + right
+        tiles = Tiles(np.array([(0, nq, 1, 0, nk, 1, max(lo, 1 - nq), min(hi, nk - 1))]))
+        mine = Scores(scores.scale, scores.softcap)
+        if call is not None and place is not None:
+            bias = None if call.bias is None else call.bias[:, :, place.rows]
+            dbias = None if call.dbias is None else torch.zeros_like(call.dbias[:, :, place.rows])
+            mine, place = replace(call, bias=bias, dbias=dbias), Place(slice(0, nq), place.q, place.k, place.heads)
+        launches = tuple(replace(Launch.of(tile), fresh=fresh, fresh_keys=fresh_keys) for tile in tiles)
+        asked = Call(q.device.type, k.dtype, q.shape[3], v.shape[3], heads, kv_heads, features=mine.features)
+        made = TileCalls(tiles, launches, (), Scores(mine.scale, mine.softcap), place, q.device)
+        return self.kernel.ready(made, asked).scored(mine), mine
