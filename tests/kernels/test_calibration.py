@@ -14,7 +14,8 @@ TINY = Sizes((16, 32), (8,), (8,), 64, 4, 2, 1, 8, torch.float32, 0.0)
 
 def test_what_is_measured_is_what_contexts_read(tmp_path):
     lines = []
-    rates = calibrate(torch.device("cpu"), KERNELS, TINY, lines.append)
+    kernels = [kernel for kernel in KERNELS if "cpu" not in kernel.named_only]
+    rates = calibrate(torch.device("cpu"), kernels, TINY, lines.append)
     assert set(rates) >= {"sdpa", "blockwise", "reference"} and "flash4" not in rates
     assert any("flash4" in line and "cannot compute" in line for line in lines), "what is left out is said"
     path = write(tmp_path / "here" / "rates.json", "NVIDIA H200", rates)

@@ -15,6 +15,7 @@ from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores
 from ringattn.testing import Results, dense_results
 from tests.support import cases
+from tests.support.grids import mostly_slow
 from tests.support.one_tile import DEVICES
 from tests.support.ring import on_ranks, tensors
 from tests.support.tables import MASKS, SEQLEN
@@ -66,7 +67,7 @@ def assert_within_law(found, exact, peer, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", mostly_slow(MASKS, ("causal", "chunked", "scattered globals")))
 def test_tables(name, device):
     """Of a rank in a ring of two: its own tokens, then those of the other; and twice with the same bits."""
     layout = "striped" if name in ("strided", "dilated") else "zigzag"
@@ -112,7 +113,8 @@ def test_the_whole_ring(name, schedule, layout):
             assert_within_law(*three, field)
 
 
-@pytest.mark.parametrize("schedule", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
 def test_scores_through_the_ring(schedule):
     """All that may become of scores at once, as `blockwise` does it: ranks hold other heads, rows and positions."""
     mask, seqlen = cases.ALL["documents_window_globals"][0], cases.SEQLEN

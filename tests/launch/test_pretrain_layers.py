@@ -18,6 +18,7 @@ from launch.processes import World
 from launch.run import prepare, start, train
 from launch.training import Trainer
 from ringattn.testing import run_processes
+from tests.support.grids import mostly_slow
 from tests.support.pretrain import NOWHERE, TINY, StopAt, largest_difference, tiny, world_of
 
 
@@ -40,7 +41,7 @@ def test_layers_in_chunks_are_layers(recompute: bool, text: Path) -> None:
     assert largest_difference(found_gradients, gradients) < 1e-13
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", mostly_slow(["ddp", "fsdp"], ["fsdp"]))
 def test_layers_in_chunks_on_ranks(engine: str, text: Path) -> None:
     loss, gradients, flop = first_step(0, 1, tiny(text))
     config = tiny(text, token_chunks=3, recompute=True, engine=engine)
