@@ -223,7 +223,8 @@ def test_it_compiles_for_devices_and_fits_their_memory(capability, tmp_path):
     command = [sys.executable, "-m", "tests.support.compiled", *map(str, capability)]
     settings = {"env": environment | {"TRITON_CACHE_DIR": str(tmp_path)}, "text": True}
     made = subprocess.run(command, check=True, stdout=subprocess.PIPE, **settings).stdout.split()
-    assert made[::2] == ["forward_tiles", "backward_queries", "backward_keys"] * 3
+    kernels = ["forward_tiles", "backward_queries", "backward_keys"] * 3
+    assert made[::2] == [*kernels, "fold", "fold", "accumulate", "accumulate"]
     assert max(map(int, made[1::2])) <= SHARED[capability]
 
 

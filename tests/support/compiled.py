@@ -1,4 +1,4 @@
-"""The `triton` kernel compiled for a CUDA device that need not be there.
+"""The `triton` kernel and the passes compiled for a CUDA device that need not be there.
 
 ``python -m tests.support.compiled 9 0`` compiles for compute capability 9.0, and prints what shared memory each launch
 takes.
@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 
 from ringattn.geometry.frames import Frame
 from ringattn.geometry.tiles import NO_TILES, Tile, Tiles
-from ringattn.kernels import Call, Grads, Rows, tile_calls
+from ringattn.kernels import Call, Grads, Rows, passes_triton, tile_calls
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Alibi, Dropout, Scores
 from ringattn.kernels.triton_tiles import Triton, kernel
@@ -67,6 +67,29 @@ def compile_all(dtype, head_dim, scores, tiles):
     triton_kernel.backward(Rows(q, q, q, lse, lse, None), k, v, calls, Grads(*grads))
 
 
+class Compiled:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, of) -> None:
+        self.of = of
+
+    def __getitem__(self, grid):
+        return lambda *given, **settings: print(
+            self.of.__name__.strip("_"), self.of.warmup(*given, grid=grid, **settings).metadata.shared
+        )
+
+
+def compile_passes():
+    """A fold of one and of several blocks, a sum, and a first write of two."""
+    for name in ("_fold", "_accumulate"):
+        setattr(passes_triton, name, Compiled(getattr(passes_triton, name)))
+    out, lse = torch.zeros(1, LENGTH, HEADS, 128), torch.zeros(1, HEADS, LENGTH, dtype=torch.float64)
+    for count in (1, 3):
+        passes_triton.fold(out, lse, out.bfloat16().expand(count, *out.shape), lse.float().expand(count, *lse.shape))
+    passes_triton.accumulate([(out, out.bfloat16())], False)
+    passes_triton.accumulate([(out.bfloat16(), out), (out.bfloat16(), out)], True)
+
+
 if __name__ == "__main__":
     capability = int(sys.argv[1]), int(sys.argv[2])
     triton.runtime.driver.set_active(Device(*capability))
@@ -74,3 +97,4 @@ if __name__ == "__main__":
     compile_all(torch.bfloat16, 128, PLAIN, TRIANGLE)
     compile_all(torch.float16, 64, ALL, LISTS)
     compile_all(torch.float32, 64, PLAIN, TRIANGLE)
+    compile_passes()

@@ -134,10 +134,10 @@ def kernel_result(kernel: Kernel, p: Problem) -> list[Tensor]:
 
 
 def skip_refused(kernel: Kernel, p: Problem) -> None:
-    call = Call(
-        p.q.device.type, p.q.dtype, p.q.size(3), p.v.size(3), p.q.size(2), p.k.size(2), p.window != (None, None)
-    )
-    reason = kernel.refuse(call)
+    windowed, capability = p.window != (None, None), torch.cuda.get_device_capability() if p.q.is_cuda else (0, 0)
+    dims = p.q.size(3), p.v.size(3), p.q.size(2), p.k.size(2)
+    call = Call(p.q.device.type, p.q.dtype, *dims, windowed, dlse=p.dlse is not None, capability=capability)
+    reason = kernel.needs.lacking(call) or kernel.refuse(call)
     if reason is not None:
         pytest.skip(f"{kernel.name} refuses: {reason}")
 
@@ -161,7 +161,7 @@ def assert_within_law(kernel: Kernel, p: Problem) -> None:
     exact = autograd_result(p, torch.float64, given_out)
     # On CUDA 16-bit operators give 16-bit results, and Triton's products are of 16-bit factors; everywhere else kernels
     # owe fp32 whatever the storage.
-    in_storage = (p.q.is_cuda and kernel.name == "sdpa") or kernel.name == "triton"
+    in_storage = kernel.name == "triton" or (p.q.is_cuda and kernel.name not in ("blockwise", "reference"))
     precision = p.q.dtype if in_storage else accumulator(p.q.dtype)
     independent = autograd_result(p, precision, given_out)
     peers = dict(zip(("out", "dq", "dk", "dv"), single_device_errors(p, precision), strict=True))

@@ -37,7 +37,7 @@ class OneTile:
     """A kernel of whole tables with the methods of a `TileKernel`: its table is one tile."""
 
     def __init__(self, kernel: Kernel) -> None:
-        self.kernel, self.name, self.refuse = kernel, kernel.name, kernel.refuse
+        self.kernel, self.name, self.needs, self.refuse = kernel, kernel.name, kernel.needs, kernel.refuse
 
     def forward_tile(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, acc: Partial, fresh: bool) -> None:
         calls, _ = self._calls(q, k, v, scores, fresh)
