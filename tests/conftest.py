@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         limit = item.get_closest_marker("timeout")
         seconds = limit.args[0] if limit else float(config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
+    # the longest first, so that no worker waits for another at the end
+    items.sort(key=lambda item: -item.get_closest_marker("timeout").args[0])  # type: ignore[union-attr]
 
 
 @pytest.fixture(autouse=True)

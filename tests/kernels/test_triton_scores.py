@@ -24,14 +24,11 @@ def _interpreted():
 SCORES = {name: case for name, case in features.CASES.items() if name != "bias of all"}
 
 
-@pytest.mark.parametrize(
-    ("tile", "scattered"),
-    [((40, 70, (45, 20)), True), pytest.param((100, 80, (70, 75)), False, marks=pytest.mark.slow)],
-    ids=str,
-)
-@pytest.mark.parametrize("name", mostly_slow(SCORES, ("all", "bias with -inf")))
+@pytest.mark.parametrize("name", mostly_slow([*SCORES, "all in many blocks"], ("all", "bias with -inf")))
 @pytest.mark.usefixtures("poison")
-def test_every_feature(name, tile, scattered):
+def test_every_feature(name):
+    scattered = not name.endswith("blocks")
+    tile, name = ((40, 70, (45, 20)), name) if scattered else ((100, 80, (70, 75)), "all")
     p = features.make_problem(tile, torch.float32, scattered=scattered, **SCORES[name])
     got = features.computed(OneTile(TRITON), p)
     exact, peer = (features.formulas(p, dtype, got[0]) for dtype in (torch.float64, torch.float32))

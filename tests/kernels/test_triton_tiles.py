@@ -51,6 +51,10 @@ FEW: list[tuple[int, int, Window]] = [
 ]
 
 
+# those that are not among them and do not take the interpreter half a minute, and one long one
+INTERPRETED = [tile for tile in TILES if tile not in FEW and tile[0] * tile[1] < 40_000] + [(1000, 1000, (63, 0))]
+
+
 @pytest.fixture(autouse=True)
 def _interpreted():
     pytest.importorskip("triton")
@@ -68,11 +72,10 @@ def test_one_tile(tile, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile[0]}x{tile[1]}-{tile[2]}")
-def test_every_tile(tile, dtype, device):
-    assert_within_law(OneTile(TRITON), make_problem(*tile, dtype=dtype, heads=(2, 1), batch=1, device=device))
+@pytest.mark.parametrize("tile", INTERPRETED, ids=lambda tile: f"{tile[0]}x{tile[1]}-{tile[2]}")
+def test_every_tile(tile):
+    """On a GPU: test_conformance.py."""
+    assert_within_law(OneTile(TRITON), make_problem(*tile, dtype=torch.float32, heads=(2, 1), batch=1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -216,7 +219,7 @@ def test_tf32_only_where_it_is_asked_for():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)], ids=str)
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=str)
 def test_it_compiles_for_devices_and_fits_their_memory(capability, tmp_path):
     """What the interpreter runs is no proof that Triton compiles it. No GPU is needed for that."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,4 +1,4 @@
-"""The main job over NCCL on one GPU, which its ranks share; over gloo where there is none."""
+"""The main job over NCCL on one GPU, which its ranks share (over gloo: test_pretrain_ranks.py and test_pretrain_kills.py)."""
 
 import random
 import signal
@@ -14,24 +14,20 @@ from tests.support.clock import patience
 from tests.support.launched import Launched, hit
 from tests.support.pretrain import records_of, tiny
 
-BACKENDS = pytest.mark.parametrize(
-    "backend", [pytest.param("gloo", marks=pytest.mark.slow), pytest.param("nccl", marks=pytest.mark.gpu)]
-)
 
-
-def job(folder: Path, text: Path, backend: str, ranks: int, *arguments: str, **changes: object) -> Launched:
-    where = {"device": "cuda", "share_gpus": True} if backend == "nccl" else {}
+def job(folder: Path, text: Path, ranks: int, *arguments: str, **changes: object) -> Launched:
+    where = {"device": "cuda", "share_gpus": True}
     file = folder / f"{ranks}.toml"
     file.write_text(dump(tiny(text, dtype="float32", timeout=30.0, **where, **changes)))
     return Launched(ranks, folder / f"run-{ranks}", ["--config", str(file), *arguments])
 
 
-@BACKENDS
+@pytest.mark.gpu
 @pytest.mark.timeout(150)
-def test_two_and_four_ranks_train_as_one(backend: str, text: Path, tmp_path: Path) -> None:
+def test_two_and_four_ranks_train_as_one(text: Path, tmp_path: Path) -> None:
     """Both at a time; each compares its first step with one rank's."""
-    jobs = [job(tmp_path, text, backend, 2, "--verify", steps=4)]
-    jobs.append(job(tmp_path, text, backend, 4, "--verify", "--engine", "fsdp", steps=4))
+    jobs = [job(tmp_path, text, 2, "--verify", steps=4)]
+    jobs.append(job(tmp_path, text, 4, "--verify", "--engine", "fsdp", steps=4))
     said = ["\n".join(one.finish()) for one in jobs]
     for lines in said:
         assert "sharded and single-rank step are equal" in lines, lines
@@ -39,10 +35,10 @@ def test_two_and_four_ranks_train_as_one(backend: str, text: Path, tmp_path: Pat
     assert len(two) == 4 and two == pytest.approx(four, rel=1e-4)
 
 
-@BACKENDS
+@pytest.mark.gpu
 @pytest.mark.timeout(120)
-def test_a_killed_rank_is_named_within_the_deadline(backend: str, text: Path, tmp_path: Path) -> None:
-    running = job(tmp_path, text, backend, 2, steps=100_000)
+def test_a_killed_rank_is_named_within_the_deadline(text: Path, tmp_path: Path) -> None:
+    running = job(tmp_path, text, 2, steps=100_000)
     try:
         hit(running, 0, "step [2-9], (forward|backward)", signal.SIGKILL, random.Random(0))
         begin = time.monotonic()

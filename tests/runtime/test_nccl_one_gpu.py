@@ -142,6 +142,6 @@ def checks(rank: int, world: int) -> str:
 
 
 @BACKENDS
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.gpu)])
 def test_ranks_that_share_a_gpu_compute_what_one_does(world: int, backend: str) -> None:
     assert run_processes(checks, world, backend=backend, timeout=90) == [backend] * world
