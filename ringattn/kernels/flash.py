@@ -190,24 +190,33 @@ def padded(rows: Rows, k: Tensor, v: Tensor) -> tuple[Rows, Tensor, Tensor]:
 def probe(load: Callable[[], Operators], name: str, written_for: str, device: str) -> str | None:
     """What is wrong with a package here, by one tiny call in both directions; None if nothing is. Packages that import
     may still not run, and interfaces change between versions."""
+    # whatever mode the user's call is in
+    with torch.inference_mode(False), torch.autocast(device, enabled=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of imports and of first calls
+        try:
+            off = _off(load(), device)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            return f"{name} does not run here ({text:.300}); it was written for {written_for}"
+    wrong = next(((what, much) for what, much in off.items() if not much < CLOSE), None)
+    if wrong is None:
+        return None
+    return (
+        f"{name} computes something else here ({wrong[0]} is off by {wrong[1]:.2g}); it was written for {written_for}"
+    )
+
+
+def _off(operators: Operators, device: str) -> dict[str, float]:
+    """How far a tiny call's results are from what they must be, relative."""
     own = torch.Generator(device).manual_seed(0)  # the user's numbers are not touched
     q, dout = (torch.randn(1, 64, 2, 64, device=device, generator=own).bfloat16() for _ in range(2))
     k, v = (torch.randn(1, 96, 1, 64, device=device, generator=own).bfloat16() for _ in range(2))
     ask = Ask((40, 8), 0.125)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of imports and of first calls
-            operators = load()
-            out, lse = operators.forward(q, k, v, ask, None)
-            found = out, lse, *operators.backward(Rows(q, dout, out, lse, None, None), k, v, ask, (None, None, None))
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        return f"{name} does not run here ({text:.300}); it was written for {written_for}"
-    for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, _expected(q, k, v, dout), strict=True):
-        off = float((a.float() - b).norm() / b.norm())
-        if not off < CLOSE:
-            return f"{name} computes something else here ({what} is off by {off:.2g}); it was written for {written_for}"
-    return None
+    with torch.no_grad():
+        out, lse = operators.forward(q, k, v, ask, None)
+        found = out, lse, *operators.backward(Rows(q, dout, out, lse, None, None), k, v, ask, (None, None, None))
+    pairs = zip(("out", "lse", "dq", "dk", "dv"), found, _expected(q, k, v, dout), strict=True)
+    return {name: float((a.float() - b).norm() / b.norm()) for name, a, b in pairs}
 
 
 def _expected(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:

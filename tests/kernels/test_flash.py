@@ -276,6 +276,14 @@ def test_compilers_whose_backward_never_returns_are_refused(version, monkeypatch
     assert flash4.Flash4.needs.lacking(call_of()) is None
 
 
+def test_a_package_is_asked_whatever_mode_the_first_call_is_in():
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        before = torch.get_rng_state()
+        with mode:
+            assert made("flash4")[0].refuse(call_of(device_type="cpu")) is None
+        assert torch.equal(torch.get_rng_state(), before), "the user's numbers are not touched"
+
+
 def test_a_changed_interface_is_one_clear_refusal():
     kernel, interface = made("flash4")
     assert kernel.refuse(call_of(device_type="cpu")) is None

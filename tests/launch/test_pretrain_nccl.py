@@ -1,4 +1,5 @@
-"""The main job over NCCL on one GPU, which its ranks share (over gloo: test_pretrain_ranks.py and test_pretrain_kills.py)."""
+"""The main job over NCCL on one GPU, which its ranks share; over gloo: `test_pretrain_ranks.py`,
+`test_pretrain_kills.py`."""
 
 import random
 import signal
