@@ -36,14 +36,28 @@ class Frame:
         return self.spans[rows, 0] + within * self.spans[rows, 2]
 
     def rows(self, spans: Ints) -> Ints:
-        """Local index runs (start, length, step) of global spans ``[n, 3]``, in the order given."""
+        """Local index runs (start, length, step) of global spans ``[n, 3]``, in the order given, each by position."""
         if not len(spans):
             return np.empty((0, 3), np.int64)
         if (spans[:, 2] == 1).all() and (self.spans[:, 2] == 1).all():
             return self._rows_of_runs(spans[:, 0], spans[:, 0] + spans[:, 1])
         asked = Frame(spans)
         i, j = overlapping(*asked.hull, *self.hull)
-        return self.local(cross_spans(spans[i], self.spans[j]), j)
+        pieces = cross_spans(spans[i], self.spans[j])
+        i, j, pieces = (x[pieces[:, 1] > 0] for x in (i, j, pieces))
+        order = np.lexsort((pieces[:, 0], i))
+        i, j, pieces = i[order], j[order], pieces[order]
+        last = pieces[:, 0] + (pieces[:, 1] - 1) * pieces[:, 2]
+        if ((i[1:] == i[:-1]) & (pieces[1:, 0] < last[:-1])).any():
+            return self._tokens(i, j, pieces)
+        return self.local(pieces, j)
+
+    def _tokens(self, asked: Ints, which: Ints, pieces: Ints) -> Ints:
+        """The same one token a run, where spans with steps lie between each other."""
+        row, within = expand(pieces[:, 1])
+        start, _, step = self.local(pieces, which)[row].T
+        order = np.lexsort((pieces[row, 0] + within * pieces[row, 2], asked[row]))
+        return columns((start + within * step)[order], 1, 1)
 
     @cached_property
     def _runs(self) -> Ints:

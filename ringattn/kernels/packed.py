@@ -68,7 +68,7 @@ def _follows(last: TileCall, call: TileCall) -> bool:
     if not all(isinstance(rows, slice) and rows.step in (None, 1) for rows in (last.q, last.k, call.q, call.k)):
         return False
     beside = all(a.stop == b.start for a, b in zip(_sides(last), _sides(call), strict=True))
-    alike = (last.fresh, last.fresh_keys, last.count) == (call.fresh, call.fresh_keys, 1)
+    alike = (last.fresh, last.fresh_keys, last.count, 1) == (call.fresh, call.fresh_keys, 1, call.count)
     return beside and alike and last.scores.place is call.scores.place is None
 
 

@@ -20,6 +20,7 @@ SHIPPED = Path(__file__).parent / "tables"
 FAMILIES = {"hopper": ("h100", "h200", "gh200"), "ampere": ("a100", "a800")}  # table: marks in a device's name
 UNKNOWN = 1e9  # FLOP/s of a kernel that a table says nothing of: the last to be taken
 TERA = 1e12
+DIGITS, FASTEST = 12, 1e6  # of a size in a table, and TFLOP/s
 LIKE = {"full": "full", "causal": "full", "band": "causal", "window": "band", "stack": "full"}  # where a table has none
 
 
@@ -45,6 +46,18 @@ class Kind(NamedTuple):
 
 def _length(rows: Any) -> int:
     return len(range(rows.start, rows.stop, rows.step or 1)) if isinstance(rows, slice) else len(rows)
+
+
+def _point(entry: tuple[str, Any]) -> tuple[int, float, float]:
+    """A size and a pair of rates, of the file's."""
+    size, pair = entry
+    fine = size.isascii() and size.isdigit() and 0 < len(size) <= DIGITS and int(size) > 0
+    if not fine or type(pair) is not list or len(pair) != 2 or not all(type(x) in (int, float) for x in pair):
+        raise ValueError(f"{entry!r:.80}: must be a size in tokens and a pair of rates, forward and backward")
+    if not all(0 < x <= FASTEST for x in pair):
+        raise ValueError(f"{entry!r:.80}: rates must be above 0 and at most {FASTEST:g} TFLOP/s")
+    forward, backward = pair
+    return int(size), TERA * forward, TERA * backward
 
 
 Points = tuple[tuple[int, float, float], ...]  # size, and FLOP/s forward and backward
@@ -78,20 +91,15 @@ class KernelRates:
         try:
             content = json.loads(path.read_text())
             table = {
-                kernel: {
-                    shape: tuple(sorted((int(size), *(TERA * float(x) for x in pair)) for size, pair in sizes.items()))
-                    for shape, sizes in shapes.items()
-                }
+                kernel: {shape: tuple(sorted(map(_point, sizes.items()))) for shape, sizes in shapes.items()}
                 for kernel, shapes in content["rates"].items()
             }
-            fine = all(len(p) == 3 and min(p) > 0 for s in table.values() for points in s.values() for p in points)
-            if not fine:
-                raise ValueError("a rate is a pair of numbers above 0, forward and backward")
-            return KernelRates(table, str(content["source"]))  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            return KernelRates(table, str(content["source"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            text = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{path} is no table of kernel rates ({reason}); `ringattn calibrate` writes one"
+                f"{path} is no table of kernel rates ({text:.300}); `ringattn calibrate` writes one, and "
+                "Options.kernel_rates names it"
             ) from None
 
 

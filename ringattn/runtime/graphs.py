@@ -142,7 +142,7 @@ class Graphs:
         stream = self.device.stream(walk.call.kind.device)
         if stream is None:  # part of a graph of the user's own
             return walk(self.link), False
-        layouts = tuple(None if x is None else x.stride() for x in walk.inputs)
+        layouts = tuple(None if x is None else (x.dtype, x.stride()) for x in walk.inputs)  # sinks have any dtype
         addresses = tuple(0 if x is None else x.data_ptr() for x in walk.inputs)
         known = self._known.setdefault(walk.call, {})
         series = known.get((walk.loop, stream, layouts))

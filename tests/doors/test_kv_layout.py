@@ -93,3 +93,20 @@ def test_what_does_not_fit_is_refused():
     assert context(layout=cyclic(17, 2), kv_layout="zigzag").k_layout.name == "zigzag"
     assert "keys cyclic" in context(kv_layout="cyclic").describe()
     assert context(kv_layout="cyclic").handle.tolist() != context(kv_layout="zigzag").handle.tolist()
+
+
+INTERLEAVED = [
+    [[(5, 1)], [(1, 2, 2), (0, 2, 2), (4, 1)]],
+    [[(0, 1), (5, 1)], [(2, 2, 2), (1, 2, 2)]],
+]
+
+
+@pytest.mark.parametrize("spans", INTERLEAVED, ids=str)
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
+@pytest.mark.parametrize("mask", [ra.causal(), ra.strided(2)], ids=str)
+def test_strides_of_one_rank_that_lie_between_each_other(mask, schedule, spans):
+    """A message is in order of positions, also where neighbours lie in different spans of their owner."""
+    layout, sizes = ra.Layout.from_spans(spans), {"q_len": 6, "kv_len": 6}
+    single = single_process(mask, **sizes)
+    check(on_ranks(2, mask, sizes=sizes, layout=layout, schedule=schedule), single)
+    check(on_ranks(2, mask, sizes=sizes, layout="contiguous", kv_layout=layout, schedule=schedule), single)

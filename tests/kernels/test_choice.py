@@ -142,12 +142,25 @@ def test_a_table_of_this_machine_comes_first(tmp_path, monkeypatch):
     assert ra.Options(kernel_rates=own).kernel_rates == str(own)
 
 
+def full(sizes):
+    """A table that is right but for these sizes and rates."""
+    return f'{{"source": "x", "rates": {{"sdpa": {{"full": {sizes}}}}}}}'
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", '{"source": "x", "rates": {"sdpa": {"full": {"a": [1, 2]}}}}', '{"source": "x", "rates": [1]}',
-     '{"source": "x", "rates": {"sdpa": {"full": {"4096": [0, 2]}}}}',
-     '{"source": "x", "rates": {"sdpa": {"full": {"4096": [1]}}}}'],
-)  # fmt: skip
+    [
+        *("", "{}", '{"source": "x", "rates": [1]}', "[" * 60_000),
+        *(full('{"a": [1, 2]}'), full('{"4096": [0, 2]}'), full('{"4096": [1]}'), full('{"9": "56"}'), full("[]")),
+        *(
+            full('{"9": [NaN, 1]}'),
+            full('{"9": [1, 1e400]}'),
+            full('{"' + "9" * 400 + '": [1, 1]}'),
+            full('{"0": [1, 1]}'),
+        ),
+    ],
+    ids=lambda text: text[:60],
+)
 def test_a_file_that_is_no_table_is_refused(text, tmp_path):
     path = tmp_path / "rates.json"
     path.write_text(text)

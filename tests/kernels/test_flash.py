@@ -158,6 +158,18 @@ def attention(kernel, monkeypatch, mask, world, batch=1, **settings):
 
 
 @each
+@pytest.mark.parametrize(
+    "bounds", [[0, 3, 5, 7, 9, 11, 60], [0, 20, 30, 40, 50, 60], [0, 7, 14, 21, 28, 35, 60]], ids=str
+)
+def test_equal_documents_beside_an_odd_one(name, bounds, monkeypatch):
+    """A stack is a call of its own, and no document of a run."""
+    kernel, _ = made(name)
+    found, dense = attention(kernel, monkeypatch, ra.documents(bounds) & ra.causal(), 1)
+    for a, b in zip(found[0], dense, strict=True):
+        assert rms(a.double() - b) < 0.02 * max(1.0, b.abs().max().item())
+
+
+@each
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize(

@@ -194,6 +194,24 @@ def test_checkpointing(world, reentrant):
     run(world, train)
 
 
+def test_sinks_of_another_dtype_are_another_kind():
+    """Of numbers that lie at the same place, and of such as move."""
+    q, k, v = (torch.randn(1, S, heads, DIM, dtype=torch.float64) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    cp, eager = context(), ra.ContextParallel(None, S, kernel="reference", options=ra.Options(graphs="off"))
+    place = torch.linspace(-1, 1, HEADS, dtype=torch.float64)
+    narrow = place.view(torch.float32)[:HEADS]
+
+    def compare(sinks):
+        found, want = (ra.attention(q, k, v, cp=each, sinks=sinks) for each in (cp, eager))
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+    for _ in range(3):
+        compare(place)
+    narrow.copy_(torch.linspace(-1, 1, HEADS) / 3)
+    for sinks in [narrow] * 3 + [narrow.bfloat16().clone() for _ in range(3)] + [narrow.double() / 7 for _ in range(3)]:
+        compare(sinks)
+
+
 @WORLDS
 def test_sinks_and_the_gradient_of_lse(world):
     mask, sinks = ra.causal(), torch.linspace(-1, 1, HEADS, dtype=torch.float64)
