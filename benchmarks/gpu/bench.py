@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,9 +122,6 @@ def _count(rows: Any) -> int:
     return len(range(rows.start, rows.stop, rows.step)) if isinstance(rows, slice) else len(rows)
 
 
-def graph_settings() -> dict[str, ringattn.Options]:
-    """Options with CUDA graphs off, and on, where this version's have them."""
-    if not any(field.name == "graphs" for field in fields(ringattn.Options)):
-        return {"off": ringattn.Options()}
-    make: Any = ringattn.Options
-    return {value: make(graphs=value) for value in ("off", "on")}
+def graph_settings(on_gpu: bool = True) -> dict[str, ringattn.Options]:
+    """Options with CUDA graphs off, and on; on a CPU there are none to be had."""
+    return {value: ringattn.Options(graphs=value if on_gpu else "auto") for value in ("off", "on")}

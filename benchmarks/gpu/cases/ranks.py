@@ -23,14 +23,12 @@ GRAPHS_ONLY = 1024
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
-    options = graph_settings()
+    options = graph_settings(bench.on_gpu)
     for shard in bench.sizes.shards:
         for schedule in SCHEDULES:
             for graphs, setting in options.items():
                 what = {"tokens": shard, "schedule": schedule, "graphs": graphs}
                 yield what, partial(_figure, bench, shard, graphs, schedule=schedule, options=setting)
-    if "on" not in options:
-        yield {"graphs": "on"}, lambda: {"left_out": "this version's Options has no graphs"}
 
 
 def _figure(bench: Bench, shard: int, graphs: str, **settings: Any) -> Row:
