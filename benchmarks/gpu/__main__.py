@@ -14,6 +14,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.cases import CASES
 from benchmarks.gpu.runner import run
 from benchmarks.gpu.sizes import DRY, FULL
+from ringattn.kernels.rates import slug
 
 
 def main() -> int:
@@ -28,7 +29,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing to measure; --dry shows whether the benchmark runs")
         return 0
-    chip = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+    chip = slug(torch.cuda.get_device_name())
     name = arguments.json or f"gpu-{chip}{'-part' if arguments.only else ''}"
     bench = Bench(FULL, find_bare(FULL.device))
     about = {**head(), "versions": versions(), "bare": bench.bare.name}

@@ -53,14 +53,17 @@ class Selection:
         """The kernel of each launch. One that computes a list of tiles at once computes all of them or none."""
         if self.rates is None or len(self.kernels) == 1:
             return [self.kernels[0]] * len(launches)
-        one_by_one = [kernel for kernel in self.kernels if not kernel.takes_lists]
-        best = [min(one_by_one, key=lambda kernel: self._seconds(kernel, x, backward)) for x in launches]
-        least = sum(LAUNCH + self._seconds(kernel, x, backward) for kernel, x in zip(best, launches, strict=True))
-        for kernel in (kernel for kernel in self.kernels if kernel.takes_lists):
-            whole = LAUNCH + sum(self._seconds(kernel, x, backward) for x in launches)
-            if whole < least or not one_by_one:
-                best, least = [kernel] * len(launches), whole
-        return best
+        lists = [[kernel] * len(launches) for kernel in self.kernels if kernel.takes_lists]
+        single = [kernel for kernel in self.kernels if not kernel.takes_lists]
+        if single:
+            lists.append([min(single, key=lambda kernel: self._seconds(kernel, x, backward)) for x in launches])
+        return min(lists, key=lambda taken: self._whole(taken, launches, backward))
+
+    def _whole(self, taken: Sequence[Kernel], launches: Sequence[Launch], backward: bool) -> float:
+        """Seconds of all launches; those of a list are one."""
+        count = 1 if taken and taken[0].takes_lists else len(launches)
+        seconds = (self._seconds(kernel, launch, backward) for kernel, launch in zip(taken, launches, strict=True))
+        return LAUNCH * count + sum(seconds)
 
     def _seconds(self, kernel: Kernel, launch: Launch, backward: bool) -> float:
         """Of one batch row."""

@@ -11,24 +11,23 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ringattn.geometry.tiles import Window
 from ringattn.kernels.base import Call, Grads, Kernel, Rows
 from ringattn.kernels.calls import TileCall, TileCalls, TileKernel
-from ringattn.kernels.operators import DLSE_COLUMNS
+from ringattn.kernels.operators import DLSE_COLUMNS, Query, carry_dlse
 from ringattn.kernels.packed import packed
 from ringattn.kernels.partial import Partial, fold
 from ringattn.kernels.passes import fold_all
 from ringattn.kernels.pieces import TileBand
 from ringattn.kernels.scores import Bounds, TileScores
+from ringattn.kernels.sdpa_cuda import HALF
 
-HALF = (torch.float16, torch.bfloat16)
-TOGETHER = 8  # results that are held to be folded at once
+TOGETHER = 2  # results that are held to be folded at once: each is as large as half of the running one
 ALIGNMENT = 16  # bytes, of the rows that an operator writes
 CLOSE = 0.03  # what a probe's bf16 may be off
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -44,6 +43,25 @@ class Ask(NamedTuple):
     bounds: Bounds | None = None
     deterministic: bool = False
     sm_margin: int = 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is what packages have a flag for."""
+        return self.window == (None, 0)
+
+    @property
+    def signed(self) -> tuple[int, int]:
+        """The window where -1 is an absent bound."""
+        left, right = (-1 if bound is None else bound for bound in self.window)
+        return left, right
+
+    @property
+    def sequences(self) -> dict[str, Any]:
+        """The bounds as arguments of those names in all packages; none for one tile."""
+        if self.bounds is None:
+            return {}
+        q, k, longest_q, longest_k = self.bounds
+        return {"cu_seqlens_q": q, "cu_seqlens_k": k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
 
 
 class Operators(Protocol):
@@ -175,15 +193,17 @@ def _writable(x: Tensor) -> bool:
 
 
 def padded(rows: Rows, k: Tensor, v: Tensor) -> tuple[Rows, Tensor, Tensor]:
-    """The same inputs with a gradient of lse in padding columns: see `operators.carry_dlse`."""
-    assert rows.dlse is not None
-    head_dim, width = rows.out.shape[-1], (0, DLSE_COLUMNS)
-    out, rest = pad(rows.out, width), -rows.dlse.transpose(1, 2)
-    for column in range(head_dim, head_dim + 3):
-        out[..., column] = rest
-        rest = rest - out[..., column]
-    dout = pad(rows.dout, width, value=1.0)
-    return Rows(pad(rows.q, width), dout, out, rows.lse, None, None), pad(k, width), pad(v, width)
+    """The same inputs with the gradient of lse in padding columns."""
+    query = Query.of(rows, lambda x: x.transpose(1, 2))
+    query, k, v = carry_dlse(query, k.transpose(1, 2), v.transpose(1, 2))
+    q, dout, out, k, v = (x.transpose(1, 2) for x in (query.q, query.dout, query.out, k, v))
+    return Rows(q, dout, out, rows.lse, None, None), k, v
+
+
+def written(rows: Rows, k: Tensor, v: Tensor, homes: Homes) -> Gradients:
+    """Tensors for gradients, where a package must be given all of them."""
+    dq, dk, dv = (torch.empty_like(x) if home is None else home for x, home in zip((rows.q, k, v), homes, strict=True))
+    return dq, dk, dv
 
 
 @cache

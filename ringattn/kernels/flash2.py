@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.calls import TileCalls
-from ringattn.kernels.flash import Ask, FlashKernel, Gradients, Homes, Operators
+from ringattn.kernels.flash import Ask, FlashKernel, Gradients, Homes, Operators, written
 from ringattn.kernels.packed import packed
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.pieces import TileBand, flash_runs
@@ -30,42 +30,29 @@ class Package:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ask: Ask, home: Partial | None) -> tuple[Tensor, Tensor]:
         """See `Operators`: it makes its own tensors."""
-        if ask.bounds is None:
-            out, lse, *_ = self.interface._flash_attn_forward(q, k, v, **_said(ask), return_softmax=False)
-            return out, _as_seen(lse)
-        out, lse, *_ = self.interface._flash_attn_varlen_forward(
-            q[0], k[0], v[0], **_said(ask), return_softmax=False, **_bounds(ask)
-        )
-        return out[None], _as_seen(lse[None])
+        forward, packed = self.interface._flash_attn_forward, ask.bounds is not None
+        if packed:
+            forward, q, k, v = self.interface._flash_attn_varlen_forward, q[0], k[0], v[0]
+        out, lse, *_ = forward(q, k, v, **_said(ask), return_softmax=False)
+        return (out[None], _as_seen(lse[None])) if packed else (out, _as_seen(lse))
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, ask: Ask, homes: Homes) -> Gradients:
         """See `Operators`."""
-        written = [torch.empty_like(x) if home is None else home for x, home in zip((rows.q, k, v), homes, strict=True)]
-        given, lse, said = (rows.dout, rows.q, k, v, rows.out), rows.lse.contiguous(), _said(ask)
-        said |= {"deterministic": ask.deterministic}
-        if ask.bounds is None:
-            dq, dk, dv = written
-            self.interface._flash_attn_backward(*given, lse, dq=dq, dk=dk, dv=dv, **said)
-        else:
-            dq, dk, dv = (x[0] for x in written)
-            self.interface._flash_attn_varlen_backward(
-                *(x[0] for x in given), lse[0], dq=dq, dk=dk, dv=dv, **said, **_bounds(ask)
-            )
-        return written[0], written[1], written[2]
+        found, backward = written(rows, k, v, homes), self.interface._flash_attn_backward
+        given = [rows.dout, rows.q, k, v, rows.out, rows.lse.contiguous(), *found]
+        if ask.bounds is not None:
+            backward, given = self.interface._flash_attn_varlen_backward, [x[0] for x in given]
+        *tensors, dq, dk, dv = given
+        backward(*tensors, dq=dq, dk=dk, dv=dv, deterministic=ask.deterministic, **_said(ask))
+        return found
 
 
 def _said(ask: Ask) -> dict[str, Any]:
-    left, right = (-1 if bound is None else bound for bound in ask.window)
+    left, right = ask.signed
     return {
-        "dropout_p": 0.0, "softmax_scale": ask.scale, "causal": ask.window == (None, 0), "window_size_left": left,
-        "window_size_right": right, "softcap": ask.softcap or 0.0, "alibi_slopes": None,
+        "dropout_p": 0.0, "softmax_scale": ask.scale, "causal": ask.causal, "window_size_left": left,
+        "window_size_right": right, "softcap": ask.softcap or 0.0, "alibi_slopes": None, **ask.sequences,
     }  # fmt: skip
-
-
-def _bounds(ask: Ask) -> dict[str, Any]:
-    assert ask.bounds is not None
-    q, k, longest_q, longest_k = ask.bounds
-    return {"cu_seqlens_q": q, "cu_seqlens_k": k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
 
 
 def _as_seen(lse: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Call, Needs, Rows
-from ringattn.kernels.flash import Ask, FlashKernel, Gradients, Homes, Operators
+from ringattn.kernels.flash import Ask, FlashKernel, Gradients, Homes, Operators, written
 from ringattn.kernels.partial import Partial
 
 
@@ -28,31 +27,27 @@ class Package:
         """See `Operators`: it makes its own tensors."""
         if ask.bounds is not None:
             q, k, v = q[0], k[0], v[0]
-        out, lse, *_ = self.interface._flash_attn_forward(
-            q, k, v, softmax_scale=ask.scale, causal=ask.window == (None, 0), sm_margin=ask.sm_margin, **_said(ask)
-        )
+        out, lse, *_ = self.interface._flash_attn_forward(q, k, v, causal=ask.causal, **_said(ask))
         return (out, lse) if ask.bounds is None else (out[None], lse[None])
 
     def backward(self, rows: Rows, k: Tensor, v: Tensor, ask: Ask, homes: Homes) -> Gradients:
         """See `Operators`."""
-        written = [torch.empty_like(x) if home is None else home for x, home in zip((rows.q, k, v), homes, strict=True)]
-        given = [rows.dout, rows.q, k, v, rows.out, rows.lse.contiguous(), *written]
+        found = written(rows, k, v, homes)
+        given = [rows.dout, rows.q, k, v, rows.out, rows.lse.contiguous(), *found]
         *tensors, dq, dk, dv = given if ask.bounds is None else [x[0] for x in given]
         self.interface._flash_attn_backward(
-            *tensors, dq=dq, dk=dk, dv=dv, softmax_scale=ask.scale, is_causal=ask.window == (None, 0),
-            deterministic=ask.deterministic, sm_margin=ask.sm_margin, **_said(ask),
-        )  # fmt: skip
-        return written[0], written[1], written[2]
+            *tensors, dq=dq, dk=dk, dv=dv, is_causal=ask.causal, deterministic=ask.deterministic, **_said(ask)
+        )
+        return found
 
 
 def _said(ask: Ask) -> dict[str, Any]:
     """What both directions are told alike."""
-    left, right = (-1 if bound is None else bound for bound in ask.window)
-    said: dict[str, Any] = {"window_size_left": left, "window_size_right": right, "softcap": ask.softcap or 0.0}
-    if ask.bounds is not None:
-        q, k, longest_q, longest_k = ask.bounds
-        said |= {"cu_seqlens_q": q, "cu_seqlens_k": k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-    return said
+    left, right = ask.signed
+    return {
+        "softmax_scale": ask.scale, "window_size_left": left, "window_size_right": right,
+        "softcap": ask.softcap or 0.0, "sm_margin": ask.sm_margin, **ask.sequences,
+    }  # fmt: skip
 
 
 @cache

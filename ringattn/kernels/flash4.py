@@ -61,15 +61,10 @@ class Package:
 def _said(ask: Ask) -> dict[str, Any]:
     """A tile as the package's arguments."""
     left, right = ask.window
-    causal = left is None and right == 0
-    said: dict[str, Any] = {
-        "softmax_scale": ask.scale, "causal": causal, "softcap": ask.softcap or 0.0,
-        "window_size_left": left, "window_size_right": None if causal else right,
+    return {
+        "softmax_scale": ask.scale, "causal": ask.causal, "softcap": ask.softcap or 0.0, "window_size_left": left,
+        "window_size_right": None if ask.causal else right, **ask.sequences,
     }  # fmt: skip
-    if ask.bounds is not None:
-        q, k, longest_q, longest_k = ask.bounds
-        said |= {"cu_seqlens_q": q, "cu_seqlens_k": k, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-    return said
 
 
 @cache

@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ringattn.planning.hardware import AMPERE, HOPPER, known_gpu
 from ringattn.planning.launches import Launch
 
 SHIPPED = Path(__file__).parent / "tables"
-FAMILIES = {"hopper": ("h100", "h200", "gh200"), "ampere": ("a100", "a800")}  # table: marks in a device's name
+TABLES = {HOPPER.name: "hopper", AMPERE.name: "ampere"}
 UNKNOWN = 1e9  # FLOP/s of a kernel that a table says nothing of: the last to be taken
 TERA = 1e12
 DIGITS, FASTEST = 12, 1e6  # of a size in a table, and TFLOP/s
@@ -115,7 +116,7 @@ def own_table(device: str) -> Path:
 
 @cache
 def rates_of(device: str, given: str | None = None) -> KernelRates | None:
-    """The rates of a CUDA device by its name: those of the file ``given``, of this machine's own, or those that come
+    """The rates of a device by its name: those of the file ``given``, of this machine's own, or those that come
     with the library; None where none do. Read once.
 
     Raises ``ValueError`` for a file that is no table.
@@ -125,6 +126,6 @@ def rates_of(device: str, given: str | None = None) -> KernelRates | None:
     own = own_table(device)
     if own.is_file():
         return KernelRates.read(own)
-    words = device.lower().replace("-", " ").split()
-    family = next((name for name, marks in FAMILIES.items() if any(mark in words for mark in marks)), None)
-    return None if family is None else KernelRates.read(SHIPPED / f"{family}.json")
+    known = known_gpu(device)
+    table = None if known is None else TABLES.get(known.name)
+    return None if table is None else KernelRates.read(SHIPPED / f"{table}.json")

@@ -76,7 +76,10 @@ GPUS: tuple[Hardware, ...] = (HOPPER, AMPERE, BLACKWELL)
 def hardware(name: str) -> Hardware:
     """The defaults for a device: ``cpu``, or the name of a GPU as its driver gives it; of a GPU that is not known,
     those of an H100."""
-    if name.lower() == "cpu":
-        return CPU
+    return CPU if name.lower() == "cpu" else known_gpu(name) or HOPPER
+
+
+def known_gpu(name: str) -> Hardware | None:
+    """The GPU of that name; None if it is not known."""
     words = name.lower().replace("-", " ").split()
-    return next((known for known in GPUS if any(mark in words for mark in known.marks)), HOPPER)
+    return next((known for known in GPUS if any(mark in words for mark in known.marks)), None)

@@ -161,10 +161,10 @@ class Binding:
 
     def kernels(self, mask: Expression, kind: Kind, features: frozenset[str], dlse: bool) -> Selection:
         """The kernels of a call. Raises as :meth:`prepared` does."""
-        options, capability, rates = self.settings.options, (0, 0), None
+        options, capability, name = self.settings.options, (0, 0), "cpu"
         if kind.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(kind.device)
-            rates = rates_of(torch.cuda.get_device_name(kind.device), options.kernel_rates)
+            capability, name = torch.cuda.get_device_capability(kind.device), torch.cuda.get_device_name(kind.device)
+        rates = rates_of(name, options.kernel_rates)
         call = Call(
             kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
             self.plans[mask].windowed, features, dlse, capability, options.deterministic, options.sm_margin,

@@ -142,6 +142,15 @@ def test_a_table_of_this_machine_comes_first(tmp_path, monkeypatch):
     assert ra.Options(kernel_rates=own).kernel_rates == str(own)
 
 
+def test_a_table_that_is_named_is_heeded_on_a_cpu_too(tmp_path):
+    path = tmp_path / "rates.json"
+    path.write_text(full('{"64": [1, 1]}').replace('"sdpa"', '"blockwise"'))
+    asked = ra.Options(kernel_rates=path)
+    chosen = ra.ContextParallel(None, 64, options=asked).describe()
+    assert "kernel auto: blockwise, the fastest for each tile by rates (x)" in chosen
+    assert "kernel auto: sdpa\n" in ra.ContextParallel(None, 64).describe()
+
+
 def full(sizes):
     """A table that is right but for these sizes and rates."""
     return f'{{"source": "x", "rates": {{"sdpa": {{"full": {sizes}}}}}}}'
