@@ -139,10 +139,20 @@ def settled(wanted: tuple[int, int]) -> tuple[int, int]:
     return now
 
 
+def steady() -> tuple[int, int]:
+    """What is held, once it stays so: a thread has its name a moment after it has started."""
+    known, since = held(), time.monotonic()
+    while time.monotonic() < since + 0.2:
+        time.sleep(0.01)
+        if (now := held()) != known:
+            known, since = now, time.monotonic()
+    return known
+
+
 def let_go(rank: int, world: int) -> None:
     """A context that is still held does not hold its group's lanes: of a group on its own, then of all."""
     dist.barrier()
-    before = held()
+    before = steady()
     contexts = []
     for _ in range(2):
         group = dist.new_group(list(range(world)))
