@@ -27,6 +27,7 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--soak", action="store_true", help="repeat what depends on chance many times instead of a few")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)
     # the longest first, so that no worker waits for another at the end
     items.sort(key=lambda item: -item.get_closest_marker("timeout").args[0])  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether a test of what depends on chance is to be a long one."""
+    return bool(request.config.getoption("--soak"))
 
 
 @pytest.fixture(autouse=True)

@@ -72,10 +72,10 @@ class Launched:
         while self.process.poll() is None:
             yield board.get(key).decode() if board.check([key]) else "before"
 
-    def finish(self, seconds: float = 120) -> list[str]:
+    def finish(self, seconds: float = 180) -> list[str]:
         """Waits for the end, which must be a good one."""
         try:
-            self.process.wait(seconds)
+            self.process.wait(patience(seconds))
         finally:
             self.process.kill()
         assert self.process.returncode == 0, "\n".join(self.lines())
