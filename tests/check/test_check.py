@@ -21,6 +21,7 @@ from ringattn.check.observe import observe_sharded, observe_single
 from ringattn.check.processes import run_processes
 from ringattn.check.subject import settle_weights, stack_of
 from tests.support import planted
+from tests.support.grids import mostly_slow
 
 SUBJECTS = "tests.support.planted"
 INFLUENCE = {"documents stay apart", "no future tokens", "reach of the masks", "no lost context"}
@@ -109,10 +110,12 @@ FAULTS = [
     ("unreduced", {}, {"gradients"}, "gradients", "sum them after backward"),
     ("detached", {}, {"gradients"}, "gradients", "backward is not"),
 ]
+FIRST = list({fault[3]: fault for fault in reversed(FAULTS)}.values())  # of each question
 
 
-@pytest.mark.parametrize(("name", "settings", "fails", "question", "words"), FAULTS)
-def test_faults_are_found_and_named(name, settings, fails, question, words):
+@pytest.mark.parametrize("fault", mostly_slow(FAULTS, FIRST), ids=lambda fault: f"{fault[3]}-{fault[0]}")
+def test_faults_are_found_and_named(fault):
+    name, settings, fails, question, words = fault
     found = report(name, **settings)
     assert failed(found) == fails, str(found)
     assert words in found[question].remedy

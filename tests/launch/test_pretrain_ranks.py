@@ -2,6 +2,7 @@
 recall, which nothing but the ring can answer."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -24,6 +25,7 @@ from launch.tasks import RecallTask
 from launch.verify import verify
 from ringattn.loss import IGNORED
 from ringattn.testing import run_processes
+from tests.support.grids import mostly_slow
 from tests.support.hf_models import SIZES, hf_file
 from tests.support.pretrain import (
     NOWHERE,
@@ -70,9 +72,12 @@ def test_any_mesh_and_engine_trains_as_one_process(engine: str, data: int, conte
         assert largest_difference(found_gradients, gradients) < 1e-9  # AdamW divides by small numbers
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "deepseek-v3"])
-def test_transformers_models_train_as_one_process(family: str, engine: str, text: Path, tmp_path: Path) -> None:
+FAMILIES = list(itertools.product(("llama", "gemma2", "gpt-oss", "deepseek-v3"), ("ddp", "fsdp")))
+
+
+@pytest.mark.parametrize("model", mostly_slow(FAMILIES, [FAMILIES[at] for at in (0, 3, 5, 6)]), ids="-".join)
+def test_transformers_models_train_as_one_process(model: tuple[str, str], text: Path, tmp_path: Path) -> None:
+    family, engine = model
     changes = {"final_logit_softcapping": 3.0} if family == "gemma2" else {}
     file = hf_file(family, tmp_path, **changes)
     alone = tiny(text, model=None, masks=(), hf=file, accumulate=2, recompute=True)

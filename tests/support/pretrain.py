@@ -1,7 +1,10 @@
 """Runs of the main job: a tiny config, its text, a run that stops where it is told to, and what the command refuses."""
 
+import atexit
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -24,7 +27,11 @@ TINY = Config(
     model=ModelConfig(d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24),
     optimizer=OptimizerConfig(lr=1e-2, warmup=2),
 )
-NOWHERE = Path(tempfile.gettempdir()) / "ringattn-nowhere"  # for jobs that save nothing
+# For jobs that save nothing: one folder for this process and those that it starts, as two jobs may not share one.
+if "RINGATTN_NOWHERE" not in os.environ:
+    os.environ["RINGATTN_NOWHERE"] = tempfile.mkdtemp(prefix="ringattn-nowhere-")
+    atexit.register(shutil.rmtree, os.environ["RINGATTN_NOWHERE"], ignore_errors=True)
+NOWHERE = Path(os.environ["RINGATTN_NOWHERE"])
 
 
 def tiny(text: Path, **changes: object) -> Config:
