@@ -20,7 +20,7 @@ from ringattn.geometry.tiles import RowIndex, Tile, Tiles
 Bools = NDArray[np.bool_]
 Words = NDArray[np.uint32]
 WORD = 32
-LARGEST = 1 << 28  # bytes of a map: bits of 128 Ki blocks of 128 x 128
+LARGEST = 1 << 29  # bytes of a map: bits of 256 Ki blocks of 128 x 128
 MOST = 1 << 21  # tiles in blocks, each in all that it touches and does not fill
 REMEDY = "kernel='triton' computes such a mask without a map"
 AT_ONCE = 4096  # boxes in blocks whose bits are made together

@@ -37,9 +37,7 @@ from ringattn.planning.launches import launches
 from ringattn.version import VERSION
 
 BLACKWELL = (10, 0)
-THIN = (
-    8  # of the pairs of the blocks that a tile of stepped or scattered tokens lies in, it has less than one in so many
-)
+CALL = 256  # blocks of a map that take as long as one more call, with rows to gather and results to fold: assumed
 BEYOND = 1 << 40  # rows: more than there are
 
 
@@ -218,13 +216,13 @@ class Flash4Blocks:
     def ready(self, calls: TileCalls, call: Call) -> TileCalls:
         """See `Kernel`."""
         size = block_size(call.head_dim, call.capability)
-        dense, thin = divided(calls.tiles, size)
-        if not len(dense):
+        mapped, apart = divided(calls.tiles, size)
+        if not len(mapped):
             return self.tiles.ready(calls, call)
-        blocks = Blocks.of(block_map(dense, size), calls.device)
+        blocks = Blocks.of(block_map(mapped, size), calls.device)
         fresh = Fresh.of((x.q for x in calls.launches if x.fresh), blocks.rows, calls.device)
         fresh_keys = Fresh.of((x.k for x in calls.launches if x.fresh_keys), blocks.cols, calls.device)
-        rest = self.tiles.ready(_calls_of(thin, calls), call) if len(thin) else None
+        rest = self.tiles.ready(_calls_of(apart, calls), call) if len(apart) else None
         given = calls.tiles, calls.launches, (), calls.scores, calls.place, calls.device
         return MappedCalls(*given, blocks, fresh, fresh_keys, rest)
 
@@ -256,21 +254,22 @@ class Flash4Blocks:
 
 
 def divided(tiles: Tiles, size: BlockSize) -> tuple[Tiles, Tiles]:
-    """The tiles that a map is made of, and those of stepped or scattered tokens, of which blocks would hold so little
-    that their rows are better gathered."""
-    q_step, k_step = (np.where(tiles.boxes[:, n] > 1, tiles.boxes[:, n + 1], 1) for n in (1, 4))
-    thin = q_step * k_step >= THIN
+    """The tiles that a map is made of, and those that are computed apart: stepped or scattered tokens that lie in many
+    blocks, and would be few if they were gathered."""
+    q0, nq, qs, k0, nk, ks, _, _ = tiles.boxes.T
+    stepped = (qs > 1) & (nq > 1) | (ks > 1) & (nk > 1)
+    met = [
+        np.minimum((first + (count - 1) * step) // side - first // side + 1, count)
+        for first, count, step, side in ((q0, nq, qs, size.rows), (k0, nk, ks, size.cols))
+    ]
+    gathered = (-nq // size.rows) * (-nk // size.cols)
+    apart = stepped & (CALL + gathered < met[0] * met[1])
     products: tuple[list[Tile], list[Tile]] = [], []
     for tile in tiles.products:
-        (q, q_blocks), (k, k_blocks) = (_met(x, side) for x, side in zip((tile.q, tile.k), size, strict=True))
-        products[q * k * THIN < q_blocks * k_blocks].append(tile)
-    return Tiles(tiles.boxes[~thin], tuple(products[0])), Tiles(tiles.boxes[thin], tuple(products[1]))
-
-
-def _met(rows: RowIndex, side: int) -> tuple[int, int]:
-    """How many rows there are, and how many the blocks have that they lie in."""
-    at = listed(rows)
-    return len(at), side * len(np.unique(at // side))
+        sides = [(listed(rows), side) for rows, side in zip((tile.q, tile.k), size, strict=True)]
+        gathered = math.prod(-(-len(rows) // side) for rows, side in sides)
+        products[CALL + gathered < math.prod(len(np.unique(rows // side)) for rows, side in sides)].append(tile)
+    return Tiles(tiles.boxes[~apart], tuple(products[0])), Tiles(tiles.boxes[apart], tuple(products[1]))
 
 
 def _calls_of(tiles: Tiles, calls: TileCalls) -> TileCalls:

@@ -2,6 +2,9 @@
 and every limit that must be refused or translated."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ import torch
 
 import ringattn as ra
 from ringattn.geometry.tiles import NO_TILES, Tile, Tiles
-from ringattn.kernels import Call, Grads, Rows, TileCalls, block_map, choose
+from ringattn.kernels import Call, Grads, Rows, TileCalls, block_map, choose, flash4_blocks
+from ringattn.kernels.base import _installed
 from ringattn.kernels.block_map import BlockSize
 from ringattn.kernels.flash4_blocks import Flash4Blocks, Package, block_size, divided
 from ringattn.kernels.partial import Partial
@@ -101,15 +105,16 @@ def pairs_of(tiles, rows, cols):
 
 
 @pytest.mark.parametrize("arch", [9, 10])
-@pytest.mark.parametrize("thin", [False, True])
-def test_a_step_adds_to_what_is_there_and_writes_what_is_not(arch, thin):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_step_adds_to_what_is_there_and_writes_what_is_not(arch, apart, monkeypatch):
     """Rows and columns that hold something, that hold nothing yet, and that a step does not touch, which it must leave
     as they are: nothing was written to them, or more than this step knows."""
+    monkeypatch.setattr(flash4_blocks, "CALL", 0)
     kernel, _ = made(arch)
     nq, nk = 700, 900
     boxes = [(100, 60, 1, 200, 60, 1, -59, 0), (300, 200, 1, 250, 300, 1, 20, 99), (420, 130, 1, 640, 100, 1, -129, 99)]
-    few = Tile(np.array([40, 41, 330, 690]), np.array([3, 260, 880]), (None, None), 12)
-    tiles = Tiles(np.array(boxes), (few,) if thin else ())
+    few = Tile(np.array([40, 41, 330, 690]), np.array([3, 260, 890]), (None, None), 12)
+    tiles = Tiles(np.array(boxes), (few,) if apart else ())
     # the first and the last are the first to touch their rows, the second is not, nor is any of some columns
     begins = [(True, True), (False, True), (False, False), (True, True)]
     launches = [
@@ -172,16 +177,20 @@ def attention(kernel, monkeypatch, mask, world, **settings):
     return ra.Loopback(world).run(one_rank), dense
 
 
+def assert_near(whole, dense):
+    for a, b in zip(whole, dense, strict=True):
+        finite = b.isfinite()
+        assert torch.equal(a.isfinite(), finite)
+        assert rms((a.double() - b)[finite]) < 0.01 * max(1.0, b[finite].abs().max().item())
+
+
 @pytest.mark.parametrize(("world", "layout"), [(1, "contiguous"), (3, "zigzag"), (3, "striped")])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masks_in_many_pieces(mask, world, layout, monkeypatch):
     found, dense = attention(made()[0], monkeypatch, mask, world, layout=layout)
     for whole, told in found:
         assert "flash4_blocks" in told
-        for a, b in zip(whole, dense, strict=True):
-            finite = b.isfinite()
-            assert torch.equal(a.isfinite(), finite)
-            assert rms((a.double() - b)[finite]) < 0.01 * max(1.0, b[finite].abs().max().item())
+        assert_near(whole, dense)
 
 
 @pytest.mark.parametrize("mask", [MASKS["bigbird"], MASKS["documents and window"], MASKS["strided by 2"]], ids=str)
@@ -194,24 +203,37 @@ def test_a_step_of_many_tiles_is_one_call(mask, monkeypatch):
     assert all(call[1:4] == (None, None, None) for call in interface.calls), "no window, no sequences"
 
 
-def test_scattered_tokens_that_fill_no_blocks_are_gathered(monkeypatch):
-    """A call each, in which nothing is masked."""
+@pytest.mark.parametrize(
+    "name", ["strided by 7", "few scattered globals", "many scattered globals", "steps within steps"]
+)
+@pytest.mark.parametrize("world", [1, 3])
+def test_stepped_and_scattered_tokens_apart(name, world, monkeypatch):
+    """As they are where there are many blocks: gathered, in calls of their own, beside the map or without one."""
+    monkeypatch.setattr(flash4_blocks, "CALL", 0)
     kernel, interface = made()
-    attention(kernel, monkeypatch, MASKS["few scattered globals"], 1)
-    assert len(interface.calls) > 4
-    rng = np.random.default_rng(0)
-    scattered = np.unique(rng.integers(0, 600, 200))
-    products = [
-        Tile(scattered, slice(0, 600, 1), (None, None), 0), Tile(scattered[::9], slice(0, 600, 1), (None, None), 0),
-        Tile(scattered[::2], scattered[1::2], (None, None), 0), Tile(np.arange(90), np.arange(60), (None, None), 0),
-    ]  # fmt: skip
+    found, dense = attention(kernel, monkeypatch, MASKS[name], world, layout="contiguous")
+    assert len(interface.calls) > 2 + 2 * world
+    for whole, _ in found:
+        assert_near(whole, dense)
+
+
+def test_tiles_are_apart_where_that_is_fewer_blocks():
+    size, many = BlockSize(128, 128), 9000
+    few, half = np.arange(0, many, 400), np.flatnonzero(np.arange(many) % 3)
+    everyone, some = slice(0, many, 1), slice(0, 90, 1)
+    products = [Tile(q, k, (None, None), 0) for q, k in ((everyone, few), (everyone, half), (few, few), (few, some))]
     boxes = np.array(
-        [(0, 9, 1, 0, 9, 1, 0, 0), (0, 9, 2, 0, 9, 3, 0, 0), (0, 9, 2, 0, 9, 4, 0, 0), (0, 1, 9, 0, 9, 4, 0, 8)]
+        [
+            (5, many, 1, 0, many, 1, 0, 9),
+            (0, 900, 9, 0, 900, 9, 0, 9),
+            (0, 30, 9, 0, 30, 9, 0, 9),
+            (0, many, 1, 7, 1, 9, 0, 9),
+        ]
     )
-    dense, thin = divided(Tiles(boxes, tuple(products)), BlockSize(128, 128))
-    assert dense.boxes.tolist() == boxes[[0, 1, 3]].tolist() and thin.boxes.tolist() == boxes[[2]].tolist()
-    assert dense.products == (products[0], products[3]) and thin.products == (products[1], products[2])
-    assert len(divided(NO_TILES, BlockSize(128, 128))[0]) == 0
+    mapped, apart = divided(Tiles(boxes, tuple(products)), size)
+    assert apart.boxes.tolist() == boxes[[1]].tolist() and apart.products == (products[0], products[1], products[2])
+    assert mapped.boxes.tolist() == boxes[[0, 2, 3]].tolist() and mapped.products == (products[3],)
+    assert len(divided(NO_TILES, size)[0]) == 0
 
 
 # -- what is refused -------------------------------------------------------------------------------------
@@ -291,3 +313,23 @@ DROPPED = {
     "mask_mod": {"mask_mod": None}, "block_sparse_tensors": {"block_sparse_tensors": None, "mask_mod": None},
     "softmax_scale": {"softmax_scale": 1.0},
 }  # fmt: skip
+
+
+# -- the package itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("major", [9, 10])
+def test_both_adapters_compile_with_the_package(major):
+    """No GPU is needed for that, but the package is; and what is compiled of a pair's question answers as it must."""
+    if _installed("flash-attn-4") is None:
+        pytest.skip("flash-attn-4 is not installed: pip install --pre 'ringattn[flash4]'")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.compiled_flash4", str(major)]
+    target = {
+        "FLASH_ATTENTION_ARCH": f"sm_{major}0",
+        "CUTE_DSL_ARCH": f"sm_{major}0a",
+        "FLASH_ATTENTION_NUM_SMS": "132",
+    }
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | target).stdout
+    assert told.count(" asked here\n") == 4 and told.count(" compiled\n") == (6 if major == 9 else 3) + 8
