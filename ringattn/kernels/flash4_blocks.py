@@ -66,6 +66,7 @@ class Fresh:
         return Fresh(written, torch.from_numpy(rows).to(device) if len(rows) else None)
 
     def clear(self, x: Tensor, dim: int, value: float = 0.0) -> None:
+        """Before anything is added to them."""
         if self.cleared is not None:
             x.index_fill_(dim, self.cleared, value)
 

@@ -96,3 +96,13 @@ def test_a_map_that_is_too_large_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(block_map, "_words_of", None)
     with pytest.raises(NotImplementedError, match="takes 8,196 bytes, at most 1,000: 1 blocks of 256 x 256 have"):
         block_map.block_map(tiles, BlockSize(256, 256))
+
+
+def test_tiles_in_too_many_blocks_are_refused_before_they_are_counted_out():
+    """A step of 512 lies in every block; a tile that fills blocks costs what its edge is long."""
+    size = BlockSize(128, 128)
+    with pytest.raises(NotImplementedError, match=r"lie in 133,824,512 blocks .* at most 2,097,152; kernel='triton'"):
+        block_map.block_map(works(ra.strided(512), 1 << 17)[0].tiles, size)
+    (tiles,) = (work.tiles for work in works(ra.causal(), 1 << 17))
+    made = block_map.block_map(tiles, size)
+    assert made.some.sum() == 1024 and made.full.sum() == 1024 * 1023 // 2
