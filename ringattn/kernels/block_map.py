@@ -190,7 +190,7 @@ class _Strips:
         begin, end = np.maximum(j + lo, 0), np.minimum(i + hi, nk - 1)
         low, high = (first + ks * left) // size.cols, (first + ks * right) // size.cols + 1
         inner, outer = -((-first - begin) // size.cols), (first + end + 1) // size.cols
-        wide = (qs == 1) & (ks == 1) & (j - i == size.rows - 1) & (inner < outer)
+        wide = (ks == 1) & (j - i == size.rows - 1) & (inner < outer)  # so many rows are of step 1
         inner, outer = np.where(wide, inner, low), np.where(wide, outer, low)
         made = _Strips(row, box, top, first, low, inner, outer, high)
         return made.take((i <= j) & (left <= right))

@@ -73,6 +73,8 @@ def test_scattered_rows_and_boxes_of_many_steps(size):
 
 def test_blocks_that_fill_up_by_parts_are_full():
     size = BlockSize(8, 32)
+    made, _ = check(Tiles(np.array([(0, 16, 1, 0, 90, 2, -15, 89)])), size)
+    assert not made.full.any() and made.some.all(), "every other column"
     stripes = Tiles(np.array([(0, 16, 1, at, 20, 3, -15, 19) for at in range(3)]))
     made = block_map.block_map(stripes, size)
     assert made.full.tolist() == [[True, False], [True, False]] and made.some.tolist() == [[False, True]] * 2
