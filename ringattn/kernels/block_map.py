@@ -45,8 +45,8 @@ class BlockSize(NamedTuple):
         """
         words = self.piece // WORD
         place = places[row >> _log2(self.rows), col >> _log2(self.piece)]
-        word = bits[place * words + (col >> _log2(WORD) & words - 1), row & self.rows - 1]
-        return word >> (col & WORD - 1) & 1
+        line = place * words + (col >> _log2(WORD) & words - 1)
+        return bits[(line << _log2(self.rows)) + (row & self.rows - 1)] >> (col & WORD - 1) & 1
 
 
 def _log2(power: int) -> int:
@@ -76,7 +76,8 @@ class BlockMap:
 
     full, some: ``[m, n]``, blocks with all and with some of their pairs. A block that reaches beyond the last row or
         column is never full: its bits say what is there.
-    places: ``[m, n * pieces]``, of each piece of a block with some pairs which of ``bits [pieces * words, rows]``.
+    places: ``[m, n * pieces]``, which of the pieces of all blocks with some pairs a piece of such a block is.
+    bits: of these pieces, ``[pieces * words * rows]``.
     """
 
     size: BlockSize
@@ -128,12 +129,11 @@ def _allow_parts(parts: int) -> None:
 
 
 def _stored(words: Words, some: Bools, size: BlockSize) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Places and bits, at least two of everything: what has one row or column alone has no certain strides."""
+    """Places, at least two by two, as one row or column alone has no certain stride, and bits, at least one word."""
     pieces = size.cols // size.piece
     places = np.zeros((max(len(some), 2), max(some.shape[1], 2), pieces), np.int32)
     places[np.nonzero(some)] = np.arange(len(words) * pieces).reshape(-1, pieces)
-    bits = np.zeros((max(len(words), 1) * words.shape[1] + 1, size.rows), np.uint32)
-    bits[: len(words) * words.shape[1]] = words.reshape(-1, size.rows)
+    bits = words.reshape(-1) if len(words) else np.zeros(1, np.uint32)
     return places.reshape(len(places), -1), bits.view(np.int32)
 
 

@@ -31,7 +31,7 @@ def computed_pairs(sparse, mask, aux, q, k, arch, direction, deterministic=False
     """The pairs ``[nq, nk]`` of `[batch, n, heads, dim]` inputs; None: all of them."""
     nq, nk = q.shape[1], k.shape[1]
     if aux is not None:
-        assert all(x.dtype == torch.int32 and x.is_contiguous() and min(x.shape) > 1 for x in aux)
+        assert all(x.dtype == torch.int32 and x.is_contiguous() and (x.ndim == 1 or min(x.shape) > 1) for x in aux)
     asked = None
     if mask is not None:  # of whole blocks, so that what it reads must be there beyond the last row and column, too
         sizes = (1, 1) if sparse is None else sparse.block_size

@@ -92,7 +92,7 @@ def blocks(what, dim=128, heads=(4, 2), softcap=None, dlse=False, v_dim=None, dt
     def lists(lines, most):
         return [empty(1, 1, *shape, dtype=torch.int32) for shape in ((lines,), (lines, min(most, 3))) * 2]
 
-    pairs = [empty(m, n * size.cols // size.piece, dtype=torch.int32), empty(33, size.rows, dtype=torch.int32)]
+    pairs = [empty(m, n * size.cols // size.piece, dtype=torch.int32), empty(9999, dtype=torch.int32)]
     given = Blocks(size, slice(0, N), slice(0, M), (*lists(m, n),), (*lists(n, m),), pairs), Scores(0.1, softcap)
     package = flash4_blocks.load()
     compiled(
