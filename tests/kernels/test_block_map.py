@@ -8,8 +8,7 @@ import ringattn as ra
 from ringattn.geometry.tiles import NO_TILES, Tile, Tiles
 from ringattn.kernels import block_map
 from ringattn.kernels.block_map import BlockSize, Lists
-from tests.kernels.test_worklist import expected, works
-from tests.support.tables import MASKS, SEQLEN
+from tests.support.tables import MASKS, SEQLEN, expected, works
 
 SIZES = [BlockSize(8, 32), BlockSize(16, 96), BlockSize(32, 64), BlockSize(128, 128)]
 
