@@ -14,7 +14,7 @@ from tests.support.tiles import OneTile, Window
 
 pytestmark = pytest.mark.gpu
 # PyTorch's own, and plain PyTorch, are in test_kernels.py
-ADDED = [kernel for kernel in KERNELS if kernel.name in ("flash4", "flash4_blocks", "flash3", "flash2", "triton")]
+ADDED = [kernel for kernel in KERNELS if kernel.name in ("flash4", "flash3", "flash2", "triton")]
 
 
 def tile_by_tile(kernel: Kernel) -> Kernel:

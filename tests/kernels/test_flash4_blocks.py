@@ -165,25 +165,36 @@ def test_a_step_adds_to_what_is_there_and_writes_what_is_not(arch, apart, monkey
 # -- rings ---------------------------------------------------------------------------------------------
 
 
+def inputs(dim=DIM, device="cpu"):
+    """q, k, v and dout of the whole sequence."""
+    heads = HEADS, KV_HEADS, KV_HEADS, HEADS
+    return [torch.randn(1, SEQLEN, count, dim).to(device, torch.bfloat16) for count in heads]
+
+
+def of_one_rank(transport, mask, q, k, v, dout, **settings):
+    """Results and gradients over the whole sequence, and a description."""
+    cp = ra.ContextParallel(transport, SEQLEN, mask=mask, kernel="flash4_blocks", **settings)
+    local = [cp.shard(x).requires_grad_() for x in (q, k, v)]
+    out, lse = ra.attention(*local, cp=cp, return_lse=True)
+    out.backward(cp.shard(dout))
+    whole = [cp.unshard(out.detach()), cp.unshard(lse.detach(), dim=2), *(cp.unshard(x.grad) for x in local)]
+    return whole, cp.describe()
+
+
+def dense_of(mask, q, k, v, dout):
+    """The same of dense attention in fp64."""
+    zero = torch.zeros(1, HEADS, SEQLEN, device=q.device).double()
+    seen = mask.dense(SEQLEN, SEQLEN).to(q.device)
+    return dense_results(q.double(), k.double(), v.double(), seen, dout.double(), zero)
+
+
 def attention(kernel, monkeypatch, mask, world, **settings):
-    """A ring's results and gradients over the whole sequence, those of dense attention in fp64, and a description."""
+    """What the ranks of a ring have, and what they must."""
     monkeypatch.setattr(Flash4Blocks, "needs", ra.kernels.base.Needs())
     monkeypatch.setattr(binding, "KERNELS", (kernel,))
-    shapes = ((SEQLEN, HEADS), (SEQLEN, KV_HEADS), (SEQLEN, KV_HEADS), (SEQLEN, HEADS))
-    q, k, v, dout = (torch.randn(1, *shape, DIM).bfloat16() for shape in shapes)
-
-    def one_rank(transport):
-        cp = ra.ContextParallel(transport, SEQLEN, mask=mask, kernel="flash4_blocks", **settings)
-        local = [cp.shard(x).requires_grad_() for x in (q, k, v)]
-        out, lse = ra.attention(*local, cp=cp, return_lse=True)
-        out.backward(cp.shard(dout))
-        whole = [cp.unshard(out.detach()), cp.unshard(lse.detach(), dim=2), *(cp.unshard(x.grad) for x in local)]
-        return whole, cp.describe()
-
-    exact = [x.double() for x in (q, k, v)]
-    zero = torch.zeros(1, HEADS, SEQLEN).double()
-    dense = dense_results(*exact, mask.dense(SEQLEN, SEQLEN), dout.double(), zero)
-    return ra.Loopback(world).run(one_rank), dense
+    tensors = inputs()
+    found = ra.Loopback(world).run(lambda transport: of_one_rank(transport, mask, *tensors, **settings))
+    return found, dense_of(mask, *tensors)
 
 
 def assert_near(whole, dense):
@@ -325,6 +336,22 @@ DROPPED = {
 
 
 # -- the package itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [("bigbird", 64), ("bigbird", 128), ("bigbird", 192), ("bigbird", 256), *((name, 128) for name in MASKS)],
+)
+def test_on_a_gpu(name, dim):
+    kernel, capability = Flash4Blocks(), torch.cuda.get_device_capability()
+    call = call_of(head_dim=dim, v_head_dim=dim, num_heads=HEADS, num_kv_heads=KV_HEADS, capability=capability)
+    reason = kernel.needs.lacking(call) or kernel.refuse(call)
+    if reason is not None:
+        pytest.skip(f"flash4_blocks refuses: {reason}")
+    tensors = inputs(dim, "cuda")
+    whole, _ = of_one_rank(None, MASKS[name], *tensors)
+    assert_near(whole, dense_of(MASKS[name], *tensors))
 
 
 @pytest.mark.slow
