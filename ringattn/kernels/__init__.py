@@ -8,6 +8,7 @@ from ringattn.kernels.choice import Selection, choose
 from ringattn.kernels.flash2 import Flash2
 from ringattn.kernels.flash3 import Flash3
 from ringattn.kernels.flash4 import Flash4
+from ringattn.kernels.flash4_blocks import Flash4Blocks
 from ringattn.kernels.hub import HubFlash2, HubFlash3
 from ringattn.kernels.rates import rates_of
 from ringattn.kernels.reference import Reference
@@ -15,7 +16,8 @@ from ringattn.kernels.sdpa import Sdpa
 from ringattn.kernels.triton_tiles import Triton
 
 KERNELS: tuple[Kernel, ...] = (
-    Flash4(), Flash3(), Flash2(), Sdpa(), Triton(), Blockwise(), Reference(), HubFlash3(), HubFlash2(),
+    Flash4(), Flash3(), Flash2(), Sdpa(), Triton(), Blockwise(), Reference(), Flash4Blocks(), HubFlash3(),
+    HubFlash2(),
 )  # fmt: skip
 
 __all__ = [

@@ -105,14 +105,9 @@ class FlashKernel(TileKernel):
 
     def refuse(self, call: Call) -> str | None:
         """What no version computes, then what this one does not, then what a tiny call says."""
-        if call.features - {"softcap"}:
-            features = ", ".join(sorted(call.features - {"softcap"}))
-            return f"{features}: not computed by {self.name}; kernel='triton' or kernel='blockwise' computes it"
-        if call.dtype not in HALF:
-            return f"dtype {call.dtype} must be float16 or bfloat16"
-        for name, dim in (("head_dim", call.head_dim), ("v_head_dim", call.v_head_dim)):
-            if dim % 8 or dim > self.largest:
-                return f"{name} {dim} must be a multiple of 8 and at most {self.largest}"
+        reason = beyond_all(call, self.name, self.largest)
+        if reason is not None:
+            return reason
         if call.dlse and not self.takes_dlse and max(call.head_dim, call.v_head_dim) > self.largest - DLSE_COLUMNS:
             return f"head_dim {call.head_dim} must be at most {self.largest - DLSE_COLUMNS} where lse has a gradient"
         return self.lacks(call) or probe(self.load, self.name, self.written_for, call.device_type)
@@ -166,6 +161,19 @@ class FlashKernel(TileKernel):
         if bounds is None:
             window = TileBand.of(q.shape[1], k.shape[1], window).window  # without what does not bind
         return Ask(window, scores.scale, scores.softcap, bounds, self.deterministic, self.sm_margin)
+
+
+def beyond_all(call: Call, name: str, largest: int) -> str | None:
+    """What no version of any package computes of a call, asked of the kernel of that name; None if nothing is."""
+    if call.features - {"softcap"}:
+        features = ", ".join(sorted(call.features - {"softcap"}))
+        return f"{features}: not computed by {name}; kernel='triton' or kernel='blockwise' computes it"
+    if call.dtype not in HALF:
+        return f"dtype {call.dtype} must be float16 or bfloat16"
+    for what, dim in (("head_dim", call.head_dim), ("v_head_dim", call.v_head_dim)):
+        if dim % 8 or dim > largest:
+            return f"{what} {dim} must be a multiple of 8 and at most {largest}"
+    return None
 
 
 def _on_the_same_rows(calls: Sequence[TileCall]) -> Iterator[list[TileCall]]:

@@ -14,7 +14,7 @@ from ringattn.kernels.scores import Scores, TileScores
 from ringattn.runtime import binding
 from ringattn.testing import dense_results
 from tests.support import flash_packages
-from tests.support.one_tile import SCALE, TILES, autograd_result, make_problem, rows_of, zero_grads
+from tests.support.one_tile import SCALE, TILES, assert_few_roundings, make_problem, rows_of
 from tests.support.tiles import rms
 
 PACKAGES = {
@@ -38,29 +38,17 @@ def partial_of(p, dtype=torch.float32):
     return Partial(out, torch.full((p.q.shape[0], p.q.shape[2], p.q.shape[1]), math.nan))
 
 
-def check(kernel, p, softcap=None):
-    """Within a few roundings of the dtype, by what is exact for the inputs given."""
-    acc, grads, scores = partial_of(p), zero_grads(p), TileScores(p.window, SCALE, softcap)
-    kernel.forward_tile(p.q, p.k, p.v, scores, acc, fresh=True)
-    rows = replace(rows_of(p, acc), delta=None)
-    kernel.backward_tile(rows, p.k, p.v, scores, grads)
-    exact = autograd_result(p, torch.float64, acc.out.to(p.q.dtype))
-    eps = torch.finfo(p.q.dtype).eps
-    for got, want in zip([acc.out, acc.lse, grads.dq, grads.dk, grads.dv], exact, strict=True):
-        assert rms(got - want) <= eps * max(1.0, want.abs().max().item())
-
-
 @each
 @pytest.mark.parametrize("tile", [t for t in TILES if t[0] * t[1] < 200_000], ids=str)
 def test_tiles_of_every_kind(name, tile):
-    check(made(name)[0], make_problem(*tile, dtype=torch.bfloat16))
+    assert_few_roundings(made(name)[0], make_problem(*tile, dtype=torch.bfloat16))
 
 
 @each
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (20, 5)], ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (8, 2)], ids=str)
 def test_a_gradient_of_lse_and_shared_heads(name, window, heads):
-    check(made(name)[0], make_problem(90, 90, window, dtype=torch.float16, heads=heads, with_dlse=True))
+    assert_few_roundings(made(name)[0], make_problem(90, 90, window, dtype=torch.float16, heads=heads, with_dlse=True))
 
 
 @each
@@ -102,7 +90,7 @@ def test_flash4_is_never_given_memory_that_it_cannot_write():
 def test_flash4_is_told_none_for_an_absent_bound(window):
     kernel, interface = made("flash4")
     p = make_problem(30, 30, window, dtype=torch.bfloat16)
-    check(kernel, p)
+    assert_few_roundings(kernel, p)
     for call in interface.calls:
         assert call[1] == window[0]
         assert call[2] == (None if window == (None, 0) else window[1]), "causal says it, else the bound itself"

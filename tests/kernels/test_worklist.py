@@ -4,18 +4,10 @@ import numpy as np
 import pytest
 
 import ringattn as ra
-from ringattn.comm import PlanningRank
 from ringattn.geometry.tiles import Tile, Tiles
 from ringattn.kernels.triton_tiles.sizes import HALF, INTERPRETED, SHARED, SINGLE, Blocks, sizes, together
 from ringattn.kernels.triton_tiles.worklist import Table, waves
-from tests.support.tables import MASKS, SEQLEN
-from tests.support.tiles import attends
-
-
-def works(mask, seqlen=SEQLEN, world=1, rank=0, **settings):
-    """What a rank of a world computes, step by step."""
-    cp = ra.ContextParallel(PlanningRank(rank, world), seqlen, mask=mask, **settings)
-    return [work for turn in cp.program(mask).forward for work in turn.work]
+from tests.support.tables import MASKS, expected, works
 
 
 def positions(first, step, index, count):
@@ -38,14 +30,6 @@ def pairs(made, table):
                 found[np.ix_(rows, cols)] += (x0 <= x) & (x < x1) & (lo <= j - x) & (j - x <= hi)
         assert owned.max() == 1
     return found
-
-
-def expected(tiles, shape):
-    want = np.zeros(shape, int)
-    for tile in tiles:
-        rows, cols = np.arange(shape[0])[tile.q], np.arange(shape[1])[tile.k]
-        want[np.ix_(rows, cols)] += attends(len(rows), len(cols), tile.window).numpy()
-    return want
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])

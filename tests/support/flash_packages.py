@@ -7,25 +7,33 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.support.block_sparse import BACKWARD, FORWARD, BlockSparseTensorsTorch, computed_pairs
+
 UNBOUNDED = 10**9
 
 
-def computed(q, k, v, scale, lo_hi, softcap):
-    """`out [n, H, D]`, `lse [H, n]` and what they are made of, of one sequence; bounds of `j - i`."""
+def attending(q, k, lo_hi, listed):
+    """The pairs of one sequence: within bounds of `j - i`, and of those that are listed, if some are."""
+    distance = torch.arange(k.shape[0], device=q.device) - torch.arange(q.shape[0], device=q.device)[:, None]
+    seen = (distance >= lo_hi[0]) & (distance <= lo_hi[1])
+    return seen if listed is None else seen & listed
+
+
+def computed(q, k, v, scale, lo_hi, softcap, listed=None):
+    """`out [n, H, D]` and `lse [H, n]` of one sequence."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.float() for x in (q, k, v))
     keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
     logits = torch.einsum("qhd,khd->hqk", q, keys) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    distance = torch.arange(k.shape[0], device=q.device) - torch.arange(q.shape[0], device=q.device)[:, None]
-    logits = logits.masked_fill((distance < lo_hi[0]) | (distance > lo_hi[1]), -math.inf)
+    logits = logits.masked_fill(~attending(q, k, lo_hi, listed), -math.inf)
     lse = logits.logsumexp(-1)
     p = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     return torch.einsum("hqk,khd->qhd", p, values), lse
 
 
-def differentiated(q, k, v, out, dout, lse, dlse, scale, lo_hi, softcap):
+def differentiated(q, k, v, out, dout, lse, dlse, scale, lo_hi, softcap, listed=None):
     """`dq, dk, dv` in fp32 from the *given* out and lse, as fused operators do."""
     with torch.enable_grad():
         q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
@@ -33,9 +41,7 @@ def differentiated(q, k, v, out, dout, lse, dlse, scale, lo_hi, softcap):
         logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        distance = torch.arange(k.shape[0], device=q.device) - torch.arange(q.shape[0], device=q.device)[:, None]
-        seen = (distance >= lo_hi[0]) & (distance <= lo_hi[1])
-        p = torch.exp(logits.detach() - lse[..., None]).masked_fill(~seen, 0.0)
+        p = torch.exp(logits.detach() - lse[..., None]).masked_fill(~attending(q, k, lo_hi, listed), 0.0)
         delta = (dout.float() * out.float()).sum(-1).T - (0.0 if dlse is None else dlse)
         values = v.detach().repeat_interleave(group, 1)
         ds = p * (torch.einsum("qhd,khd->hqk", dout.float(), values) - delta[..., None])
@@ -63,14 +69,14 @@ def check(q, k, v):
     assert all(x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and x.stride(-1) == 1 for x in (q, k, v))
 
 
-def forward(q, k, v, scale, bounds_of, softcap, cu=(None, None)):
+def forward(q, k, v, scale, bounds_of, softcap, cu=(None, None), listed=None):
     check(q, k, v)
     packed, heads = cu[0] is not None, q.shape[-2]
     shape = (heads, q.shape[0]) if packed else (q.shape[0], heads, q.shape[1])
     out, lse = q.new_empty((*q.shape[:-1], v.shape[-1])), torch.empty(shape, device=q.device)
     for rows, cols in sequences(*cu, q):
         a, b, c = one(q[rows], packed), one(k[cols], packed), one(v[cols], packed)
-        o, l = computed(a, b, c, scale, bounds_of(a.shape[0], b.shape[0]), softcap)
+        o, l = computed(a, b, c, scale, bounds_of(a.shape[0], b.shape[0]), softcap, listed)
         if packed:
             out[rows], lse[:, rows] = o.to(q.dtype), l
         else:
@@ -78,7 +84,7 @@ def forward(q, k, v, scale, bounds_of, softcap, cu=(None, None)):
     return out, lse
 
 
-def backward(q, k, v, out, dout, lse, dlse, homes, scale, bounds_of, softcap, cu=(None, None)):
+def backward(q, k, v, out, dout, lse, dlse, homes, scale, bounds_of, softcap, cu=(None, None), listed=None):
     """Writes `homes`, in the dtype of q."""
     check(q, k, v)
     assert lse.is_contiguous() and lse.dtype == torch.float32
@@ -87,15 +93,16 @@ def backward(q, k, v, out, dout, lse, dlse, homes, scale, bounds_of, softcap, cu
         a, o, d = (one(x[rows], packed) for x in (q, out, dout))
         b, c = (one(x[cols], packed) for x in (k, v))
         l, dl = (None if x is None else x[:, rows] if packed else x[rows][0] for x in (lse, dlse))
-        found = differentiated(a, b, c, o, d, l, dl, scale, bounds_of(a.shape[0], b.shape[0]), softcap)
+        found = differentiated(a, b, c, o, d, l, dl, scale, bounds_of(a.shape[0], b.shape[0]), softcap, listed)
         for home, x, where in zip(homes, found, (rows, cols, cols), strict=True):
             assert home.dtype == q.dtype and home.stride(-1) == 1
             home[where] = x.to(q.dtype) if packed else x.to(q.dtype)[None]
     return homes
 
 
-def flash4():
-    """`flash_attn.cute.interface`: None is no bound, and -1 is one."""
+def flash4(arch=9):
+    """`flash_attn.cute.interface`: None is no bound, and -1 is one. With a mask of one's own forward drops what says
+    causal and windows, and backward keeps it; blocks that are not listed are not computed, and full ones not asked."""
     calls = []
 
     def bounds(causal, left, right):
@@ -110,13 +117,18 @@ def flash4():
     def _flash_attn_fwd(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
         max_seqlen_k=None, softmax_scale=None, causal=False, softcap=None, window_size_left=None,
-        window_size_right=None, learnable_sink=None, return_lse=False, out=None, lse=None,
+        window_size_right=None, learnable_sink=None, mask_mod=None, block_sparse_tensors=None, return_lse=False,
+        out=None, lse=None, aux_tensors=None,
     ):  # fmt: skip
         calls.append(("forward", window_size_left, window_size_right, cu_seqlens_q, out is not None))
         assert return_lse and learnable_sink is None
         assert all(x is None or type(x) is int for x in (max_seqlen_q, max_seqlen_k))
-        where = bounds(causal, window_size_left, window_size_right)
-        made = forward(q, k, v, softmax_scale, where, softcap, (cu_seqlens_q, cu_seqlens_k))
+        listed = None
+        if mask_mod is not None or block_sparse_tensors is not None:
+            assert cu_seqlens_q is None, "Varlen block sparsity requires block_sparse_tensors.cu_total_m_blocks."
+            listed = computed_pairs(block_sparse_tensors, mask_mod, aux_tensors, q, k, arch, FORWARD)
+        where = bounds(causal, window_size_left, window_size_right) if mask_mod is None else bounds(False, None, None)
+        made = forward(q, k, v, softmax_scale, where, softcap, (cu_seqlens_q, cu_seqlens_k), listed)
         for given, x in ((out, made[0]), (lse, made[1])):
             if given is not None:
                 assert given.dtype == x.dtype and given.shape == x.shape and given.stride(-1) == 1
@@ -127,17 +139,24 @@ def flash4():
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
         window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        deterministic=False, dq=None, dk=None, dv=None, dlse=None,
+        deterministic=False, dq=None, dk=None, dv=None, mask_mod=None, aux_tensors=None, block_sparse_tensors=None,
+        dlse=None,
     ):  # fmt: skip
         calls.append(("backward", window_size_left, window_size_right, cu_seqlens_q, dq is not None, deterministic))
         assert dlse is None or dlse.is_contiguous()
+        listed = None
+        if mask_mod is not None or block_sparse_tensors is not None:
+            assert cu_seqlens_q is None, "Varlen backward with block sparsity is not yet supported"
+            listed = computed_pairs(block_sparse_tensors, mask_mod, aux_tensors, q, k, arch, BACKWARD, deterministic)
         homes = [torch.empty_like(x) if given is None else given for given, x in ((dq, q), (dk, k), (dv, v))]
         where = bounds(causal, window_size_left, window_size_right)
-        return backward(
-            q, k, v, out, dout, lse, dlse, homes, softmax_scale, where, softcap, (cu_seqlens_q, cu_seqlens_k)
-        )
+        cu = cu_seqlens_q, cu_seqlens_k
+        return backward(q, k, v, out, dout, lse, dlse, homes, softmax_scale, where, softcap, cu, listed)
 
-    return SimpleNamespace(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd, calls=calls)
+    return SimpleNamespace(
+        _flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd, calls=calls,
+        BlockSparseTensorsTorch=BlockSparseTensorsTorch,
+    )  # fmt: skip
 
 
 def _negative(causal, left, right, absent):

@@ -174,6 +174,17 @@ def assert_within_law(kernel: Kernel, p: Problem) -> None:
         assert error <= allowed, (name, error, allowed)
 
 
+def assert_few_roundings(kernel: Kernel, p: Problem) -> None:
+    """Within a few roundings of the dtype, by what is exact for the inputs given, of a kernel that makes delta."""
+    acc, grads, scores = empty_partial(p), zero_grads(p), TileScores(p.window, SCALE)
+    kernel.forward_tile(p.q, p.k, p.v, scores, acc, fresh=True)
+    kernel.backward_tile(replace(rows_of(p, acc), delta=None), p.k, p.v, scores, grads)
+    exact = autograd_result(p, torch.float64, acc.out.to(p.q.dtype))
+    eps = torch.finfo(p.q.dtype).eps
+    for got, want in zip([acc.out, acc.lse, grads.dq, grads.dk, grads.dv], exact, strict=True):
+        assert rms(got - want) <= eps * max(1.0, want.abs().max().item())
+
+
 def make_call(**changes: object) -> Call:
     call = {
         "device_type": "cpu",

@@ -64,6 +64,8 @@ class OneTile:
             dbias = None if call.dbias is None else torch.zeros_like(call.dbias[:, :, place.rows])
             mine, place = replace(call, bias=bias, dbias=dbias), Place(slice(0, nq), place.q, place.k, place.heads)
         launches = tuple(replace(Launch.of(tile), fresh=fresh, fresh_keys=fresh_keys) for tile in tiles)
-        asked = Call(q.device.type, k.dtype, q.shape[3], v.shape[3], heads, kv_heads, features=mine.features)
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+        dims = q.shape[3], v.shape[3], heads, kv_heads
+        asked = Call(q.device.type, k.dtype, *dims, features=mine.features, capability=capability)
         made = TileCalls(tiles, launches, (), Scores(mine.scale, mine.softcap), place, q.device)
         return self.kernel.ready(made, asked).scored(mine), mine

@@ -16,7 +16,7 @@ from benchmarks.gpu.clock import Clock
 from benchmarks.gpu.figures import Bar, Figure, Passes, Row, digits, judged
 from ringattn.kernels import KERNELS
 
-OWN = "triton"  # beside the best of the others
+OWN, BLOCKS = "triton", "flash4_blocks"  # each beside the best of the others, the second for masks in many pieces alone
 SLOW_MS = 400.0  # of both passes: what takes longer is timed once
 FEW = (3, 5)  # rounds
 OF_BEST = {"forward": Bar(0.65, "of_best"), "backward": Bar(0.40, "of_best")}
@@ -25,8 +25,9 @@ FASTEST = {"forward": Bar(1.0, "of_best"), "backward": Bar(1.0, "of_best")}
 
 def measure(bench: Bench) -> Iterator[Figure]:
     sizes = bench.sizes
-    chunk = 4 * sizes.block
+    chunk, scattered = 4 * sizes.block, sizes.long // sizes.window // 4
     stride = sizes.long // chunk
+    spread = list(range(7, sizes.long, sizes.long // scattered))
     for name, mask, tokens, bars in (
         ("full", ringattn.full(), sizes.dense, OF_BEST),
         ("causal", ringattn.causal(), sizes.dense, OF_BEST),
@@ -34,6 +35,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
         (f"bigbird({sizes.block}, 3, 1, 2)", ringattn.bigbird(sizes.block, 3, 1, 2), sizes.long, FASTEST),
         (f"chunked({chunk})", ringattn.chunked(chunk), sizes.long, FASTEST),
         (f"strided({stride})", ringattn.strided(stride), sizes.long, FASTEST),
+        (f"longformer, {scattered} scattered", ringattn.longformer(sizes.window, spread), sizes.long, FASTEST),
     ):
         yield {"tokens": tokens, "mask": name}, partial(_table, bench, mask, tokens, bars)
 
@@ -45,7 +47,8 @@ def _table(bench: Bench, mask: ringattn.Mask, tokens: int, bars: dict[str, Bar])
     racing: dict[str, Passes] = {}
     clock = replace(bench.clock, rounds=min(FEW, sizes.rounds))
     pairs = mask.area(tokens, tokens)
-    for kernel in (kernel.name for kernel in KERNELS if kernel.name not in sizes.left_out):
+    left_out = sizes.left_out | (frozenset() if bars is FASTEST else {BLOCKS})
+    for kernel in (kernel.name for kernel in KERNELS if kernel.name not in left_out):
         try:
             passes = bench.passes(bench.context(None, tokens, mask=mask, kernel=kernel))
             passes.both()
@@ -63,7 +66,8 @@ def _table(bench: Bench, mask: ringattn.Mask, tokens: int, bars: dict[str, Bar])
     times = _race(clock, racing)
     for kernel in racing:
         table[kernel] = _rates(bench, pairs, times[f"{kernel} forward"], times[f"{kernel} both"])
-    return table if OWN not in racing else {**table, "own": _own(table, bars)}
+    own = {name: _own(table, kernel, bars) for name, kernel in (("own", OWN), ("blocks", BLOCKS)) if kernel in racing}
+    return {**table, **own}
 
 
 def _race(clock: Clock, racing: dict[str, Passes]) -> dict[str, list[float]]:
@@ -81,11 +85,11 @@ def _rates(bench: Bench, pairs: int, forward: list[float], both: list[float]) ->
     }
 
 
-def _own(table: Row, bars: dict[str, Bar]) -> Row:
-    """The own kernel's rates over the best of the others."""
+def _own(table: Row, own: str, bars: dict[str, Bar]) -> Row:
+    """The rates of one of our kernels over the best of the others'."""
     found = {}
     for name in ("forward", "backward"):
-        others = [row[name] for kernel, row in table.items() if kernel not in (OWN, "error") and name in row]
+        others = [row[name] for kernel, row in table.items() if kernel not in (OWN, BLOCKS, "error") and name in row]
         if others:
-            found[name] = judged({"of_best": digits(table[OWN][name] / max(others))}, bars.get(name))
+            found[name] = judged({"of_best": digits(table[own][name] / max(others))}, bars.get(name))
     return found
