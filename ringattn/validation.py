@@ -132,7 +132,7 @@ def _check_split(settings: ContextSettings, world: int) -> None:
     if shape is not None and shape.num_heads < ulysses:
         raise ValueError(
             f"ulysses={ulysses} over the {shape.num_heads} heads of shape: some ranks would compute none; split the "
-            "heads over at most as many ranks"
+            "heads over at most as many"
         )
 
 
@@ -265,17 +265,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
-    if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{int(q.shape[2])} heads over {int(k.shape[2])} KV heads: num_kv_heads must divide num_heads")
-    if q.shape[2] < cp.ulysses:
-        raise ValueError(
-            f"{int(q.shape[2])} heads over ulysses={cp.ulysses}: some ranks would compute none; split the heads over at "
-            "most as many ranks"
-        )
+    _check_heads(int(q.shape[2]), int(k.shape[2]), cp.ulysses)
     if q.shape[1] != cp.local_seqlen:
         raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
     if k.shape[1] != cp.local_kv_seqlen:
         raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
+
+
+def _check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} heads over {kv_heads} KV heads: num_kv_heads must divide num_heads")
+    if heads < ulysses:
+        raise ValueError(
+            f"{heads} heads over ulysses={ulysses}: some ranks would compute none; split the heads over at most as many"
+        )
 
 
 def _sizes(x: Tensor) -> str:

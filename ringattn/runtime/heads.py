@@ -78,7 +78,7 @@ class HeadSwap:
         """``out`` and ``lse`` of the own tokens, with what ``attend`` finds for the team's tokens and the own heads."""
         q, k, v, sinks, scores = given
         axes = (q, self.queries), (k, self.keys), (v, self.keys)
-        (*tensors,), scores = self._team(link, "forward", axes, scores)
+        tensors, scores = self._team(link, "forward", axes, scores)
         own = None if sinks is None else sinks[self.share.queries]
         out, lse = attend(*self._spread(*tensors), own, scores)
         like = q.new_empty((*q.shape[:3], v.shape[3])), lse.new_empty((*q.shape[:3], 1))
@@ -86,7 +86,7 @@ class HeadSwap:
         out, lse = self.scatter(link, "forward", found)
         return out, lse.squeeze(3).transpose(1, 2).contiguous()
 
-    def backward(self, link: Link, saved: Saved, scores: Scores, differentiate: Differentiate) -> list[Tensor]:
+    def backward(self, link: Link, saved: Saved, scores: Scores, differentiate: Differentiate) -> tuple[Tensor, ...]:
         """``dq, dk, dv`` of the own tokens. Adds to ``scores.dbias`` where there is one."""
         q, k, v, out, lse, dout, dlse = saved
         axes = [(q, self.queries), (k, self.keys), (v, self.keys), (out, self.queries), (_column(lse), self.queries)]
@@ -102,10 +102,10 @@ class HeadSwap:
         if scores.dbias is not None and inner.dbias is not None:
             axis = self.biases(scores.dbias.shape[1])
             found.append((inner.dbias.transpose(1, 2), axis, scores.dbias.transpose(1, 2)))
-        (*grads,) = self.scatter(link, "backward", found)
+        grads = self.scatter(link, "backward", found)
         if scores.dbias is not None:
             scores.dbias.add_(grads.pop().transpose(1, 2))
-        return grads
+        return tuple(grads)
 
     def _team(
         self, link: Link, what: str, axes: Sequence[tuple[Tensor, Axis]], scores: Scores

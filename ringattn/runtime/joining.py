@@ -103,8 +103,8 @@ def _group(group: Group) -> dist.ProcessGroup | Transport | None:
         return group
     if group is not None:
         raise ValueError(
-            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a 2-D one (ring, ulysses), a ringattn "
-            "transport, or None"
+            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a 2-D one (ring, ulysses), a "
+            "ringattn transport, or None"
         )
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many and dist.is_torchelastic_launched() and not dist.is_initialized():

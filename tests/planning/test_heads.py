@@ -45,7 +45,7 @@ def test_every_rank_stands_in_one_ring_and_one_team(ulysses):
     assert [list(split.team) for split in splits[:2]] == ([[0], [1]] if ulysses == 1 else [list(range(ulysses))] * 2)
 
 
-@pytest.mark.parametrize(("build", "world", "count"), itertools.product(NAMED, (1, 2, 3), (1, 2, 3, 4)))
+@pytest.mark.parametrize(("build", "world", "count"), [*itertools.product(NAMED, (1, 2, 3), (1, 2, 3, 4))])
 def test_pieces_are_shards_cut_in_storage_order(build, world, count):
     for seqlen in (7, 64, 257):
         layout = build(seqlen, world)
