@@ -28,13 +28,13 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def tensors(*lengths: int) -> list[Tensor]:
-    return [torch.randn(1, HEADS, n, DIM) for n in lengths]
+def tensors(*lengths: int, heads: int = HEADS) -> list[Tensor]:
+    return [torch.randn(1, heads, n, DIM) for n in lengths]
 
 
-def operator_call(nq: int, nk: int, causal: bool) -> Callable[[], object]:
+def operator_call(nq: int, nk: int, causal: bool, heads: int = HEADS) -> Callable[[], object]:
     """One forward and one backward call of PyTorch's CPU operator."""
-    q, k, v, dout = tensors(nq, nk, nk, nq)
+    q, k, v, dout = tensors(nq, nk, nk, nq, heads=heads)
 
     def run() -> None:
         out, lse = flash(q, k, v, 0.0, causal)
@@ -43,12 +43,13 @@ def operator_call(nq: int, nk: int, causal: bool) -> Callable[[], object]:
     return run
 
 
-def split_causal(n: int, least: int = 256) -> list[Callable[[], object]]:
+def split_causal(n: int, least: int = 256, heads: int = HEADS) -> list[Callable[[], object]]:
     """A causal square as rectangles and small squares, halved down to ``least`` tokens."""
     if n <= least:
-        return [operator_call(n, n, True)]
+        return [operator_call(n, n, True, heads)]
     half = n // 2
-    return [*split_causal(half, least), operator_call(n - half, half, False), *split_causal(n - half, least)]
+    first, last = (split_causal(part, least, heads) for part in (half, n - half))
+    return [*first, operator_call(n - half, half, False, heads), *last]
 
 
 def split_rectangle(nq: int, nk: int, most: int = 2048) -> list[Callable[[], object]]:

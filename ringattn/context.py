@@ -23,7 +23,7 @@ from ringattn.planning.program import Program
 from ringattn.planning.shape import Shape
 from ringattn.runtime.binding import Shared
 from ringattn.runtime.describe import describe
-from ringattn.runtime.joining import Group, join
+from ringattn.runtime.joining import Group, join, split_of
 from ringattn.runtime.link import Link
 from ringattn.runtime.settings import ContextSettings, Load, Options
 from ringattn.runtime.sharding import position_ids, shard, unshard
@@ -37,7 +37,8 @@ class ContextParallel:
     included; ``kv_position_ids`` of the local keys. ``q_layout``, ``k_layout``: the :class:`Layout` of either side.
 
     Args:
-        group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a ringattn transport, or None for one rank.
+        group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a 2-D one with dims ``ring`` and ``ulysses`` in this
+            order, a ringattn transport, or None for one rank.
         seqlen: tokens of the whole sequence. Any length; shards differ by at most one token, except where a layout says
             otherwise (balanced: a chunk; cyclic: a block of 64; a :class:`Layout`: as it says).
         mask: one mask, or several (those of a whole stack of layers); the first is ``attention()``'s default.
@@ -50,13 +51,15 @@ class ContextParallel:
         shape: the :class:`Shape` of the calls to come, with which ``auto`` and ``describe()`` then count; None is a
             guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
         schedule: auto, ring, exchange, gather.
-        ulysses: ranks of the head axis; 1 until the head split lands.
+        ulysses: ranks of the head axis (DeepSpeed Ulysses): so many neighbours of the group hold one shard of the ring
+            in pieces, in storage order, and each computes some of the heads for all of it. world / ulysses ranks are
+            the ring; plans, and a ``layout`` or ``kv_layout`` given as a :class:`Layout`, are of these. A 2-D mesh
+            (ring, ulysses) says it by itself.
         kernel: auto, or one by name, which is then never replaced by another.
         options: see :class:`Options`.
 
     Raises:
         ValueError: a length, mask, name or layout that does not fit, before anything is sent.
-        NotImplementedError: a 2-D mesh or ``ulysses`` other than 1.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class ContextParallel:
             seqlen=seqlen, mask=mask, kv_seqlen=kv_seqlen, q_offset=q_offset, layout=layout, schedule=schedule,
             kernel=kernel, options=options, ulysses=ulysses, shape=shape, kv_layout=kv_layout,
         )  # fmt: skip
+        given["ulysses"] = split_of(group_or_mesh, ulysses)
         self._shared = join(group_or_mesh, lambda: checked_context(given)["options"]) if _shared is None else _shared
         with told(self.link.transport, "a new context"):  # what one rank refuses, all of them refuse
             self._settings = checked_context(given)
@@ -92,11 +96,11 @@ class ContextParallel:
     ) -> None:  # fmt: skip
         """Takes the arguments, which are checked, and plans."""
         self.seqlen, self.kv_seqlen, self.q_offset = seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
-        self.masks, self.options, self.kernel = mask, options, kernel
+        self.masks, self.options, self.kernel, self.ulysses = mask, options, kernel, ulysses
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         settings = ContextSettings(
             seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options, shape, self._shared.device,
-            kv_layout,
+            kv_layout, ulysses,
         )  # fmt: skip
         check_link(settings, self.link, self_attention=kv_seqlen is None and q_offset == 0)
         self.binding = self._shared.bind(settings)
@@ -157,7 +161,7 @@ class ContextParallel:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the first mask; ``plans[mask]`` has the others."""
+        """The plan of the first mask, over the ranks of a ring; ``plans[mask]`` has the others."""
         return self.plans[self.masks[0]]
 
     def program(self, mask: Mask, load: Load | None = None) -> Program:
@@ -179,8 +183,9 @@ class ContextParallel:
     def traffic(self) -> dict[str, Any]:
         """Bytes ``sent`` and ``received`` by this rank so far, by kind, and ``wait_seconds``.
 
-        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``, ``roll``, and of queries that travel
-        ``forward q``, ``forward partial``, ``backward q``, ``backward dq``. Replacements count together.
+        Kinds: ``forward kv``, ``backward kv``, ``backward grad``, ``unshard``, ``roll``, of heads that are split
+        ``forward heads`` and ``backward heads``, and of queries that travel ``forward q``, ``forward partial``,
+        ``backward q``, ``backward dq``. Replacements count together.
         """
         traffic = self._shared.link.traffic
         return {

@@ -43,8 +43,7 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     """A context's arguments, as what they stand for."""
     if not isinstance(given["options"], Options):
         raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
-    if integer("ulysses", given["ulysses"], 1) != 1:
-        raise NotImplementedError(f"ulysses={given['ulysses']}: the head split is not built yet; use ulysses=1")
+    ulysses = integer("ulysses", given["ulysses"], 1)
     if given["shape"] is not None and not isinstance(given["shape"], Shape):
         raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
     lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
@@ -52,7 +51,7 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     check_names(given["layout"], given["schedule"], given["kernel"], given["kv_layout"])
     for mask in masks:
         mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
-    return {**given, **lengths, "mask": masks}
+    return {**given, **lengths, "mask": masks, "ulysses": ulysses}
 
 
 def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
@@ -110,15 +109,30 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
             f"seqlen={settings.seqlen} over {world} ranks: more ranks than tokens; use fewer ranks "
             "(empty shards are legal with kv_seqlen or q_offset only)"
         )
+    _check_split(settings, world)
     layout, keys = settings.layout, settings.kv_layout
-    if isinstance(layout, Layout) and layout.fits != (settings.seqlen, world):
-        raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {world} ranks; build it for these")
-    if isinstance(keys, Layout) and keys.fits != (settings.kv_seqlen, world):
-        raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {world} ranks")
+    ring = world // settings.ulysses
+    over = f"{world} ranks" if ring == world else f"{ring} ranks of a ring ({world} with ulysses={settings.ulysses})"
+    if isinstance(layout, Layout) and layout.fits != (settings.seqlen, ring):
+        raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {over}; build it for these")
+    if isinstance(keys, Layout) and keys.fits != (settings.kv_seqlen, ring):
+        raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {over}")
     if isinstance(layout, Layout) and keys in (None, "auto") and settings.kv_seqlen != settings.seqlen:
         raise ValueError(
             f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={settings.kv_seqlen} keys; give them "
             "a kv_layout, for instance 'contiguous'"
+        )
+
+
+def _check_split(settings: ContextSettings, world: int) -> None:
+    ulysses, shape = settings.ulysses, settings.shape
+    if world % ulysses:
+        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"ulysses={ulysses} does not divide the {world} ranks of the group: must be one of {fits}")
+    if shape is not None and shape.num_heads < ulysses:
+        raise ValueError(
+            f"ulysses={ulysses} over the {shape.num_heads} heads of shape: some ranks would compute none; split the "
+            "heads over at most as many"
         )
 
 
@@ -251,12 +265,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
-    if not q.shape[2] or not k.shape[2] or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{int(q.shape[2])} heads over {int(k.shape[2])} KV heads: num_kv_heads must divide num_heads")
+    _check_heads(int(q.shape[2]), int(k.shape[2]), cp.ulysses)
     if q.shape[1] != cp.local_seqlen:
         raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
     if k.shape[1] != cp.local_kv_seqlen:
         raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
+
+
+def _check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} heads over {kv_heads} KV heads: num_kv_heads must divide num_heads")
+    if heads < ulysses:
+        raise ValueError(
+            f"{heads} heads over ulysses={ulysses}: some ranks would compute none; split the heads over at most as many"
+        )
 
 
 def _sizes(x: Tensor) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ringattn.arguments.values import LARGEST, integer, integers, listed, shown
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.spans import Ints, columns
+from ringattn.geometry.spans import Ints, columns, expand
 
 BLOCK = 64  # positions of a block of `cyclic`
 CHECKED = 1 << 26  # positions of a given layout: all are looked at, which takes half a second for as many
@@ -111,6 +111,24 @@ class Layout:
     def fits(self) -> tuple[int, int]:
         """What it is for: a length and a number of ranks."""
         return self.seqlen, self.world_size
+
+    def pieces(self, count: int) -> Layout:
+        """The layout of ``count`` times as many ranks in which each shard is cut in storage order into runs of equal
+        length, to a token."""
+        if count == 1:
+            return self
+        sizes = np.array([_even(int(size), count) for size in self.sizes]).reshape(-1)
+        stops = np.cumsum(sizes)
+        length = self.table[:, 2]
+        first = np.cumsum(length) - length  # places on one axis on which the shards lie end to end
+        piece = np.searchsorted(stops, first, "right")
+        row, within = expand(np.searchsorted(stops, first + length, "left") - piece + 1)
+        piece = piece[row] + within
+        low = np.maximum(first[row], stops[piece] - sizes[piece]) - first[row]
+        high = np.minimum(first[row] + length[row], stops[piece]) - first[row]
+        _, start, _, step = self.table[row].T
+        table = columns(piece, start + low * step, high - low, step)
+        return Layout(self.name, self.seqlen, self.world_size * count, table[high > low])
 
     @cached_property
     def interleaved(self) -> bool:

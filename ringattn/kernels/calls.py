@@ -55,10 +55,11 @@ class TileCalls:
 
 def tile_calls(
     tiles: Tiles, launches: tuple[Launch, ...], frames: tuple[Frame, Frame], scores: Scores, heads: slice,
-    device: torch.device,
+    device: torch.device, first_head: int = 0,
 ) -> TileCalls:  # fmt: skip
-    """Launches made ready for a device. ``frames``: of the queries and the keys; ``heads``: the query heads. Where
-    tiles must know where they lie, they are to be :meth:`~TileCalls.scored` for each call."""
+    """Launches made ready for a device. ``frames``: of the queries and the keys; ``heads``: the query heads;
+    ``first_head``: the one at which a bias tensor begins. Where tiles must know where they lie, they are to be
+    :meth:`~TileCalls.scored` for each call."""
     sizes = [frame.size for frame in frames]
     positions = [torch.from_numpy(f.positions()).to(device) for f in frames] if scores.positional else []
     calls = []
@@ -67,11 +68,11 @@ def tile_calls(
         place = None
         if positions:
             q, k = (at if r is None else at[r] for at, r in zip(positions, rows, strict=True))
-            place = Place(launch.q, q, k, heads)
+            place = Place(launch.q, q, k, heads, first_head)
         made = TileScores(launch.window, scores.scale, scores.softcap, None, place)
         plain = launch.count == 1 and not any(isinstance(side, Tensor) for side in rows)
         calls.append(TileCall(rows[0], rows[1], launch.count, made, launch.fresh, launch.fresh_keys, plain))
-    whole = Place(slice(0, sizes[0]), positions[0], positions[1], heads) if positions else None
+    whole = Place(slice(0, sizes[0]), positions[0], positions[1], heads, first_head) if positions else None
     return TileCalls(tiles, launches, tuple(calls), Scores(scores.scale, scores.softcap), whole, device)
 
 

@@ -162,16 +162,23 @@ class Block:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tile lies: its local query rows, the global positions of its rows and columns, and its query heads."""
+    """Where a tile lies: its local query rows, the global positions of its rows and columns, and its query heads.
+    ``first_head``: the query head at which bias tensors begin."""
 
     rows: RowIndex
     q: Tensor  # int64 [nq]
     k: Tensor  # int64 [nk]
     heads: slice
+    first_head: int = 0
+
+    @property
+    def bias_heads(self) -> slice:
+        """Its query heads in a bias tensor."""
+        return slice(self.heads.start - self.first_head, self.heads.stop - self.first_head)
 
     def heads_of(self, block: Block) -> slice:
         """The query heads of a block, as the attention call counts them."""
-        return slice(self.heads.start + block.heads.start, self.heads.start + block.heads.stop)
+        return _within(self.heads, block.heads)
 
     def rows_of(self, block: Block) -> slice | Tensor:
         """The local query rows of a block."""
@@ -256,8 +263,12 @@ def _of_block(bias: Tensor, block: Block, place: Place) -> tuple[slice, slice]:
     """A block's batch rows and heads in a bias, whose dims of size 1 hold for all."""
     return (
         WHOLE if bias.size(0) == 1 else block.batch,
-        WHOLE if bias.size(1) == 1 else place.heads_of(block),
+        WHOLE if bias.size(1) == 1 else _within(place.bias_heads, block.heads),
     )
+
+
+def _within(heads: slice, part: slice) -> slice:
+    return slice(heads.start + part.start, heads.start + part.stop)
 
 
 def _run(index: Tensor) -> Tensor | slice:

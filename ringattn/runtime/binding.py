@@ -22,6 +22,7 @@ from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.kernels import KERNELS, Call, Selection, rates_of
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
+from ringattn.planning.heads import Split, head_shares
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
@@ -29,6 +30,7 @@ from ringattn.planning.program import Program
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
 from ringattn.runtime.graphs import Graphs
+from ringattn.runtime.heads import HeadSwap, Seat
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
@@ -98,12 +100,13 @@ class Binding:
         self.settings, self.link, self.digest, self.graphs = settings, shared.link, digest, shared.graphs
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
+        self.split = Split(self.world_size, settings.ulysses, self.rank)
         bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
         self.masks = {mask.digest: mask for mask in settings.masks}
         self.choice = self._choose(bound)
-        # What a rank computes, and what it holds (shards, positions): the same, until heads are split.
+        # What the ranks of a ring compute, and what all ranks hold (shards, positions): the same where heads are whole.
         self.computed = Layouts(self.choice.taken.q_layout, self.choice.taken.k_layout)
-        self.held = self.computed
+        self.held = Layouts(*(layout.pieces(settings.ulysses) for layout in self.computed))
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
         self.expected = Load.of(settings.terms)
@@ -112,7 +115,7 @@ class Binding:
         self.checked: OrderedDict[Hashable, Checked] = OrderedDict()
 
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
-        s, world = self.settings, self.world_size
+        s, world = self.settings, self.split.ring_size
         schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
         keys = s.kv_layout if isinstance(s.kv_layout, Layout) else None
         if isinstance(s.kv_layout, str) and s.kv_layout != "auto":
@@ -132,7 +135,7 @@ class Binding:
         key = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
         if key not in self._programs:
             hides = self.settings.terms.rates.exposed < 1
-            self._programs[key] = compile_program(plan, schedule, cut, self.rank, load.stacking, hides)
+            self._programs[key] = compile_program(plan, schedule, cut, self.split.ring_rank, load.stacking, hides)
         return self._programs[key]
 
     def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
@@ -144,16 +147,26 @@ class Binding:
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
         if known is None:
-            kernels = self.kernels(mask, kind, scores.features, dlse)
+            seat = self._seat(kind)
+            kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
             row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
             stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
-            load = Load(kind.num_kv_heads, row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, load), kernels, kind, mask, scores)
+            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
+            known = Prepared(self.program(mask, load), kernels, kind, mask, scores, seat)
             known.eager = self.graphs.refuse(known, self.plans[mask], self.settings.options)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
+
+    def _seat(self, kind: Kind) -> Seat:
+        """From where this rank computes calls of a kind."""
+        split = self.split
+        if split.ulysses == 1:
+            return Seat(split.ring)
+        shares = head_shares(kind.num_heads, kind.num_kv_heads, split.ulysses)
+        q, k = ([int(layout.sizes[rank]) for rank in split.team] for layout in self.held)
+        return Seat(split.ring, HeadSwap(split, shares, q, k))
 
     def _in_order(self, kind: Kind) -> bool:
         """Whether a key's gradients must not be added up by several tiles of one call, in any order."""

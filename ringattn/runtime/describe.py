@@ -12,10 +12,12 @@ from ringattn.geometry.spans import Ints
 from ringattn.kernels import Selection
 from ringattn.planning.estimates import estimate
 from ringattn.planning.hardware import hardware
+from ringattn.planning.heads import head_shares
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
 from ringattn.planning.program import Parcel, Program, Row
 from ringattn.planning.schedules import by_name
+from ringattn.planning.shape import TYPICAL
 from ringattn.planning.stages import Heads
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.settings import Options
@@ -43,6 +45,7 @@ def describe(binding: Binding) -> str:
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
         "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
         "calls of the mask with the most; auto takes a simpler layout within 2 %)",
+        *_teams(binding),
         *_kernels(binding),
         f"graphs {settings.options.graphs}{GRAPHS[settings.options.graphs]}",
     ]
@@ -61,12 +64,25 @@ def _program(binding: Binding, mask: Expression) -> Program | str:
 
 def _shape(binding: Binding) -> str:
     """The shape of calls that costs are of."""
-    shape, told = binding.settings.terms.shape, binding.settings.shape is not None
+    shape, told = binding.settings.shape or TYPICAL, binding.settings.shape is not None
     sizes = f"{shape.head_dim}" if shape.values == shape.head_dim else f"{shape.head_dim} and {shape.values}"
     return (
         f"calls of {shape.num_heads} heads over {shape.num_kv_heads} of {sizes}, batch {shape.batch}, {shape.dtype}"
         f"{'' if told else ' (a guess: tell with shape=ringattn.Shape(...))'}"
     )
+
+
+def _teams(binding: Binding) -> list[str]:
+    """How heads are split."""
+    split, shape = binding.split, binding.settings.shape or TYPICAL
+    if split.ulysses == 1:
+        return []
+    shares = head_shares(shape.num_heads, shape.num_kv_heads, min(split.ulysses, shape.num_heads))
+    counts = _between(np.array([share.queries.stop - share.queries.start for share in shares]))
+    return [
+        f"{split.ulysses} ranks compute the heads of one shard: rings of {split.ring_size}, {counts} query heads a "
+        f"rank (this is rank {split.ring_rank} of ring {split.member}; plans, tiles and tokens below are a ring's)"
+    ]
 
 
 def _kernels(binding: Binding) -> list[str]:
@@ -157,10 +173,10 @@ def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -
 def _describe_program(binding: Binding, mask: Expression, program: Program) -> list[str]:
     plan = binding.plans[mask]
     guess = estimate(plan, by_name(program.schedule), program.cut, binding.expected.stacking).calls
-    others = np.delete(guess, binding.rank)
+    others = np.delete(guess, program.rank)
     beside = f" (about {_between(others)} on the others)" if len(others) else ""
     lines = [
-        f"    rank {binding.rank}: {int(plan.work[binding.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
+        f"    rank {binding.rank}: {int(plan.work[program.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
         f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
         f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
     ]
@@ -172,10 +188,10 @@ def _describe_program(binding: Binding, mask: Expression, program: Program) -> l
             f"    queries that need many keys travel: {program.tokens(Row.Q, sent=True):,} go from here to {hosts} "
             f"{'rank' if hosts == 1 else 'ranks'}, {guests:,} come here, for {_count(calls, 'call')}"
         )
-    return lines + _shares(binding, mask, program) + _steps(program)
+    return lines + _shares(binding, mask, program) + _steps(program, binding.split.ring)
 
 
-def _steps(program: Program) -> list[str]:
+def _steps(program: Program, ring: Sequence[int]) -> list[str]:
     """What each step computes, and what comes for it in the turn before."""
     lines = []
     for t, turn in enumerate(program.forward[:MAX_STEPS]):
@@ -185,19 +201,19 @@ def _steps(program: Program) -> list[str]:
         heads = _heads(work.heads) if work else ""
         guests = f", {_count(hosted, 'call')} for queries that came" if hosted else ""
         coming = program.forward[t - 1].recvs if t else ()
-        peers = _arrivals(coming)
+        peers = _arrivals(coming, ring)
         source = "own shard" if t == 0 else f"receives {peers or 'nothing'}"
         calls = _count(len(launches), "call")
         lines.append(f"    step {t}: {source}; {calls} of {shapes or 'no'} pairs{heads}{guests}")
     if len(program.forward) > MAX_STEPS:
         lines.append(f"    ... and {_count(len(program.forward) - MAX_STEPS, 'step')} more")
     results = program.forward[-1].recvs if program.forward else ()
-    return [*lines, f"    at the end: receives {_arrivals(results)}"] if results else lines
+    return [*lines, f"    at the end: receives {_arrivals(results, ring)}"] if results else lines
 
 
-def _arrivals(parcels: Sequence[Parcel]) -> str:
+def _arrivals(parcels: Sequence[Parcel], ring: Sequence[int]) -> str:
     what = {Row.KV: "", Row.Q: "queries ", Row.PARTIAL: "results "}
-    return ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {p.peer}" for p in parcels)
+    return ", ".join(f"{int(p.tokens):,} {what[p.buffer.row]}from rank {ring[p.peer]}" for p in parcels)
 
 
 def _heads(heads: Heads) -> str:

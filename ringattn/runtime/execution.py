@@ -17,6 +17,7 @@ from ringattn.kernels.scores import RULES, Rule, Scores
 from ringattn.runtime import loops
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.capture import Inputs, Loop, Walk
+from ringattn.runtime.heads import Saved
 from ringattn.runtime.prepared import Prepared
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
@@ -44,11 +45,25 @@ class Execution:
         self._begin(FORWARD)
         if binding.settings.options.check_nan:
             _check_finite(binding, q=q, k=k, v=v)
+        swap = self.call.seat.swap
+        if swap is None:
+            out, lse = self._attend(q, k, v, self.sinks, self.scores)
+        else:
+            out, lse = swap.forward(link, (q, k, v, self.sinks, self.scores), self._attend)
+        link.finish(q.device.type, needed=self._needed)
+        return out, lse
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Tensor, Tensor]:
+        """``out`` and ``lse`` of what this rank computes."""
         if not _together(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = self._walk(loops.forward, (q, k, v, self.sinks), (self.call.kind.dtype, self.call.wide))
-        link.finish(q.device.type, needed=not self.call.program.alone)
+        out, lse = self._walk(loops.forward, (q, k, v, sinks), scores, (self.call.kind.dtype, self.call.wide))
         return out, lse
+
+    @property
+    def _needed(self) -> bool:
+        """Whether some rank needs another in this call."""
+        return self.call.seat.swap is not None or not self.call.program.alone
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
@@ -59,28 +74,31 @@ class Execution:
         with together(self.binding.link.transport, BACKWARD):
             self._begin(BACKWARD)
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-            grads = self._backward(q, k, v, out, lse, dout, dlse)
+            swap, saved = self.call.seat.swap, (q, k, v, out, lse, dout, dlse)
+            if swap is None:
+                grads = self._differentiate(saved, self.scores, (self.call.kind.dtype,) * 3)
+            else:
+                grads = swap.backward(self.binding.link, saved, self.scores, self._differentiate)
             dsinks = None
             if wants_dsinks and self.sinks is not None:
                 dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
             bias, dbias = self.scores.bias, self.scores.dbias
-            self.binding.link.finish(q.device.type, needed=not self.call.program.alone)
+            self.binding.link.finish(q.device.type, needed=self._needed)
             return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
 
-    def _backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        given, dtypes = (q, k, v), (self.call.kind.dtype,) * 3
+    def _differentiate(self, saved: Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+        """``dq, dk, dv`` in these dtypes of what this rank computes."""
+        q, k, v, *rest = saved
         if _together(q, k, v):
-            return self._walk(loops.backward, (q, k, v, out, lse, dout, dlse), dtypes)
+            return self._walk(loops.backward, saved, scores, dtypes)
         dense = q.contiguous(), k.contiguous(), v.contiguous()
-        found = self._walk(loops.backward, (*dense, out, lse, dout, dlse), dtypes)
-        return tuple(torch.empty_like(x).copy_(g) for g, x in zip(found, given, strict=True))
+        found = self._walk(loops.backward, (*dense, *rest), scores, dtypes)
+        return tuple(torch.empty_like(x, dtype=g.dtype).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
 
-    def _walk(self, loop: Loop, inputs: Inputs, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    def _walk(self, loop: Loop, inputs: Inputs, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
         """What a loop finds, in these dtypes: the call's own tensors, whether it ran or a graph of it was replayed."""
         call, binding, replayed = self.call, self.binding, False
-        walk = Walk(loop, inputs, call, self.scores)
+        walk = Walk(loop, inputs, call, scores)
         if call.eager is None:
             found, replayed = binding.graphs.run(walk, must=binding.settings.options.graphs == "on")
         else:
@@ -127,7 +145,7 @@ class Execution:
         )
 
     def _facts(self, extras: Extras) -> dict[str, str]:
-        kind, s, scores, program = self.call.kind, self.binding.settings, self.scores, self.call.program
+        kind, s, scores, program = self.call.asked, self.binding.settings, self.scores, self.call.program
         bias = "no bias" if extras.bias is None else f"bias [{extras.bias[0]}, {extras.bias[1]}, ...]"
         rule = "no rule" if scores.rule is None else _in_words(scores.rule)
         travel = ", queries travel" if program.travel else ""
@@ -145,6 +163,7 @@ class Execution:
             "layout": f"{layouts.q.name} {layouts.q.digest}",
             "layout of the keys": f"{layouts.k.name} {layouts.k.digest}",
             "schedule": f"{program.schedule} (cut {program.cut}{travel})",
+            "ranks of the head axis": str(s.ulysses),
             "planned for": str(s.terms),
             "digest of the mask": self.call.mask.digest,
         }

@@ -129,7 +129,7 @@ class Graphs:
         known = hardware(self.device.name(kind.device))
         shape = Shape(kind.num_heads, kind.num_kv_heads, kind.head_dim, kind.v_head_dim, kind.batch, dtype)
         terms = Terms(known.topology, options.rates or known.rates, shape)
-        host, device = host_and_device(plan, self.link.transport.rank, call.program, terms)
+        host, device = host_and_device(plan, call.program.rank, call.program, terms)
         if device < SLOWER * host:
             return None
         return f"the device takes about {1e3 * device:.3g} ms for both passes, the host {1e3 * host:.3g} ms"

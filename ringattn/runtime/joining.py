@@ -19,6 +19,8 @@ from ringattn.runtime.settings import Options
 
 DEADLINE = 300.0  # seconds
 
+MESH = ("ring", "ulysses")  # dims of a 2-D mesh
+
 Group = dist.ProcessGroup | DeviceMesh | Transport | None
 
 
@@ -27,6 +29,21 @@ def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
     that do not fit."""
     link = _link(group_or_mesh, options)
     return Shared(link, _device(link.transport))
+
+
+def split_of(group_or_mesh: Group, ulysses: int) -> int:
+    """The ranks of the head axis, as asked for or as a 2-D mesh says."""
+    if not isinstance(group_or_mesh, DeviceMesh) or group_or_mesh.ndim == 1:
+        return ulysses
+    mesh = group_or_mesh
+    if mesh.mesh_dim_names != MESH:
+        raise ValueError(
+            f"a {mesh.ndim}-D mesh with dims {mesh.mesh_dim_names}: must have the dims {MESH}, in this order; of a "
+            "larger mesh pass these two, or the one of the context axis, e.g. mesh['cp']"
+        )
+    if ulysses not in (1, mesh.size(1)):
+        raise ValueError(f"ulysses={ulysses}, but the mesh's dim 'ulysses' has {mesh.size(1)} ranks; leave one out")
+    return mesh.size(1)
 
 
 def _device(transport: Transport) -> str:
@@ -81,17 +98,13 @@ def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
 
 def _group(group: Group) -> dist.ProcessGroup | Transport | None:
     if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise NotImplementedError(
-                f"a {group.ndim}-D mesh {group.mesh_dim_names}: ring x ulysses is not built yet; pass its 1-D "
-                "sub-mesh of the context axis, e.g. mesh['cp']"
-            )
-        return group.get_group()
+        return group.get_group() if group.ndim == 1 else group._flatten("_".join(MESH)).get_group()
     if isinstance(group, (dist.ProcessGroup, Transport)):
         return group
     if group is not None:
         raise ValueError(
-            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a ringattn transport, or None"
+            f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a 2-D one (ring, ulysses), a "
+            "ringattn transport, or None"
         )
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many and dist.is_torchelastic_launched() and not dist.is_initialized():

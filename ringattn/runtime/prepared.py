@@ -20,6 +20,7 @@ from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores
 from ringattn.planning import program as planned
 from ringattn.planning.program import Parcel, Program, Row
+from ringattn.runtime.heads import Seat
 from ringattn.runtime.link import Moved
 from ringattn.runtime.wire import Action, Kind, Memory
 from ringattn.runtime.work import Hosting, OwnWork, Shares, Work
@@ -47,13 +48,17 @@ Turns = list[Turn]
 
 class Prepared:
     """A program, its kernels and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
-    for what each call brings along (a bias, dropout's seed). ``eager``: why its calls are in no CUDA graph."""
+    for what each call brings along (a bias, dropout's seed). ``asked``: the kind of the call, ``kind``: of what this
+    rank computes of it. ``eager``: why its calls are in no CUDA graph."""
 
-    def __init__(self, program: Program, kernels: Selection, kind: Kind, mask: Expression, scores: Scores) -> None:
-        self.program, self.kernels, self.kind, self.mask = program, kernels, kind, mask
+    def __init__(
+        self, program: Program, kernels: Selection, asked: Kind, mask: Expression, scores: Scores, seat: Seat
+    ) -> None:
+        self.program, self.kernels, self.asked, self.mask, self.seat = program, kernels, asked, mask, seat
+        self.kind = kind = seat.computed(asked)
         self.positional, self.wide = scores.positional, kind.wide
         self.eager: str | None = None
-        self.signature = mask.digest, kind, program.schedule, program.cut, kernels.name, scores.scale, scores.softcap
+        self.signature = mask.digest, asked, program.schedule, program.cut, kernels.name, scores.scale, scores.softcap
         once = (not program.merges, not program.sums.queries, not program.sums.keys)
         self._dtypes = tuple(kind.dtype if kernels.direct and alone else kind.wide for alone in once)
         directions = (program.forward, False), (program.backward, True)
@@ -80,7 +85,9 @@ class Prepared:
 
     def _ready(self, work: planned.Work, scores: Scores, backward: bool) -> Shares:
         frames = work.q_frame, work.k_frame
-        calls = tile_calls(work.tiles, work.launches, frames, scores, self._q_heads(work), self.kind.device)
+        heads, first = self._q_heads(work), self.seat.first_head
+        whole = slice(first + heads.start, first + heads.stop)  # as the user counts them
+        calls = tile_calls(work.tiles, work.launches, frames, scores, whole, self.kind.device, first)
         shares = self.kernels.shares(work.launches, calls, backward)
         return tuple((kernel, kernel.ready(some, self.kernels.call)) for kernel, some in shares)
 
@@ -95,7 +102,7 @@ class Prepared:
             kind = self.kind
             for buffer in self.program.buffers:
                 workspace.reserve(buffer.slot, math.prod(kind.shape(buffer)), kind.dtype_of(buffer.row), kind.device)
-            memory = Memory(workspace, kind)
+            memory = Memory(workspace, kind, self.seat.ring)
             views = tuple(
                 [self._turn(f"{direction} step {t + 1}", turn, memory) for t, turn in enumerate(turns)]
                 for direction, turns in (("forward", self.program.forward), ("backward", self.program.backward))

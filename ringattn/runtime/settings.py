@@ -12,6 +12,7 @@ from ringattn.geometry.masks import Expression
 from ringattn.kernels.rates import KernelRates
 from ringattn.planning.cost import Terms
 from ringattn.planning.hardware import hardware
+from ringattn.planning.heads import ring_topology, shared_shape
 from ringattn.planning.launches import Stacking
 from ringattn.planning.rates import Rates
 from ringattn.planning.shape import TYPICAL, Shape
@@ -112,16 +113,18 @@ class ContextSettings:
     shape: Shape | None = None
     device: str = "cpu"
     kv_layout: str | Layout | None = None
+    ulysses: int = 1
 
     @property
     def terms(self) -> Terms:
-        """What costs are reckoned with."""
+        """What the costs of a ring are reckoned with."""
         known, stacking = (
             hardware(self.device),
             Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False),
         )
-        options, shape = self.options, self.shape or TYPICAL
-        return Terms(options.topology or known.topology, options.rates or known.rates, shape, stacking)
+        options, shape = self.options, shared_shape(self.shape or TYPICAL, self.ulysses)
+        topology = ring_topology(options.topology or known.topology, self.ulysses)
+        return Terms(topology, options.rates or known.rates, shape, stacking)
 
     @property
     def digest(self) -> bytes:

@@ -9,7 +9,7 @@ the fp64 running lse holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,10 +66,10 @@ class Own:
 
 
 class Memory:
-    """The buffers of one program for one kind of call."""
+    """The buffers of one program for one kind of call. ``ring``: the ranks that a program counts from 0."""
 
-    def __init__(self, workspace: Workspace, kind: Kind) -> None:
-        self.workspace, self.kind = workspace, kind
+    def __init__(self, workspace: Workspace, kind: Kind, ring: Sequence[int]) -> None:
+        self.workspace, self.kind, self.ring = workspace, kind, ring
 
     def whole(self, buffer: Buffer) -> Tensor:
         kind = self.kind
@@ -81,8 +81,8 @@ class Memory:
         return kv[..., : self.kind.head_dim], kv[..., self.kind.head_dim :]
 
     def message(self, parcel: Parcel) -> tuple[Tensor, int]:
-        rows = self.whole(parcel.buffer)[parcel.rows]
-        return Homeward(rows, parcel.peer) if parcel.buffer.row.homeward else (rows, parcel.peer)
+        rows, peer = self.whole(parcel.buffer)[parcel.rows], self.ring[parcel.peer]
+        return Homeward(rows, peer) if parcel.buffer.row.homeward else (rows, peer)
 
     def laying(self, copy: Copy) -> list[Action]:
         """What writes the rows of a copy."""

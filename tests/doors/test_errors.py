@@ -93,7 +93,7 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="more ranks than tokens"):
         ra.ContextParallel(PlanningRank(0, 9), 8)
     assert ra.ContextParallel(PlanningRank(8, 9), 8, kv_seqlen=20).local_seqlen == 0
-    with pytest.raises(NotImplementedError, match="ulysses=2"):
+    with pytest.raises(ValueError, match="ulysses=2 does not divide the 1 ranks"):
         ra.ContextParallel(None, 8, ulysses=2)
     with pytest.raises(ValueError, match="group_or_mesh='nccl'"):
         ra.ContextParallel("nccl", 8)

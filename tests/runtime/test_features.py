@@ -87,8 +87,8 @@ def test_features_on_every_schedule(feature, schedule, poison):
     expected, gradients = single(MASK, {}, extra, **theirs)
     plain, _ = single(MASK, {}, {})
     assert (expected[0] - plain[0]).abs().max() > 0.01, "a result without the feature would be noticed"
-    for world, layout in ((2, "zigzag"), (3, "striped")):
-        found, totals = on_ranks(world, MASK, {}, extra, ours, layout=layout, schedule=schedule)
+    for world, layout, ulysses in ((2, "zigzag", 1), (3, "striped", 1), (4, "zigzag", 2), (3, "contiguous", 3)):
+        found, totals = on_ranks(world, MASK, {}, extra, ours, layout=layout, schedule=schedule, ulysses=ulysses)
         check(found, expected)
         if "sinks" in extra:
             torch.testing.assert_close(totals["sinks"], gradients["sinks"], rtol=1e-11, atol=1e-11)
@@ -159,13 +159,13 @@ def test_a_bias_keeps_queries_at_home_and_alibi_travels():
                 torch.testing.assert_close(a, b.grad, rtol=1e-11, atol=1e-11)
 
 
-def kept(world, p=0.4, seed=11, schedule="ring", layout="zigzag", seqlen=24, **call):
+def kept(world, p=0.4, seed=11, schedule="ring", layout="zigzag", seqlen=24, ulysses=1, **call):
     """Which pairs are kept, bit by bit, `[B, H, q, k]`: equal scores, and values that show their key."""
     q = torch.zeros(2, seqlen, 4, seqlen)
     v = torch.eye(seqlen)[None, :, None].expand(2, -1, 2, -1).contiguous()
 
     def one_rank(transport):
-        cp = ra.ContextParallel(transport, seqlen, mask=ra.full(), layout=layout, schedule=schedule)
+        cp = ra.ContextParallel(transport, seqlen, mask=ra.full(), layout=layout, schedule=schedule, ulysses=ulysses)
         local = [cp.shard(t) for t in (q, q[:, :, :2].contiguous(), v)]
         out, lse = ra.attention(*local, cp=cp, dropout_p=p, seed=seed, return_lse=True, **call)
         torch.testing.assert_close(lse, torch.full_like(lse, torch.tensor(float(seqlen)).log().item()))

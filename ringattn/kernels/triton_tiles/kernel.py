@@ -41,18 +41,19 @@ class DeviceWave(NamedTuple):
 
 class Where(NamedTuple):
     """Where all local rows and columns lie: their positions, in 32 bits where they fit, as a difference of two is then
-    one instruction; hashes of heads and positions for dropout; and the query heads."""
+    one instruction; hashes of heads and positions for dropout; and the query heads, also as a bias counts them."""
 
     q_at: Tensor
     k_at: Tensor
     hashes: tuple[Tensor, Tensor, Tensor]
     heads: slice
+    bias_heads: slice
 
     @staticmethod
     def of(place: Place) -> Where:
         far = max((int(at.max()) for at in (place.q, place.k) if at.numel()), default=0)
         kind = torch.int32 if far < 1 << 31 else torch.int64
-        return Where(place.q.to(kind), place.k.to(kind), place.hashes, place.heads)
+        return Where(place.q.to(kind), place.k.to(kind), place.hashes, place.heads, place.bias_heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +213,7 @@ def _terms(scores: Scores, where: Where | None) -> Terms:
 
 
 def _bias(x: Tensor | None, where: Where | None) -> Bias:
-    return Bias() if where is None else Bias.of(x, where.heads)
+    return Bias() if where is None else Bias.of(x, where.bias_heads)
 
 
 def _seed(scores: Scores) -> int:

@@ -1,0 +1,101 @@
+"""The head split (DeepSpeed Ulysses, arXiv 2309.14509): the ranks of a *team* hold the pieces of one shard of the ring,
+and compute with all of its tokens, each for some of the heads. World = ring x ulysses, the second fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ringattn.planning.shape import Shape
+from ringattn.planning.topology import Topology
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a rank stands: in a ring, whose ranks compute the same heads of different tokens, and in a team, whose
+    ranks compute different heads of the same tokens. Both are listed as ranks of the group, in order."""
+
+    world_size: int
+    ulysses: int
+    rank: int
+
+    @property
+    def ring(self) -> Sequence[int]:
+        return range(self.member, self.world_size, self.ulysses)
+
+    @property
+    def team(self) -> Sequence[int]:
+        first = self.ring_rank * self.ulysses
+        return range(first, first + self.ulysses)
+
+    @property
+    def ring_size(self) -> int:
+        return self.world_size // self.ulysses
+
+    @property
+    def ring_rank(self) -> int:
+        """The rank's place in its ring."""
+        return self.rank // self.ulysses
+
+    @property
+    def member(self) -> int:
+        """The rank's place in its team."""
+        return self.rank % self.ulysses
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The query heads that a member computes and the KV heads these need. ``of``: where its KV heads do not serve
+    equally many of its query heads, the KV head within the share that each of them needs, else None."""
+
+    queries: slice
+    keys: slice
+    of: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Query heads and KV heads as they are computed: where these serve unequal numbers, there is one for each."""
+        queries, keys = (heads.stop - heads.start for heads in (self.queries, self.keys))
+        return queries, keys if self.of is None else queries
+
+
+def head_shares(num_heads: int, num_kv_heads: int, members: int) -> tuple[HeadShare, ...]:
+    """The heads of every member: runs of query heads, as equal as they can be, cut between KV heads where that makes no
+    share larger. ``members`` must be at most ``num_heads``."""
+    group = num_heads // num_kv_heads
+    aligned = list(_runs(num_kv_heads, members, group))
+    even = list(_runs(num_heads, members, 1))
+    cuts = aligned if num_kv_heads >= members and aligned[0].stop == even[0].stop else even
+    return tuple(_share(queries, group) for queries in cuts)
+
+
+def _runs(count: int, members: int, group: int) -> Iterator[slice]:
+    """So many heads, ``group`` query heads each, in runs of which the first ones are larger by one."""
+    stop = 0
+    for member in range(members):
+        start, stop = stop, stop + group * (count // members + (member < count % members))
+        yield slice(start, stop)
+
+
+def _share(queries: slice, group: int) -> HeadShare:
+    keys = slice(queries.start // group, -(-queries.stop // group))
+    of = [head // group - keys.start for head in range(queries.start, queries.stop)]
+    each = len(of) // (keys.stop - keys.start)
+    uneven = any(key != at // each for at, key in enumerate(of)) or len(of) % each
+    return HeadShare(queries, keys, tuple(of) if uneven else None)
+
+
+def shared_shape(shape: Shape, members: int) -> Shape:
+    """What the member with most heads computes."""
+    if members == 1:
+        return shape
+    shares = head_shares(shape.num_heads, shape.num_kv_heads, min(members, shape.num_heads))
+    sizes = max(share.sizes for share in shares)
+    return replace(shape, num_heads=sizes[0], num_kv_heads=sizes[1])
+
+
+def ring_topology(topology: Topology, members: int) -> Topology:
+    """The links between the ranks of one ring, of which a node has every ``members``-th."""
+    if topology.ranks_per_node is None or members == 1:
+        return topology
+    return replace(topology, ranks_per_node=max(topology.ranks_per_node // members, 1))

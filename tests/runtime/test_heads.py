@@ -1,0 +1,186 @@
+"""The head split: whatever is split over rings and teams, every rank finds what one process finds."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn as ra
+from ringattn.comm import PlanningRank
+from ringattn.geometry.layouts import contiguous
+from ringattn.planning.heads import head_shares
+from ringattn.testing import results, run_processes
+from tests.support import cases
+from tests.support.grids import mostly_slow
+from tests.support.ring import S, check, on_ranks, single_process, tensors
+
+GRID = ("full", "causal", "two_sided", "global_scattered", "documents_window_globals", "full_minus_strided")
+SPLITS = [(2, 2), (3, 3), (4, 2), (4, 4), (6, 2), (6, 3), (8, 2), (8, 4)]
+HEADS = [(4, 2), (4, 4), (4, 1), (5, 1), (6, 3), (7, 7), (6, 2)]
+FEW = [((2, 2), (4, 2)), ((4, 2), (6, 3)), ((6, 3), (5, 1)), ((3, 3), (4, 4)), ((8, 4), (6, 2))]
+
+
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather"])
+@pytest.mark.parametrize("name", GRID)
+def test_every_mask_and_schedule(name, schedule, poison):
+    mask = cases.ALL[name][0]
+    for world, ulysses, layout in ((2, 2, "zigzag"), (4, 2, "striped"), (6, 3, "auto")):
+        found = on_ranks(world, mask, layout=layout, schedule=schedule, ulysses=ulysses)
+        check(found, single_process(mask), 1e-10)
+
+
+@pytest.mark.parametrize("case", mostly_slow([*itertools.product(SPLITS, HEADS)], FEW), ids=str)
+def test_other_worlds_and_heads(case, poison):
+    (world, ulysses), (heads, kv_heads) = case
+    if heads < ulysses:
+        pytest.skip("refused")
+    mask, sizes = cases.ALL["documents_window_globals"][0], {"heads": heads, "kv_heads": kv_heads, "v_dim": 5}
+    for schedule in ("ring", "gather"):
+        found = on_ranks(world, mask, sizes=sizes, ulysses=ulysses, schedule=schedule)
+        check(found, single_process(mask, **sizes), 1e-10)
+
+
+def test_keys_of_another_length_and_layout(poison):
+    """Queries and keys are cut apart; some ranks hold none."""
+    q, k, v, dout, dlse = tensors(q_len=3, kv_len=50)
+    mask = ra.causal()
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, 3, mask=mask, kv_seqlen=50, q_offset=47, kv_layout="cyclic", ulysses=2)
+        assert cp.local_seqlen in (0, 1) and cp.kv_position_ids.numel() == cp.local_kv_seqlen
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        local = [cp.shard(inputs[0]), cp.shard_kv(inputs[1]), cp.shard_kv(inputs[2])]
+        out, lse = ra.attention(*local, cp=cp, return_lse=True)
+        return results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs)
+
+    from ringattn.testing import dense_results
+
+    check(ra.Loopback(4).run(one_rank), dense_results(q, k, v, mask.dense(3, 50, 47), dout, dlse), 1e-10)
+
+
+def test_a_given_layout_is_that_of_the_ring():
+    own = ra.Layout.from_spans([[(10, S - 10)], [(0, 10)]])
+    check(on_ranks(4, ra.causal(), layout=own, ulysses=2), single_process(ra.causal()), 1e-10)
+    with pytest.raises(ValueError, match="over 2 ranks of a ring \\(4 with ulysses=2\\)"):
+        ra.ContextParallel(PlanningRank(0, 4), S, layout=contiguous(S, 4), ulysses=2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "ulysses"), [(4, 2, 2), (6, 2, 3), (3, 3, 2), (6, 3, 2)])
+def test_bytes_are_those_of_the_formula(heads, kv_heads, ulysses):
+    """Every member receives each head that it computes of each token once, and its own rows of the others' results."""
+    batch, dim, v_dim, size = 2, 8, 5, 4
+    q, k, v, dout, _ = tensors(heads=heads, kv_heads=kv_heads, v_dim=v_dim, dtype=torch.float32)
+    shares = head_shares(heads, kv_heads, ulysses)
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, schedule="exchange", ulysses=ulysses)
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        before = dict(cp.traffic()["received"])
+        ra.attention(*local, cp=cp).backward(cp.shard(dout))
+        received = cp.traffic()["received"]
+        own, others = shares[transport.rank], [s for s in shares if s is not shares[transport.rank]]
+        tokens, foreign = cp.local_seqlen, S - cp.local_seqlen
+        (h, hk), rest = _counts(own), [sum(x) for x in zip(*map(_counts, others), strict=True)]
+        gathered = foreign * (h * dim + hk * (dim + v_dim))
+        forward = gathered + tokens * rest[0] * (v_dim + 1)
+        backward = gathered + foreign * h * (2 * v_dim + 1) + tokens * (rest[0] * dim + rest[1] * (dim + v_dim))
+        assert received["forward heads"] == forward * batch * size and "forward kv" not in before
+        assert received["backward heads"] == backward * batch * size
+
+    ra.Loopback(ulysses).run(one_rank)
+
+
+def _counts(share):
+    return share.queries.stop - share.queries.start, share.keys.stop - share.keys.start
+
+
+def test_gradients_of_kv_heads_that_are_shared_are_summed_before_they_are_rounded():
+    """In bf16: rounded once, they are those of a call in which nothing is split."""
+    q, k, v, dout, _ = (t.to(torch.bfloat16) for t in tensors(heads=8, kv_heads=1))
+
+    def one_rank(transport, ulysses):
+        cp = ra.ContextParallel(transport, S, ulysses=ulysses)
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        ra.attention(*local, cp=cp).backward(cp.shard(dout))
+        return [cp.unshard(t.grad).float() for t in local]
+
+    whole, split = ra.Loopback(1).run(lambda t: one_rank(t, 1))[0], ra.Loopback(4).run(lambda t: one_rank(t, 4))[0]
+    for a, b in zip(whole, split, strict=True):
+        off = (a - b).abs() / a.abs().clamp_min(1e-2)
+        assert (off > 0).float().mean() < 0.05 and off.max() < 2**-6, "fp32 sums of another order, rounded once"
+
+
+def test_a_context_may_change_its_split():
+    def one_rank(transport):
+        first = ra.ContextParallel(transport, S)
+        for ulysses in (4, 1, 2, 4):
+            cp = first.replace(ulysses=ulysses)
+            assert cp.ulysses == ulysses and cp.plan.world_size == 4 // ulysses
+            q, k, v, dout, dlse = tensors()
+            inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+            out, lse = ra.attention(*map(cp.shard, inputs), cp=cp, return_lse=True)
+            check([results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs)], single_process(ra.causal()))
+
+    ra.Loopback(4).run(one_rank)
+
+
+def in_processes(rank, world, make):
+    """Attention on a 2-D mesh and as an operator that a compiler sees."""
+    group = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("ring", "ulysses")) if make else None
+    cp = ra.ContextParallel(group or dist.group.WORLD, S, ulysses=1 if make else 2)
+    assert cp.ulysses == 2 and cp.rank == rank and "2 ranks compute the heads" in cp.describe()
+    q, k, v, dout, dlse = tensors()
+    found = []
+    for fn in (ra.attention, torch.compile(ra.attention, fullgraph=True, backend="aot_eager")):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = fn(*map(cp.shard, inputs), cp=cp, return_lse=True)
+        found.append(results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs))
+    return found
+
+
+@pytest.mark.parametrize("mesh", mostly_slow([True, False], [True]))
+def test_processes_meshes_and_compilers(mesh):
+    ranks = run_processes(in_processes, 4, mesh)
+    for one in zip(*ranks, strict=True):
+        check(one, single_process(ra.causal()), 1e-10)
+
+
+def a_mesh_without_its_names(rank, world):
+    for names, words in (((("data", "cp")), "must have the dims"), (("ulysses", "ring"), "in this order")):
+        mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=names)
+        with pytest.raises(ValueError, match=words):
+            ra.ContextParallel(mesh, S)
+    mesh = dist.init_device_mesh("cpu", (1, world), mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(ValueError, match="ulysses=2, but the mesh's dim 'ulysses' has 4 ranks"):
+        ra.ContextParallel(mesh, S, ulysses=2)
+
+
+def test_a_mesh_without_its_names_is_refused():
+    run_processes(a_mesh_without_its_names, 4)
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="ulysses=3 does not divide the 4 ranks of the group: must be one of 1, 2, 4"):
+        ra.ContextParallel(PlanningRank(0, 4), S, ulysses=3)
+    with pytest.raises(ValueError, match="ulysses=0"):
+        ra.ContextParallel(PlanningRank(0, 4), S, ulysses=0)
+    with pytest.raises(ValueError, match="ulysses=4 over the 2 heads of shape"):
+        ra.ContextParallel(PlanningRank(0, 4), S, ulysses=4, shape=ra.Shape(2, 2, 8))
+
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, ulysses=4)
+        local = [cp.shard(t) for t in tensors(heads=3, kv_heads=3)[:3]]
+        with pytest.raises(ValueError, match="3 heads over ulysses=4"):
+            ra.attention(*local, cp=cp)
+
+    ra.Loopback(4).run(one_rank)
+
+
+def test_ranks_that_split_otherwise_are_told():
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, S, layout="contiguous", ulysses=1 if transport.rank else 2)
+        with pytest.raises(ValueError, match="head axis"):
+            ra.attention(*(cp.shard(t) for t in tensors()[:3]), cp=cp)
+
+    ra.Loopback(2).run(one_rank)
