@@ -265,19 +265,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
-    _check_heads(int(q.shape[2]), int(k.shape[2]), cp.ulysses)
+    _check_heads(int(q.shape[2]), int(k.shape[2]), cp)
     if q.shape[1] != cp.local_seqlen:
         raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
     if k.shape[1] != cp.local_kv_seqlen:
         raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
 
 
-def _check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
+def _check_heads(heads: int, kv_heads: int, cp: ContextParallel) -> None:
+    ulysses, chunks = cp.ulysses, cp.options.head_chunks
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} heads over {kv_heads} KV heads: num_kv_heads must divide num_heads")
     if heads < ulysses:
         raise ValueError(
             f"{heads} heads over ulysses={ulysses}: some ranks would compute none; split the heads over at most as many"
+        )
+    if heads // ulysses < chunks:
+        raise ValueError(
+            f"Options.head_chunks={chunks}, but a rank computes {heads // ulysses} of the {heads} heads (ulysses="
+            f"{ulysses}): must be at most that"
         )
 
 

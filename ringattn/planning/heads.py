@@ -62,11 +62,27 @@ class HeadShare:
 def head_shares(num_heads: int, num_kv_heads: int, members: int) -> tuple[HeadShare, ...]:
     """The heads of every member: runs of query heads, as equal as they can be, cut between KV heads where that makes no
     share larger. ``members`` must be at most ``num_heads``."""
-    group = num_heads // num_kv_heads
-    aligned = list(_runs(num_kv_heads, members, group))
-    even = list(_runs(num_heads, members, 1))
-    cuts = aligned if num_kv_heads >= members and aligned[0].stop == even[0].stop else even
-    return tuple(_share(queries, group) for queries in cuts)
+    cuts = _cut(num_heads, num_kv_heads, members)
+    return tuple(_share(queries, num_heads // num_kv_heads) for queries in cuts)
+
+
+def head_chunks(shares: Sequence[HeadShare], group: int, count: int) -> list[tuple[HeadShare, ...]]:
+    """Every share cut into so many runs, again between KV heads where that makes none longer: for each chunk what the
+    members compute. ``group``: query heads of a KV head. No share may have fewer query heads than ``count``."""
+    return list(zip(*(_chunks(share.queries, group, count) for share in shares), strict=True))
+
+
+def _chunks(queries: slice, group: int, count: int) -> list[HeadShare]:
+    first, heads = queries.start, queries.stop - queries.start
+    whole = not (first % group or heads % group)
+    cuts = _cut(heads, heads // group if whole else 1, count)
+    return [_share(slice(first + cut.start, first + cut.stop), group) for cut in cuts]
+
+
+def _cut(heads: int, kv_heads: int, count: int) -> list[slice]:
+    """Runs of heads as equal as they can be, between KV heads where that makes none longer."""
+    even, aligned = list(_runs(heads, count, 1)), list(_runs(kv_heads, count, heads // kv_heads))
+    return aligned if kv_heads >= count and aligned[0].stop == even[0].stop else even
 
 
 def _runs(count: int, members: int, group: int) -> Iterator[slice]:

@@ -22,7 +22,7 @@ from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.kernels import KERNELS, Call, Selection, rates_of
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
-from ringattn.planning.heads import Split, head_shares
+from ringattn.planning.heads import Split
 from ringattn.planning.launches import Stacking
 from ringattn.planning.placement import Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
@@ -30,7 +30,7 @@ from ringattn.planning.program import Program
 from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
 from ringattn.runtime.graphs import Graphs
-from ringattn.runtime.heads import HeadSwap, Seat
+from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
@@ -147,26 +147,26 @@ class Binding:
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
         if known is None:
-            seat = self._seat(kind)
-            kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
-            row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
-            stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
-            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, load), kernels, kind, mask, scores, seat)
-            known.eager = self.graphs.refuse(known, self.plans[mask], self.settings.options)
+            known = self._prepare(mask, kind, scores, dlse)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
 
-    def _seat(self, kind: Kind) -> Seat:
-        """From where this rank computes calls of a kind."""
-        split = self.split
-        if split.ulysses == 1:
-            return Seat(split.ring)
-        shares = head_shares(kind.num_heads, kind.num_kv_heads, split.ulysses)
-        q, k = ([int(layout.sizes[rank]) for rank in split.team] for layout in self.held)
-        return Seat(split.ring, HeadSwap(split, shares, q, k))
+    def _prepare(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
+        """The first part of a call, which knows the others: one, unless heads go by chunks."""
+        options = self.settings.options
+        sizes = [[int(layout.sizes[rank]) for rank in self.split.team] for layout in self.held]
+        row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
+        stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
+        parts = []
+        for seat in seats(self.split, kind, options.head_chunks, sizes):
+            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
+            kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
+            parts.append(Prepared(self.program(mask, load), kernels, kind, mask, scores, seat))
+            parts[-1].eager = self.graphs.refuse(parts[-1], self.plans[mask], options)
+        parts[0].parts = tuple(parts)
+        return parts[0]
 
     def _in_order(self, kind: Kind) -> bool:
         """Whether a key's gradients must not be added up by several tiles of one call, in any order."""

@@ -46,6 +46,9 @@ class Options:
     communicators: of our own that messages between GPUs travel on (NCCL), on streams of high priority. 0: none, but the
         group's; 1: one for all messages; 2: one for keys and queries, one for gradients and results, where
         ``NCCL_LAUNCH_ORDER_IMPLICIT=1`` must be set.
+    head_chunks: a call goes by so many groups of heads, one after the other, which use the same memory between their
+        all-to-all and back: with ``ulysses`` what a call needs beyond its inputs and results is that of one group
+        (Untied Ulysses, arXiv 2602.21196). KV heads that several groups need travel for each of them.
     graphs: whether calls on a CUDA device are captured in CUDA graphs at the second of a kind and replayed from then
         on: auto (where its host would be the slower of the two), on (refused where it cannot be), off.
     """
@@ -61,6 +64,7 @@ class Options:
     kernel_rates: str | None = None
     compare_every: int = 64
     communicators: int = 0
+    head_chunks: int = 1
     graphs: str = "auto"
 
     def __post_init__(self) -> None:
@@ -85,6 +89,7 @@ class Options:
         if self.kernel_rates is not None:
             plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
             KernelRates.read(Path(str(plain["kernel_rates"])))
+        plain["head_chunks"] = integer("Options.head_chunks", self.head_chunks, 1)
         plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
         if not isinstance(self.graphs, str) or self.graphs not in GRAPHS:
             raise ValueError(f"Options.graphs={shown(self.graphs)}: must be one of {', '.join(GRAPHS)}")

@@ -111,6 +111,31 @@ def test_gradients_of_kv_heads_that_are_shared_are_summed_before_they_are_rounde
         assert (off > 0).float().mean() < 0.05 and off.max() < 2**-6, "fp32 sums of another order, rounded once"
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize(("world", "ulysses"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_chunks_of_heads(world, ulysses, chunks, poison):
+    """Also those that share KV heads; with a bias for all heads, whose gradient is a sum over the chunks."""
+    mask, options = cases.ALL["documents_window_globals"][0], ra.Options(head_chunks=chunks)
+    for heads, kv_heads in ((12, 4), (12, 1), (13, 13), (15, 5)):
+        sizes = {"heads": heads, "kv_heads": kv_heads, "v_dim": 5}
+        for schedule in ("ring", "gather"):
+            found = on_ranks(world, mask, sizes=sizes, ulysses=ulysses, schedule=schedule, options=options)
+            check(found, single_process(mask, **sizes), 1e-10)
+
+
+def test_chunks_use_the_memory_of_one():
+    """What a call needs beyond its inputs and results, by the workspace."""
+    q, k, v, dout, _ = tensors(heads=8, kv_heads=8)
+
+    def one_rank(transport, chunks):
+        cp = ra.ContextParallel(transport, S, ulysses=2, options=ra.Options(head_chunks=chunks))
+        ra.attention(*(cp.shard(t).requires_grad_() for t in (q, k, v)), cp=cp).backward(cp.shard(dout))
+        return sum(buffer.nbytes for buffer in cp.link.workspace.buffers())
+
+    whole, parts = (ra.Loopback(2).run(lambda t, n=n: one_rank(t, n))[0] for n in (1, 4))
+    assert parts * 4 == pytest.approx(whole, rel=0.01)
+
+
 def test_a_context_may_change_its_split():
     def one_rank(transport):
         first = ra.ContextParallel(transport, S)
@@ -129,7 +154,7 @@ def in_processes(rank, world, make):
     """Attention on a 2-D mesh and as an operator that a compiler sees."""
     group = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("ring", "ulysses")) if make else None
     cp = ra.ContextParallel(group or dist.group.WORLD, S, ulysses=1 if make else 2)
-    assert cp.ulysses == 2 and cp.rank == rank and "2 ranks compute the heads" in cp.describe()
+    assert cp.ulysses == 2 and cp.rank == rank and "2 ranks compute the heads of one shard: rings of 2" in cp.describe()
     q, k, v, dout, dlse = tensors()
     found = []
     for fn in (ra.attention, torch.compile(ra.attention, fullgraph=True, backend="aot_eager")):
@@ -172,6 +197,9 @@ def test_what_cannot_be_split_is_refused():
         cp = ra.ContextParallel(transport, S, ulysses=4)
         local = [cp.shard(t) for t in tensors(heads=3, kv_heads=3)[:3]]
         with pytest.raises(ValueError, match="3 heads over ulysses=4"):
+            ra.attention(*local, cp=cp)
+        cp = cp.replace(ulysses=2, options=ra.Options(head_chunks=2))
+        with pytest.raises(ValueError, match="head_chunks=2, but a rank computes 1 of the 3 heads"):
             ra.attention(*local, cp=cp)
 
     ra.Loopback(4).run(one_rank)
