@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ringattn.planning.shape import Shape
+from ringattn.planning.rates import Rates
+from ringattn.planning.shape import BYTES, Shape
 from ringattn.planning.topology import Topology
 
 
@@ -99,6 +100,49 @@ def _share(queries: slice, group: int) -> HeadShare:
     each = len(of) // (keys.stop - keys.start)
     uneven = any(key != at // each for at, key in enumerate(of)) or len(of) % each
     return HeadShare(queries, keys, tuple(of) if uneven else None)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What the all-to-alls of a call cost a rank, forward and backward: bytes that it receives, messages, and elements
+    that are copied."""
+
+    received: int
+    messages: int
+    copied: int
+
+    @staticmethod
+    def of(shape: Shape, members: int, tokens: tuple[int, int]) -> Swapped:
+        """For the member with most heads; ``tokens``: the queries and the keys that each member holds."""
+        if members == 1:
+            return Swapped(0, 0, 0)
+        shares = head_shares(shape.num_heads, shape.num_kv_heads, members)
+        (h, k), d, v, size = _counts(shares[0]), shape.head_dim, shape.values, BYTES[shape.dtype]
+        total = sum(_counts(share)[1] for share in shares)
+        (n, m), others, heads, keys = tokens, members - 1, shape.num_heads, total - k
+        wide = shape.wide if total > shape.num_kv_heads else size
+        inputs = n * h * d + m * k * (d + v)  # of a member
+        forward = others * inputs * size + n * (heads - h) * (v * size + shape.wide)
+        saved = n * h * (2 * v * size + shape.wide)
+        backward = others * (inputs * size + saved) + n * (heads - h) * d * size + m * keys * (d + v) * wide
+        rows = n * h * v
+        copied = members * (3 * inputs + 3 * rows)  # in twice, gradients of inputs out; results out, and in with dout
+        return Swapped(shape.batch * (forward + backward), 14 * others, shape.batch * copied)
+
+    def seconds(self, topology: Topology, rates: Rates, members: int) -> float:
+        """All of it, as nothing hides it. A team is within a node where nodes are whole teams."""
+        apart = topology.ranks_per_node is not None and bool(topology.ranks_per_node % members)
+        link = topology.links[apart]
+        return self.received / link.bytes_per_second + self.messages * link.latency + rates.merge * self.copied
+
+
+def _counts(share: HeadShare) -> tuple[int, int]:
+    return share.queries.stop - share.queries.start, share.keys.stop - share.keys.start
+
+
+def divisors(world_size: int) -> list[int]:
+    """The numbers of ranks of a team that a world can be split into."""
+    return [n for n in range(1, world_size + 1) if world_size % n == 0]
 
 
 def shared_shape(shape: Shape, members: int) -> Shape:

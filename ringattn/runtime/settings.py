@@ -11,8 +11,8 @@ from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import Expression
 from ringattn.kernels.rates import KernelRates
 from ringattn.planning.cost import Terms
-from ringattn.planning.hardware import hardware
-from ringattn.planning.heads import ring_topology, shared_shape
+from ringattn.planning.hardware import Hardware, hardware
+from ringattn.planning.heads import divisors, ring_topology, shared_shape
 from ringattn.planning.launches import Stacking
 from ringattn.planning.rates import Rates
 from ringattn.planning.shape import TYPICAL, Shape
@@ -118,18 +118,46 @@ class ContextSettings:
     shape: Shape | None = None
     device: str = "cpu"
     kv_layout: str | Layout | None = None
-    ulysses: int = 1
+    ulysses: int | str = 1
+
+    def split(self, members: int) -> ContextSettings:
+        """The same with so many ranks of the head axis."""
+        return replace(self, ulysses=members)
+
+    def splits(self, world_size: int) -> list[int]:
+        """The numbers of ranks of the head axis that are to be weighed: the one asked for, or all that fit the world,
+        the heads and the layouts that are given."""
+        if isinstance(self.ulysses, int):
+            return [self.ulysses]
+        heads, rings = (self.shape or TYPICAL).num_heads, [x.world_size for x in self.given_layouts]
+        return [
+            n
+            for n in divisors(world_size)
+            if heads // n >= self.options.head_chunks and all(ring == world_size // n for ring in rings)
+        ]
+
+    @property
+    def given_layouts(self) -> list[Layout]:
+        return [x for x in (self.layout, self.kv_layout) if isinstance(x, Layout)]
+
+    @property
+    def members(self) -> int:
+        """Ranks of the head axis, once that is settled."""
+        assert isinstance(self.ulysses, int), "'auto' is settled by the binding"
+        return self.ulysses
+
+    @property
+    def known(self) -> Hardware:
+        """The device, with what the options say of it in place of what is known."""
+        known, options = hardware(self.device), self.options
+        return replace(known, topology=options.topology or known.topology, rates=options.rates or known.rates)
 
     @property
     def terms(self) -> Terms:
         """What the costs of a ring are reckoned with."""
-        known, stacking = (
-            hardware(self.device),
-            Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False),
-        )
-        options, shape = self.options, shared_shape(self.shape or TYPICAL, self.ulysses)
-        topology = ring_topology(options.topology or known.topology, self.ulysses)
-        return Terms(topology, options.rates or known.rates, shape, stacking)
+        known, stacking = self.known, Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False)
+        shape = shared_shape(self.shape or TYPICAL, self.members)
+        return Terms(ring_topology(known.topology, self.members), known.rates, shape, stacking)
 
     @property
     def digest(self) -> bytes:

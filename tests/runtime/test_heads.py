@@ -62,7 +62,7 @@ def test_keys_of_another_length_and_layout(poison):
 def test_a_given_layout_is_that_of_the_ring():
     own = ra.Layout.from_spans([[(10, S - 10)], [(0, 10)]])
     check(on_ranks(4, ra.causal(), layout=own, ulysses=2), single_process(ra.causal()), 1e-10)
-    with pytest.raises(ValueError, match="over 2 ranks of a ring \\(4 with ulysses=2\\)"):
+    with pytest.raises(ValueError, match="over a ring of 2 ranks \\(4 with ulysses=2\\)"):
         ra.ContextParallel(PlanningRank(0, 4), S, layout=contiguous(S, 4), ulysses=2)
 
 
@@ -203,6 +203,37 @@ def test_what_cannot_be_split_is_refused():
             ra.attention(*local, cp=cp)
 
     ra.Loopback(4).run(one_rank)
+
+
+def test_auto_weighs_the_split():
+    """Many heads over fast links are split; few that share one KV head over slow links are not."""
+    fast, slow = (ra.Topology(ra.Link(bandwidth, 1e-5)) for bandwidth in (1e12, 1e7))
+    rates = ra.Rates(1e14, 1e14, call=1e-6, step=2e-3, merge=1e-12, exposed=1.0)
+
+    def made(shape, topology, **more):
+        options = ra.Options(topology=topology, rates=rates)
+        return ra.ContextParallel(PlanningRank(0, 8), 65536, ulysses="auto", shape=shape, options=options, **more)
+
+    many, few = ra.Shape(64, 64, 64), ra.Shape(6, 1, 64)
+    split, whole = made(many, fast), made(few, slow)
+    assert split.ulysses == 8 and whole.ulysses == 1
+    assert made(few, fast).ulysses in (1, 2, 4), "8 ranks would compute no head"
+    text = split.describe()
+    assert "ulysses 8: 1.00 x the time" in text and ": taken" in text and "ulysses 2: " in text
+    assert made(many, fast, layout=contiguous(65536, 4)).ulysses == 2, "a layout that is given says how long a ring is"
+    with pytest.raises(ValueError, match="a ring of 8 or 4 or 2 or 1 ranks"):
+        made(many, fast, layout=contiguous(65536, 3))
+    with pytest.raises(ValueError, match="tell them with shape="):
+        ra.ContextParallel(PlanningRank(0, 8), 64, ulysses="auto")
+    with pytest.raises(ValueError, match="or 'auto'"):
+        ra.ContextParallel(PlanningRank(0, 8), 64, ulysses="all")
+
+
+def test_what_auto_takes_is_right():
+    sizes, shape = {"heads": 4, "kv_heads": 4}, ra.Shape(4, 4, 8, dtype="float64")
+    options = ra.Options(topology=ra.Topology(ra.Link(1e12)), rates=ra.Rates(1e14, 1e14, step=1e-2, exposed=1.0))
+    found = on_ranks(4, ra.causal(), sizes=sizes, ulysses="auto", shape=shape, options=options)
+    check(found, single_process(ra.causal(), **sizes))
 
 
 def test_ranks_that_split_otherwise_are_told():
