@@ -52,7 +52,7 @@ class ContextParallel:
             guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
         schedule: auto, ring, exchange, gather.
         ulysses: ranks of the head axis (DeepSpeed Ulysses), or "auto", by cost, for which ``shape`` must be told; so
-            many neighbours of the group hold one shard of the ring in pieces, in storage order, and each computes some of
+            many neighbours of the group hold a shard of the ring in pieces, in storage order, and each computes some of
             the heads for all of it. world / ulysses ranks are the ring; plans, and a ``layout`` or ``kv_layout`` given
             as a :class:`Layout`, are of these. A 2-D mesh (ring, ulysses) says it by itself.
         kernel: auto, or one by name, which is then never replaced by another.
