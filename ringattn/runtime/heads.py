@@ -7,7 +7,8 @@ it belongs, in the dtype of the accumulators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -136,39 +137,44 @@ class HeadSwap:
     def gather(self, link: Link, what: str, given: Sequence[tuple[Tensor, Axis]]) -> list[Tensor]:
         """Tensors ``[batch, own tokens, all heads, width]`` as ``[batch, the team's tokens, own heads, width]``, in
         buffers that the next call uses again."""
-        batch, found = self._batch(what, "in"), []
+        batch, found, own_parts = self._batch(what, "in"), [], []
         for number, (x, axis) in enumerate(given):
             rows, width = axis.tokens[-1].stop, x.shape[3]
             own = axis.heads[self.split.member]
             whole = _buffer(link, f"team {number}", (rows, x.shape[0], own.stop - own.start, width), x)
             for member, peer in enumerate(self.split.team):
-                part = x[:, :, axis.heads[member]].transpose(0, 1)
+                part, place = x[:, :, axis.heads[member]].transpose(0, 1), whole[axis.tokens[member]]
                 if peer == self.split.rank:
-                    whole[axis.tokens[member]].copy_(part)
+                    own_parts.append((place, part))
                     continue
                 packed = _buffer(link, f"heads {number} to {member}", part.shape, x).copy_(part)
                 batch.sends.append((packed, peer))
-                batch.recvs.append((whole[axis.tokens[member]], peer))
+                batch.recvs.append((place, peer))
             found.append(whole.transpose(0, 1))
-        _exchange(link, batch, what)
+        with _exchanged(link, batch, what):
+            for place, part in own_parts:
+                place.copy_(part)
         return found
 
     def scatter(self, link: Link, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> None:
         """The way back: each tensor comes with its home, of the own tokens and all heads, which is written to, or added
         to."""
-        batch, here = self._batch(what, "out"), []
+        batch, own_parts, others = self._batch(what, "out"), [], []
         for number, (x, axis, home) in enumerate(computed):
             for member, peer in enumerate(self.split.team):
-                heads, part = axis.heads[member], x[:, axis.tokens[member]].transpose(0, 1)
-                if peer != self.split.rank:
-                    batch.sends.append((_buffer(link, f"tokens {number} to {member}", part.shape, x).copy_(part), peer))
-                    shape = home.shape[1], x.shape[0], heads.stop - heads.start, x.shape[3]
-                    part = _buffer(link, f"tokens {number} from {member}", shape, x)
-                    batch.recvs.append((part, peer))
-                here.append((part.transpose(0, 1), home[:, :, heads], axis.sums))
-        _exchange(link, batch, what)
-        for found, home, sums in here:
-            home.add_(found) if sums else home.copy_(found)
+                heads, part = axis.heads[member], x[:, axis.tokens[member]]
+                if peer == self.split.rank:
+                    own_parts.append((home[:, :, heads], part, axis.sums))
+                    continue
+                rows = part.transpose(0, 1)
+                batch.sends.append((_buffer(link, f"tokens {number} to {member}", rows.shape, x).copy_(rows), peer))
+                shape = home.shape[1], x.shape[0], heads.stop - heads.start, x.shape[3]
+                theirs = _buffer(link, f"tokens {number} from {member}", shape, x)
+                batch.recvs.append((theirs, peer))
+                others.append((home[:, :, heads], theirs.transpose(0, 1), axis.sums))
+        with _exchanged(link, batch, what):
+            _bring_home(own_parts)
+        _bring_home(others)
 
     def _batch(self, what: str, way: str) -> Batch:
         number, count = self.chunk
@@ -224,11 +230,20 @@ def homes_of_gradients(swap: HeadSwap, q: Tensor, k: Tensor, v: Tensor, wide: to
     return [torch.empty_like(q), *keys]
 
 
-def _exchange(link: Link, batch: Batch, what: str) -> None:
+@contextmanager
+def _exchanged(link: Link, batch: Batch, what: str) -> Iterator[None]:
+    """Messages that are under way while something else is done."""
     sends, recvs = ([entry for entry in side if entry[0].numel()] for side in (batch.sends, batch.recvs))
     pending = link.post(Batch(batch.what, sends, recvs, [Moved.of(f"{what} heads", sends, recvs)]))
+    yield
     if pending is not None:
         link.wait(pending)
+
+
+def _bring_home(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
+    """Writes parts where they belong, or adds them."""
+    for home, found, sums in parts:
+        home.add_(found) if sums else home.copy_(found)
 
 
 def _buffer(link: Link, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
