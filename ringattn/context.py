@@ -83,10 +83,13 @@ class ContextParallel:
             seqlen=seqlen, mask=mask, kv_seqlen=kv_seqlen, q_offset=q_offset, layout=layout, schedule=schedule,
             kernel=kernel, options=options, ulysses=ulysses, shape=shape, kv_layout=kv_layout,
         )  # fmt: skip
-        given["ulysses"] = split_of(group_or_mesh, ulysses)
-        self._shared = join(group_or_mesh, lambda: checked_context(given)["options"]) if _shared is None else _shared
+
+        def checked() -> dict[str, Any]:
+            return checked_context({**given, "ulysses": split_of(group_or_mesh, ulysses)})
+
+        self._shared = join(group_or_mesh, lambda: checked()["options"]) if _shared is None else _shared
         with told(self.link.transport, "a new context"):  # what one rank refuses, all of them refuse
-            self._settings = checked_context(given)
+            self._settings = checked()
             self._settle(**self._settings)
 
     def _settle(

@@ -44,10 +44,7 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     """A context's arguments, as what they stand for."""
     if not isinstance(given["options"], Options):
         raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
-    ulysses = given["ulysses"]
-    if ulysses != "auto":
-        ulysses = integer("ulysses", ulysses, 1, hint=", or 'auto'")
-    elif given["shape"] is None:
+    if given["ulysses"] == "auto" and given["shape"] is None:
         raise ValueError("ulysses='auto' splits heads by cost: tell them with shape=ringattn.Shape(num_heads, ...)")
     if given["shape"] is not None and not isinstance(given["shape"], Shape):
         raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
@@ -56,7 +53,7 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     check_names(given["layout"], given["schedule"], given["kernel"], given["kv_layout"])
     for mask in masks:
         mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
-    return {**given, **lengths, "mask": masks, "ulysses": ulysses}
+    return {**given, **lengths, "mask": masks}
 
 
 def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:
@@ -119,9 +116,9 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
     over = f"{world} ranks"
     if rings != [world]:
         over = f"a ring of {' or '.join(map(str, rings))} ranks ({world} with ulysses={settings.ulysses!r})"
-    if isinstance(layout, Layout) and (layout.seqlen != settings.seqlen or layout.world_size not in rings):
+    if isinstance(layout, Layout) and (layout.seqlen != settings.seqlen or layout.world_size not in {*rings, world}):
         raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {over}; build it for these")
-    if isinstance(keys, Layout) and (keys.seqlen != settings.kv_seqlen or keys.world_size not in rings):
+    if isinstance(keys, Layout) and (keys.seqlen != settings.kv_seqlen or keys.world_size not in {*rings, world}):
         raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {over}")
     if isinstance(layout, Layout) and keys in (None, "auto") and settings.kv_seqlen != settings.seqlen:
         raise ValueError(
@@ -186,10 +183,11 @@ def checked_call(
     _check_extras(bias, rule, sinks, q, cp)
     q, scale = _apply_sign(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
+    dbias = grad and bias is not None and bias.requires_grad
     params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
     return CallRecord(
         q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
-        NO_SEED if seed is None else seed, grad, return_lse and grad,
+        NO_SEED if seed is None else seed, grad, return_lse and grad, dbias,
     )  # fmt: skip
 
 

@@ -130,6 +130,17 @@ class Layout:
         table = columns(piece, start + low * step, high - low, step)
         return Layout(self.name, self.seqlen, self.world_size * count, table[high > low])
 
+    def merged(self, count: int) -> Layout:
+        """The layout of a ``count``-th of the ranks, each with the shards of so many neighbours one after the other."""
+        rank, start, length, step = self.table.T
+        rank = rank // count
+        goes_on = (rank[1:] == rank[:-1]) & (step[1:] == step[:-1]) & (start[1:] == (start + length * step)[:-1])
+        first = np.flatnonzero(np.concatenate(([True], ~goes_on))) if len(rank) else np.empty(0, np.int64)
+        length = np.add.reduceat(length, first) if len(first) else length
+        return Layout(
+            self.name, self.seqlen, self.world_size // count, columns(rank[first], start[first], length, step[first])
+        )
+
     @cached_property
     def interleaved(self) -> bool:
         """Whether the spans of the ranks run through each other."""

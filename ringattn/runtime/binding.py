@@ -106,7 +106,7 @@ class Binding:
         self.split = Split(self.world_size, self.settings.members, self.rank)
         # What the ranks of a ring compute, and what all ranks hold (shards, positions): the same where heads are whole.
         self.computed = Layouts(self.choice.taken.q_layout, self.choice.taken.k_layout)
-        self.held = Layouts(*(layout.pieces(self.split.ulysses) for layout in self.computed))
+        self.held = self.offers[0].held
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
         self.expected = Load.of(self.settings.terms)

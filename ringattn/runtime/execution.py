@@ -33,6 +33,7 @@ class Execution:
     sinks: Tensor | None = None
     grad: bool = False
     rule: str = ""  # the name of the bias rule
+    dbias: bool = False  # whether the bias has a gradient
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``, on all ranks together."""
@@ -69,6 +70,8 @@ class Execution:
         return homes[0], heads.row(homes[1]).contiguous()
 
     def _differentiate_together(self, swap: heads.HeadSwap, saved: heads.Saved) -> tuple[Tensor, ...]:
+        if saved[6] is None and self.call.kernels.call.dlse:  # other ranks' lse may have one, and all move the same
+            saved = (*saved[:6], torch.zeros_like(saved[4]))
         homes = heads.homes_of_gradients(swap, *saved[:3], self.call.wide)
         for part in self.call.parts:
             assert part.seat.swap is not None, "heads are swapped in all parts"
@@ -152,6 +155,7 @@ class Execution:
         extras = Extras(
             None if rule is None else rule.name,
             None if bias is None else (bias.shape[0], bias.shape[1]),
+            None if bias is None or self.call.seat.swap is None else self.dbias,
             None if dropout is None else dropout.p,
             self.sinks is not None,
             self.grad,
@@ -170,9 +174,10 @@ class Execution:
             "mask": str(self.call.mask),
             "logits": f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}",
             "gradient": "wanted" if extras.grad else "not wanted",
+            **({} if extras.dbias is None else {"gradient of the bias": "wanted" if extras.dbias else "not wanted"}),
             "dropout": "none" if extras.dropout is None else f"p {extras.dropout}",
             "sinks": "given" if extras.sinks else "none",
-            "kernel": self.call.kernels.name,
+            "kernel": self.call.kernels.name if s.ulysses == 1 else s.kernel,  # each by the heads that it computes
             "shapes": f"batch {kind.batch}, heads {kind.num_heads} over {kind.num_kv_heads}, head_dim {kind.head_dim}, "
             f"v_head_dim {kind.v_head_dim}, {kind.dtype} on {kind.device.type}",
             "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
@@ -190,6 +195,7 @@ class Extras(NamedTuple):
 
     rule: str | None
     bias: tuple[int, int] | None
+    dbias: bool | None  # where it moves
     dropout: float | None
     sinks: bool
     grad: bool

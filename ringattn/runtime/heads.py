@@ -7,6 +7,7 @@ it belongs, in the dtype of the accumulators.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from ringattn.planning.heads import HeadShare, Split, head_chunks, head_shares
 from ringattn.runtime.link import Link, Moved
 from ringattn.runtime.wire import Kind
 
+ALIGNED = 64  # numbers: where tensors that share a block begin
 Slices = tuple[slice, ...]
 Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Scores]  # q, k, v, sinks, and how logits are made
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, out, lse, dout, dlse
@@ -123,58 +125,70 @@ class HeadSwap:
         """Keys and values as they are computed with: one for each query head, where KV heads serve unequal numbers."""
         if self.share.of is None:
             return q, k, v
-        of = torch.tensor(self.share.of, device=k.device)
-        return q, k.index_select(2, of), v.index_select(2, of)
+        counts = self._served
+        k, v = (torch.cat([x[:, :, at : at + 1].expand(-1, -1, n, -1) for at, n in counts], 2) for x in (k, v))
+        return q, k, v
 
     def _summed(self, grad: Tensor) -> Tensor:
         """The gradients of what :meth:`_spread` has spread."""
         if self.share.of is None:
             return grad
-        shape = list(grad.shape)
-        shape[2] = self.share.keys.stop - self.share.keys.start
-        return grad.new_zeros(shape).index_add_(2, torch.tensor(self.share.of, device=grad.device), grad)
+        return torch.stack([part.sum(2) for part in grad.split([n for _, n in self._served], 2)], 2)
+
+    @property
+    def _served(self) -> list[tuple[int, int]]:
+        """Of each KV head how many query heads need it."""
+        return sorted(Counter(self.share.of or ()).items())
 
     def gather(self, link: Link, what: str, given: Sequence[tuple[Tensor, Axis]]) -> list[Tensor]:
         """Tensors ``[batch, own tokens, all heads, width]`` as ``[batch, the team's tokens, own heads, width]``, in
         buffers that the next call uses again."""
-        batch, found, own_parts = self._batch(what, "in"), [], []
-        for number, (x, axis) in enumerate(given):
-            rows, width = axis.tokens[-1].stop, x.shape[3]
-            own = axis.heads[self.split.member]
-            whole = _buffer(link, f"team {number}", (rows, x.shape[0], own.stop - own.start, width), x)
-            for member, peer in enumerate(self.split.team):
-                part, place = x[:, :, axis.heads[member]].transpose(0, 1), whole[axis.tokens[member]]
-                if peer == self.split.rank:
-                    own_parts.append((place, part))
-                    continue
-                packed = _buffer(link, f"heads {number} to {member}", part.shape, x).copy_(part)
-                batch.sends.append((packed, peer))
-                batch.recvs.append((place, peer))
-            found.append(whole.transpose(0, 1))
+        batch, own_parts = self._batch(what, "in"), []
+        wanted = [(self._team_shape(x, axis), x) for x, axis in given]
+        parts = [x[:, :, axis.heads[m]].transpose(0, 1) for m in self._others for x, axis in given]
+        buffers = _buffers(link, "heads in", [*wanted, *((part.shape, part) for part in parts)])
+        wholes, packed = buffers[: len(given)], iter(zip(buffers[len(given) :], parts, strict=True))
+        for member in self._others:
+            for whole, (_, axis) in zip(wholes, given, strict=True):
+                buffer, part = next(packed)
+                batch.sends.append((buffer.copy_(part), self.split.team[member]))
+                batch.recvs.append((whole[axis.tokens[member]], self.split.team[member]))
+        for whole, (x, axis) in zip(wholes, given, strict=True):
+            home = whole[axis.tokens[self.split.member]].transpose(0, 1)
+            own_parts.append((home, x[:, :, axis.heads[self.split.member]], False))
         with _exchanged(link, batch, what):
-            for place, part in own_parts:
-                place.copy_(part)
-        return found
+            _bring_home(own_parts)
+        return [whole.transpose(0, 1) for whole in wholes]
 
     def scatter(self, link: Link, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> None:
         """The way back: each tensor comes with its home, of the own tokens and all heads, which is written to, or added
         to."""
-        batch, own_parts, others = self._batch(what, "out"), [], []
-        for number, (x, axis, home) in enumerate(computed):
-            for member, peer in enumerate(self.split.team):
-                heads, part = axis.heads[member], x[:, axis.tokens[member]]
-                if peer == self.split.rank:
-                    own_parts.append((home[:, :, heads], part, axis.sums))
-                    continue
-                rows = part.transpose(0, 1)
-                batch.sends.append((_buffer(link, f"tokens {number} to {member}", rows.shape, x).copy_(rows), peer))
-                shape = home.shape[1], x.shape[0], heads.stop - heads.start, x.shape[3]
-                theirs = _buffer(link, f"tokens {number} from {member}", shape, x)
-                batch.recvs.append((theirs, peer))
-                others.append((home[:, :, heads], theirs.transpose(0, 1), axis.sums))
+        batch, others, own = self._batch(what, "out"), [], self.split.member
+        parts = [x[:, axis.tokens[m]].transpose(0, 1) for m in self._others for x, axis, _ in computed]
+        homes = [home[:, :, axis.heads[m]].transpose(0, 1) for m in self._others for _, axis, home in computed]
+        shapes = [home.shape for home in homes]
+        wanted = [*((part.shape, part) for part in parts), *zip(shapes, parts, strict=True)]
+        buffers = _buffers(link, "heads out", wanted)
+        rows = zip(buffers[: len(parts)], parts, buffers[len(parts) :], homes, strict=True)
+        ends = [(self.split.team[m], axis.sums) for m in self._others for _, axis, _ in computed]
+        for (packed, part, theirs, home), (peer, sums) in zip(rows, ends, strict=True):
+            batch.sends.append((packed.copy_(part), peer))
+            batch.recvs.append((theirs, peer))
+            others.append((home, theirs, sums))
         with _exchanged(link, batch, what):
-            _bring_home(own_parts)
+            _bring_home(
+                [(home[:, :, axis.heads[own]], x[:, axis.tokens[own]], axis.sums) for x, axis, home in computed]
+            )
         _bring_home(others)
+
+    @property
+    def _others(self) -> list[int]:
+        """The other members."""
+        return [member for member in range(self.split.ulysses) if member != self.split.member]
+
+    def _team_shape(self, x: Tensor, axis: Axis) -> tuple[int, ...]:
+        own = axis.heads[self.split.member]
+        return axis.tokens[-1].stop, x.shape[0], own.stop - own.start, x.shape[3]
 
     def _batch(self, what: str, way: str) -> Batch:
         number, count = self.chunk
@@ -246,9 +260,22 @@ def _bring_home(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
         home.add_(found) if sums else home.copy_(found)
 
 
-def _buffer(link: Link, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
-    link.workspace.reserve(slot, torch.Size(shape).numel(), like.dtype, like.device)
-    return link.workspace.view(slot, shape, like.dtype, like.device)
+def _buffers(link: Link, slot: str, wanted: Sequence[tuple[Sequence[int], Tensor]]) -> list[Tensor]:
+    """Memory for tensors of these shapes, of the dtypes of others, side by side in one block for each dtype."""
+    sizes = [-(-torch.Size(shape).numel() // ALIGNED) * ALIGNED for shape, _ in wanted]
+    totals: Counter[torch.dtype] = Counter()
+    for size, (_, like) in zip(sizes, wanted, strict=True):
+        totals[like.dtype] += size
+    blocks = {}
+    for dtype, total in totals.items():
+        device = wanted[0][1].device
+        link.workspace.reserve(slot, total, dtype, device)
+        blocks[dtype] = iter(link.workspace.view(slot, (total,), dtype, device).split(_of(dtype, sizes, wanted)))
+    return [next(blocks[like.dtype])[: torch.Size(shape).numel()].view(*shape) for shape, like in wanted]
+
+
+def _of(dtype: torch.dtype, sizes: Sequence[int], wanted: Sequence[tuple[Sequence[int], Tensor]]) -> list[int]:
+    return [size for size, (_, like) in zip(sizes, wanted, strict=True) if like.dtype == dtype]
 
 
 def column(x: Tensor) -> Tensor:

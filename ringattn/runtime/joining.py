@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.arguments.values import shown
+from ringattn.arguments.values import integer, shown
 from ringattn.comm import Meeting, PlanningRank, Solo, Transport, told
 from ringattn.comm.shield import shield
 from ringattn.runtime.binding import Shared
@@ -32,7 +32,9 @@ def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
 
 
 def split_of(group_or_mesh: Group, ulysses: int | str) -> int | str:
-    """The ranks of the head axis, as asked for or as a 2-D mesh says."""
+    """The ranks of the head axis, as asked for or as a 2-D mesh says; 1 and "auto" leave it to the mesh."""
+    if ulysses != "auto":
+        ulysses = integer("ulysses", ulysses, 1, hint=", or 'auto'")
     if not isinstance(group_or_mesh, DeviceMesh) or group_or_mesh.ndim == 1:
         return ulysses
     mesh = group_or_mesh
@@ -43,6 +45,12 @@ def split_of(group_or_mesh: Group, ulysses: int | str) -> int | str:
         )
     if ulysses not in (1, "auto", mesh.size(1)):
         raise ValueError(f"ulysses={ulysses}, but the mesh's dim 'ulysses' has {mesh.size(1)} ranks; leave one out")
+    ranks = mesh.mesh.flatten()
+    if bool((ranks[1:] <= ranks[:-1]).any()):
+        raise ValueError(
+            f"the mesh's ranks are {mesh.mesh.tolist()}: those of a row must be neighbours, and ranks must rise from "
+            "row to row, as init_device_mesh() makes them"
+        )
     return mesh.size(1)
 
 

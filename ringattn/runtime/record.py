@@ -18,7 +18,7 @@ class CallRecord:
     compiled graph is specialised on.
 
     ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grad`` says that some
-    gradient is wanted, and ``dlse`` that lse may have one.
+    gradient is wanted, ``dlse`` that lse may have one, and ``dbias`` that the bias has one.
     """
 
     q: Tensor
@@ -36,6 +36,7 @@ class CallRecord:
     seed: int
     grad: bool
     dlse: bool
+    dbias: bool
 
     def gradients(self, of: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients by name as autograd wants them, one for each argument."""

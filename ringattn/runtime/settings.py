@@ -133,7 +133,7 @@ class ContextSettings:
         return [
             n
             for n in divisors(world_size)
-            if heads // n >= self.options.head_chunks and all(ring == world_size // n for ring in rings)
+            if heads // n >= self.options.head_chunks and all(ring in (world_size, world_size // n) for ring in rings)
         ]
 
     @property

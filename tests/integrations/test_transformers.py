@@ -427,20 +427,21 @@ def test_a_ring_takes_the_next_context() -> None:
     assert not torch.allclose(model(**batch).logits, before)
 
 
-def test_a_collator_works_without_the_group() -> None:
+@pytest.mark.parametrize(("world", "ulysses"), [(2, 1), (4, 2)])
+def test_a_collator_works_without_the_group(world: int, ulysses: int) -> None:
     import pickle
 
     samples = [{"input_ids": row, "labels": row} for row in tokens(3)]
 
     def one_rank(transport: Any) -> dict[str, Tensor]:
-        cp = ringattn.ContextParallel(transport, SEQLEN, layout="zigzag")
+        cp = ringattn.ContextParallel(transport, SEQLEN, layout="zigzag", ulysses=ulysses)
         collator = pickle.loads(pickle.dumps(ShardingCollator(cp)))
         batch, expected = collator(samples), cp.shard(tokens(3))
         assert torch.equal(batch["input_ids"], expected)
         assert torch.equal(batch["position_ids"][0], cp.position_ids)
         return batch
 
-    parts = ringattn.Loopback(2).run(one_rank)
+    parts = ringattn.Loopback(world).run(one_rank)
     labels = torch.cat([part["shift_labels"] for part in parts], 1)
     assert (labels == IGNORED).sum() == 3  # one a row, however many shards
     assert sum(p["input_ids"].shape[1] for p in parts) == SEQLEN

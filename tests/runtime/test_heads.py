@@ -10,7 +10,7 @@ import ringattn as ra
 from ringattn.comm import PlanningRank
 from ringattn.geometry.layouts import contiguous
 from ringattn.planning.heads import head_shares
-from ringattn.testing import results, run_processes
+from ringattn.testing import dense_attention, dense_results, results, run_processes
 from tests.support import cases
 from tests.support.grids import mostly_slow
 from tests.support.ring import S, check, on_ranks, single_process, tensors
@@ -54,8 +54,6 @@ def test_keys_of_another_length_and_layout(poison):
         out, lse = ra.attention(*local, cp=cp, return_lse=True)
         return results(cp.unshard(out), cp.unshard(lse, dim=2), dout, dlse, inputs)
 
-    from ringattn.testing import dense_results
-
     check(ra.Loopback(4).run(one_rank), dense_results(q, k, v, mask.dense(3, 50, 47), dout, dlse), 1e-10)
 
 
@@ -63,7 +61,66 @@ def test_a_given_layout_is_that_of_the_ring():
     own = ra.Layout.from_spans([[(10, S - 10)], [(0, 10)]])
     check(on_ranks(4, ra.causal(), layout=own, ulysses=2), single_process(ra.causal()), 1e-10)
     with pytest.raises(ValueError, match="over a ring of 2 ranks \\(4 with ulysses=2\\)"):
-        ra.ContextParallel(PlanningRank(0, 4), S, layout=contiguous(S, 4), ulysses=2)
+        ra.ContextParallel(PlanningRank(0, 4), S, layout=contiguous(S, 3), ulysses=2)
+
+
+def test_a_layout_may_say_what_all_ranks_hold():
+    """So a context goes on with the layout of another."""
+    own = ra.Layout.from_spans([[(20, S - 20)], [(10, 10)], [(0, 4)], [(4, 6)]])
+    check(on_ranks(4, ra.causal(), layout=own, ulysses=2), single_process(ra.causal()), 1e-10)
+    for layout in ("striped", "zigzag", "balanced", "cyclic", own):
+        cp = ra.ContextParallel(PlanningRank(1, 4), S, layout=layout, ulysses=2)
+        again = cp.replace(layout=cp.q_layout, mask=ra.full())
+        assert (again.position_ids == cp.position_ids).all()
+        for rank in range(2):
+            rings = (made.plan.q_layout.frame(rank).positions() for made in (again, cp))
+            assert (next(rings) == next(rings)).all(), "and the ring computes what it computed"
+
+
+def test_a_cache_that_grows_is_appended_to():
+    """Key by key, in a window, and no key ever moves."""
+    q, k, v, _, _ = tensors(q_len=140, kv_len=140, dtype=torch.float64)
+    mask = ra.sliding_window(20)
+    expected = single_process(mask, q_len=140, kv_len=140).out
+
+    def one_rank(transport):
+        made = {"mask": mask, "layout": "contiguous", "kv_layout": "cyclic", "ulysses": 2}
+        cp = ra.ContextParallel(transport, 1, kv_seqlen=101, q_offset=100, **made)
+        held = cp.kv_position_ids[:0]
+        for n in range(101, 140):
+            cp = cp.replace(kv_seqlen=n, q_offset=n - 1)
+            assert (cp.kv_position_ids[: len(held)] == held).all()
+            held = cp.kv_position_ids
+            out = ra.attention(cp.shard(q[:, n - 1 : n]), k[:, held], v[:, held], cp=cp)
+            torch.testing.assert_close(cp.unshard(out), expected[:, n - 1 : n])
+
+    ra.Loopback(4).run(one_rank)
+
+
+@pytest.mark.parametrize("what", ["lse", "bias"])
+def test_a_gradient_that_only_some_ranks_have(what):
+    q, k, v, dout, _ = tensors()
+
+    def one_rank(transport):
+        cp, first = ra.ContextParallel(transport, S, ulysses=2), transport.rank == 0
+        local = [cp.shard(t).requires_grad_() for t in (q, k, v)]
+        if what == "lse":
+            out, lse = ra.attention(*local, cp=cp, return_lse=True)
+            ((out * cp.shard(dout)).sum() + (lse.sum() if first else 0.0)).backward()
+            return [cp.unshard(t.grad) for t in local]
+        bias = torch.zeros(1, 1, cp.local_seqlen, S, dtype=q.dtype).requires_grad_(first)
+        with pytest.raises(ValueError, match="gradient of the bias"):
+            ra.attention(*local, cp=cp, bias=bias)
+
+    found = ra.Loopback(4).run(one_rank)
+    if what == "lse":
+        mine = ra.ContextParallel(PlanningRank(0, 4), S, ulysses=2).position_ids
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = dense_attention(*inputs, ra.causal().dense(S, S))
+        ((out * dout).sum() + lse[:, :, mine].sum()).backward()
+        for grads in found:
+            for a, b in zip(grads, inputs, strict=True):
+                torch.testing.assert_close(a, b.grad)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "ulysses"), [(4, 2, 2), (6, 2, 3), (3, 3, 2), (6, 3, 2)])
@@ -125,7 +182,7 @@ def test_chunks_of_heads(world, ulysses, chunks, poison):
 
 def test_chunks_use_the_memory_of_one():
     """What a call needs beyond its inputs and results, by the workspace."""
-    q, k, v, dout, _ = tensors(heads=8, kv_heads=8)
+    q, k, v, dout, _ = tensors(heads=8, kv_heads=8, dim=64, v_dim=64)
 
     def one_rank(transport, chunks):
         cp = ra.ContextParallel(transport, S, ulysses=2, options=ra.Options(head_chunks=chunks))
@@ -133,7 +190,7 @@ def test_chunks_use_the_memory_of_one():
         return sum(buffer.nbytes for buffer in cp.link.workspace.buffers())
 
     whole, parts = (ra.Loopback(2).run(lambda t, n=n: one_rank(t, n))[0] for n in (1, 4))
-    assert parts * 4 == pytest.approx(whole, rel=0.01)
+    assert parts * 4 == pytest.approx(whole, rel=0.05)
 
 
 def test_a_context_may_change_its_split():
@@ -183,6 +240,19 @@ def a_mesh_without_its_names(rank, world):
 
 def test_a_mesh_without_its_names_is_refused():
     run_processes(a_mesh_without_its_names, 4)
+
+
+def a_rank_that_asks_otherwise(rank, world):
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(ValueError, match="ulysses=3, but the mesh"):
+        ra.ContextParallel(mesh, S, ulysses=3 if rank == 1 else 1, options=ra.Options(timeout=20))
+    turned = dist.DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("ring", "ulysses"))
+    with pytest.raises(ValueError, match="must be neighbours"):
+        ra.ContextParallel(turned, S)
+
+
+def test_what_one_rank_asks_of_a_mesh_all_hear():
+    run_processes(a_rank_that_asks_otherwise, 4)
 
 
 def test_what_cannot_be_split_is_refused():

@@ -176,7 +176,7 @@ class ShardingCollator:
         link = Link(place, s.options.compare_every, s.options.communicators)
         return ContextParallel(
             None, s.seqlen, mask=s.masks, layout=s.layout, schedule=s.schedule, kernel=s.kernel, options=s.options,
-            kv_layout=s.kv_layout, shape=s.shape, _shared=Shared(link, s.device),
+            kv_layout=s.kv_layout, shape=s.shape, ulysses=s.ulysses, _shared=Shared(link, s.device),
         )  # fmt: skip
 
 

@@ -189,7 +189,7 @@ class Batch:
         cp, mask = self.cp, self._ring.mask(structure)
         if self._apart is not None:
             mask = mask & self._apart
-        return (cp if mask in cp.masks else cp.replace(mask=(*cp.masks, mask), layout=cp.binding.computed.q)), mask
+        return (cp if mask in cp.masks else cp.replace(mask=(*cp.masks, mask), layout=cp.q_layout)), mask
 
     def _check_padding(self, structure: Structure) -> None:
         """Padding behind the real tokens of a causal row is exact as it is: no real token sees it."""
