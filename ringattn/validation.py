@@ -110,6 +110,7 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
             "(empty shards are legal with kv_seqlen or q_offset only)"
         )
     _check_split(settings, world)
+    _check_nodes(settings, world // settings.ulysses)
     layout, keys = settings.layout, settings.kv_layout
     ring = world // settings.ulysses
     over = f"{world} ranks" if ring == world else f"{ring} ranks of a ring ({world} with ulysses={settings.ulysses})"
@@ -133,6 +134,19 @@ def _check_split(settings: ContextSettings, world: int) -> None:
         raise ValueError(
             f"ulysses={ulysses} over the {shape.num_heads} heads of shape: some ranks would compute none; split the "
             "heads over at most as many"
+        )
+
+
+def _check_nodes(settings: ContextSettings, ring: int) -> None:
+    """That a schedule for several nodes is given some."""
+    topology = settings.terms.topology
+    flat = topology.flat(ring)
+    if flat and any(known.by_nodes for known in SCHEDULES if known.name == settings.schedule):
+        told = f"; {settings.nodes}" if settings.nodes and settings.options.topology is None else ""
+        raise ValueError(
+            f"schedule={settings.schedule!r} is for a ring of several nodes of several ranks each, and {flat} "
+            f"(ranks_per_node={topology.ranks_per_node}{told}): say how many neighbours share a node with "
+            "Options.topology=ringattn.Topology(intra, inter, ranks_per_node), or take another schedule"
         )
 
 

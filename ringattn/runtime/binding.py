@@ -32,6 +32,7 @@ from ringattn.planning.turns import compile_program
 from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.heads import HeadSwap, Seat
 from ringattn.runtime.link import Link
+from ringattn.runtime.nodes import Nodes
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
 from ringattn.runtime.wire import Kind
@@ -42,10 +43,11 @@ RECENT = 32  # bindings kept alive for compiled graphs whose backward is still t
 
 @dataclass(frozen=True)
 class Shared:
-    """What a context and its replacements have in common. ``device``: see :class:`ContextSettings`."""
+    """What a context and its replacements have in common. ``device``, ``nodes``: see :class:`ContextSettings`."""
 
     link: Link
     device: str = "cpu"
+    nodes: Nodes | None = None
     graphs: Graphs = field(init=False)
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
@@ -116,7 +118,9 @@ class Binding:
 
     def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
         s, world = self.settings, self.split.ring_size
-        schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
+        flat = s.terms.topology.flat(world)
+        fitting = tuple(known.name for known in SCHEDULES if not (known.by_nodes and flat))
+        schedules = fitting if s.schedule == "auto" else (s.schedule,)
         keys = s.kv_layout if isinstance(s.kv_layout, Layout) else None
         if isinstance(s.kv_layout, str) and s.kv_layout != "auto":
             keys = {known.__name__: known for known in NAMED}[s.kv_layout](s.kv_seqlen, world)

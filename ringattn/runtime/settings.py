@@ -17,6 +17,7 @@ from ringattn.planning.launches import Stacking
 from ringattn.planning.rates import Rates
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
+from ringattn.runtime.nodes import Nodes
 
 BYTES = 1 << 62  # no limit on bytes is larger
 MULTIPROCESSORS = 128  # fewer than a GPU has
@@ -35,7 +36,8 @@ class Options:
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
     rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on
-        all ranks. None: what is known of the device.
+        all ranks. None: what is known of the device, with the nodes that the launcher tells of. `measure_links` makes a
+        topology.
     deterministic: sums come in the same order in every run, so that equal calls give equal bits; kernels that cannot
         do that are refused.
     sm_margin: multiprocessors of a GPU that kernels leave free for messages; those that cannot are refused.
@@ -100,7 +102,8 @@ class Options:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """The arguments of a context, and the ``device`` whose rates are its defaults: "cpu", or a GPU's name."""
+    """The arguments of a context, the ``device`` whose rates are its defaults: "cpu", or a GPU's name; and the
+    ``nodes`` of its ranks, if their launcher has told."""
 
     seqlen: int
     masks: tuple[Expression, ...]
@@ -114,6 +117,7 @@ class ContextSettings:
     device: str = "cpu"
     kv_layout: str | Layout | None = None
     ulysses: int = 1
+    nodes: Nodes | None = None
 
     @property
     def terms(self) -> Terms:
@@ -123,7 +127,8 @@ class ContextSettings:
             Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False),
         )
         options, shape = self.options, shared_shape(self.shape or TYPICAL, self.ulysses)
-        topology = ring_topology(options.topology or known.topology, self.ulysses)
+        links = self.nodes.of(known.topology) if self.nodes else known.topology
+        topology = ring_topology(options.topology or links, self.ulysses)
         return Terms(topology, options.rates or known.rates, shape, stacking)
 
     @property

@@ -185,7 +185,7 @@ def check(plan, schedule, cut, stacking, dense, hides=True):
 
 
 @pytest.mark.parametrize("worlds", [(1, 2, 3), pytest.param((5,), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if not s.by_nodes], ids=lambda s: s.name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", cases.ALL)
 def test_turns_give_dense_attention(name, layout, schedule, worlds):
@@ -198,13 +198,44 @@ def test_turns_give_dense_attention(name, layout, schedule, worlds):
             check(plan, schedule, cut, stacking, cases.dense(predicate), hides=world != 3)
 
 
+NODES = ((4, 2), (6, 2), (6, 3), (8, 2), (8, 4), (9, 3))  # ranks, and ranks of a node: three nodes of three in parts
+
+
+@pytest.mark.parametrize(
+    "nodes", [pytest.param(n, marks=[] if n == (4, 2) else pytest.mark.slow) for n in NODES], ids=str
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", cases.ALL)
+def test_turns_of_nodes_give_dense_attention(name, layout, nodes):
+    mask, predicate = cases.ALL[name]
+    for schedule in (s for s in SCHEDULES if s.by_nodes):
+        plan = plan_of_nodes(mask, layout, *nodes)
+        for cut in schedule.cuts(plan, HEADS):
+            check(plan, schedule, cut, Stacking.VIEWS, cases.dense(predicate), hides=nodes[1] != 3)
+
+
+def plan_of_nodes(mask, layout, world, size, **how):
+    made = layout(cases.SEQLEN, world)
+    return Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, ranks_per_node=size, **how)
+
+
+@pytest.mark.parametrize("name", ["full", "dilated"])
+def test_turns_of_blocks_that_cross_in_parts(name):
+    """Three nodes, so that gradients come home in parts too."""
+    mask, predicate = cases.ALL[name]
+    plan = plan_of_nodes(mask, contiguous, 9, 3)
+    for schedule in (s for s in SCHEDULES if s.by_nodes):
+        check(plan, schedule, 2, Stacking.NONE, cases.dense(predicate))
+        slots = {b.slot for rank in range(9) for b in compile_program(plan, schedule, 2, rank).buffers}
+        assert {"kv ahead", "grads behind"} <= slots
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["global_count", "global_scattered", "documents_window_globals", "longformer_both"])
 def test_turns_of_travelling_queries(name, schedule):
     mask, predicate = cases.ALL[name]
-    for world in (2, 3, 5):
-        made = contiguous(cases.SEQLEN, world)
-        plan = Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, travel=2)
+    for world, size in ((4, 2),) if schedule.by_nodes else ((2, None), (3, None), (5, None)):
+        plan = plan_of_nodes(mask, contiguous, world, size, travel=2)
         assert len(plan.visits)
         check(plan, schedule, max(schedule.cuts(plan, HEADS)), Stacking.NONE, cases.dense(predicate))
 
@@ -212,7 +243,8 @@ def test_turns_of_travelling_queries(name, schedule):
 def test_an_offset_and_keys_of_another_length():
     for schedule in SCHEDULES:
         mask, predicate = cases.ALL["longformer"]
-        plan = Plan(mask.bind(9, 31, 22), contiguous(9, 4), contiguous(31, 4))
+        nodes = 2 if schedule.by_nodes else None
+        plan = Plan(mask.bind(9, 31, 22), contiguous(9, 4), contiguous(31, 4), ranks_per_node=nodes)
         check(plan, schedule, max(schedule.cuts(plan, HEADS)), Stacking.ALL, cases.dense(predicate, 9, 31, 22))
 
 
