@@ -53,7 +53,7 @@ def full(rank: int, ranks_per_node: int, seqlen: int, rate: float, rounds: int) 
     }
 
 
-def main(rounds: int = 7, seqlen: int = 4096, rate: float = 2e7, json: str = "nodes-cpu") -> None:
+def main(rounds: int = 3, seqlen: int = 2048, rate: float = 2e6, json: str = "nodes-cpu") -> None:
     """Measure, print and write JSON."""
     result: dict[str, Any] = {"full": []}
     for ranks, ranks_per_node in ((4, 2), (8, 4), (8, 2)):

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.layouts import LAYOUTS, contiguous
+from ringattn.geometry.layouts import LAYOUTS, contiguous, zigzag
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Row
 from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.turns import compile_program
 from tests.support import cases
+from tests.support.grids import mostly_slow
 
 HEADS, DIM = 3, 2
 
@@ -198,20 +199,18 @@ def test_turns_give_dense_attention(name, layout, schedule, worlds):
             check(plan, schedule, cut, stacking, cases.dense(predicate), hides=world != 3)
 
 
-NODES = ((4, 2), (6, 2), (6, 3), (8, 2), (8, 4), (9, 3))  # ranks, and ranks of a node: three nodes of three in parts
+NODES = ((4, 2), (6, 2), (6, 3), (8, 2), (8, 4))  # ranks, and ranks of a node
+OVER_NODES = [(layout, nodes) for layout in LAYOUTS for nodes in NODES]
 
 
-@pytest.mark.parametrize(
-    "nodes", [pytest.param(n, marks=[] if n == (4, 2) else pytest.mark.slow) for n in NODES], ids=str
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", mostly_slow(OVER_NODES, [(zigzag, (4, 2))]))
 @pytest.mark.parametrize("name", cases.ALL)
-def test_turns_of_nodes_give_dense_attention(name, layout, nodes):
-    mask, predicate = cases.ALL[name]
+def test_turns_of_nodes_give_dense_attention(name, case):
+    (mask, predicate), (layout, (world, size)) = cases.ALL[name], case
     for schedule in (s for s in SCHEDULES if s.by_nodes):
-        plan = plan_of_nodes(mask, layout, *nodes)
+        plan = plan_of_nodes(mask, layout, world, size)
         for cut in schedule.cuts(plan, HEADS):
-            check(plan, schedule, cut, Stacking.VIEWS, cases.dense(predicate), hides=nodes[1] != 3)
+            check(plan, schedule, cut, Stacking.VIEWS, cases.dense(predicate), hides=size != 3)
 
 
 def plan_of_nodes(mask, layout, world, size, **how):

@@ -56,12 +56,12 @@ def test_every_card_carries_as_many_shards_as_there_are_other_nodes(world):
     assert flat == [border if rank % size == 0 else 0 for rank in range(nodes * size)]
 
 
-@pytest.mark.parametrize("mask", [ra.causal(), ra.sliding_window(100), ra.chunked(64), ra.longformer(20, 5)])
-@pytest.mark.parametrize("layout", [zigzag, contiguous])
+@pytest.mark.parametrize("mask", [ra.causal(), ra.sliding_window(100), ra.longformer(20, 5)])
+@pytest.mark.parametrize("layout", mostly_slow([zigzag, contiguous], [zigzag]))
 def test_only_what_a_node_needs_crosses_to_it_and_once(mask, layout):
-    plan = plan_of(mask, 3, 4, layout)
+    plan = plan_of(mask, 3, 3, layout)
     needs, size = plan.world_needs, plan.ranks_per_node
-    program = [compile_program(plan, by_name("double_ring"), 1, rank) for rank in range(12)]
+    program = [compile_program(plan, by_name("double_ring"), 1, rank) for rank in range(9)]
     arrivals = {(p.peer, rank) for rank, one in enumerate(program) for turn in one.forward for p in turn.recvs}
     assert all(src // size == dst // size or src % size == dst % size for src, dst in arrivals), "rails"
     for node in range(3):
@@ -71,7 +71,7 @@ def test_only_what_a_node_needs_crosses_to_it_and_once(mask, layout):
         assert came == len(wanted)
 
 
-@pytest.mark.parametrize("mask", [ra.full(), ra.causal(), ra.chunked(128)])
+@pytest.mark.parametrize("mask", mostly_slow([ra.full(), ra.causal(), ra.chunked(128)], [ra.causal()]))
 def test_the_flow_that_costs_are_made_of_is_what_programs_move(mask):
     plan = plan_of(mask, 3, 3, contiguous)
     for name, cut in (("double_ring", 2), ("double_ring", 1), ("ring", 1)):
