@@ -15,7 +15,8 @@ Keys = tuple[tuple[int, Ints], ...]
 
 
 def double_ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
-    """A ring of nodes around the rings inside of them (LoongTrain, arXiv 2406.18485). With ``m`` ranks a node, step
+    """A ring of nodes around the rings inside of them, after LoongTrain (arXiv 2406.18485), whose blocks pass from node
+    to node where these come straight from their owners, as often. With ``m`` ranks a node, step
     ``i * m + j`` holds the block of the rank ``j`` places before on the node ``i`` nodes before. At ``j = 0`` it comes
     from its owner, which has the same place on its own node, so that every rank's card carries a part of what crosses;
     then from the rank before on the node.
