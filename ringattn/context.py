@@ -52,10 +52,10 @@ class ContextParallel:
             guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
         schedule: auto, ring, exchange, gather, or double_ring (a ring of nodes around rings inside of them, where the
             topology has several nodes).
-        ulysses: ranks of the head axis (DeepSpeed Ulysses): so many neighbours of the group hold one shard of the ring
-            in pieces, in storage order, and each computes some of the heads for all of it. world / ulysses ranks are
-            the ring; plans, and a ``layout`` or ``kv_layout`` given as a :class:`Layout`, are of these. A 2-D mesh
-            (ring, ulysses) says it by itself.
+        ulysses: ranks of the head axis (DeepSpeed Ulysses), or "auto", by cost, for which ``shape`` must be told; so
+            many neighbours of the group hold a shard of the ring in pieces, in storage order, and each computes some of
+            the heads for all of it. world / ulysses ranks are the ring; plans, and a ``layout`` or ``kv_layout`` given
+            as a :class:`Layout`, are of these. A 2-D mesh (ring, ulysses) says it by itself.
         kernel: auto, or one by name, which is then never replaced by another.
         options: see :class:`Options`.
 
@@ -75,7 +75,7 @@ class ContextParallel:
         kv_layout: str | Layout | None = None,
         shape: Shape | None = None,
         schedule: str = "auto",
-        ulysses: int = 1,
+        ulysses: int | str = 1,
         kernel: str = "auto",
         options: Options = Options(),  # noqa: B008 - frozen
         _shared: Shared | None = None,
@@ -92,12 +92,12 @@ class ContextParallel:
 
     def _settle(
         self, seqlen: int, mask: tuple[Mask, ...], kv_seqlen: int | None, q_offset: int, layout: str | Layout,
-        schedule: str, kernel: str, options: Options, ulysses: int, shape: Shape | None,
+        schedule: str, kernel: str, options: Options, ulysses: int | str, shape: Shape | None,
         kv_layout: str | Layout | None,
     ) -> None:  # fmt: skip
         """Takes the arguments, which are checked, and plans."""
         self.seqlen, self.kv_seqlen, self.q_offset = seqlen, seqlen if kv_seqlen is None else kv_seqlen, q_offset
-        self.masks, self.options, self.kernel, self.ulysses = mask, options, kernel, ulysses
+        self.masks, self.options, self.kernel = mask, options, kernel
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         settings = ContextSettings(
             seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options, shape, self._shared.device,
@@ -105,6 +105,7 @@ class ContextParallel:
         )  # fmt: skip
         check_link(settings, self.link, self_attention=kv_seqlen is None and q_offset == 0)
         self.binding = self._shared.bind(settings)
+        self.ulysses = self.binding.split.ulysses
         self.q_layout, self.k_layout = self.binding.held
         self.schedules = self.binding.schedules  # best first; a call takes the first whose buffers fit
         self.schedule = self.schedules[0]

@@ -20,6 +20,7 @@ from ringattn.kernels import KERNELS
 from ringattn.kernels.partial import accumulator_dtype
 from ringattn.kernels.scores import GREATEST, RULES, SMALLEST, Rule
 from ringattn.masks import Mask
+from ringattn.planning.heads import divisors
 from ringattn.planning.placement import PLACEMENTS
 from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.shape import Shape
@@ -43,7 +44,11 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     """A context's arguments, as what they stand for."""
     if not isinstance(given["options"], Options):
         raise ValueError(f"options={shown(given['options'])}: must be a ringattn.Options")
-    ulysses = integer("ulysses", given["ulysses"], 1)
+    ulysses = given["ulysses"]
+    if ulysses != "auto":
+        ulysses = integer("ulysses", ulysses, 1, hint=", or 'auto'")
+    elif given["shape"] is None:
+        raise ValueError("ulysses='auto' splits heads by cost: tell them with shape=ringattn.Shape(num_heads, ...)")
     if given["shape"] is not None and not isinstance(given["shape"], Shape):
         raise ValueError(f"shape={shown(given['shape'])}: must be a ringattn.Shape(num_heads, num_kv_heads, head_dim)")
     lengths = _lengths(given["seqlen"], given["kv_seqlen"], given["q_offset"])
@@ -109,44 +114,54 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
             f"seqlen={settings.seqlen} over {world} ranks: more ranks than tokens; use fewer ranks "
             "(empty shards are legal with kv_seqlen or q_offset only)"
         )
-    _check_split(settings, world)
-    _check_nodes(settings, world // settings.ulysses)
+    members = _splits(settings, world)
+    _check_nodes(settings, world, members)
+    rings = [world // n for n in members]
     layout, keys = settings.layout, settings.kv_layout
-    ring = world // settings.ulysses
-    over = f"{world} ranks" if ring == world else f"{ring} ranks of a ring ({world} with ulysses={settings.ulysses})"
-    if isinstance(layout, Layout) and layout.fits != (settings.seqlen, ring):
+    over = f"{world} ranks"
+    if rings != [world]:
+        over = f"a ring of {' or '.join(map(str, rings))} ranks ({world} with ulysses={settings.ulysses!r})"
+    if isinstance(layout, Layout) and (layout.seqlen != settings.seqlen or layout.world_size not in rings):
         raise ValueError(f"{layout!r} does not fit seqlen={settings.seqlen} over {over}; build it for these")
-    if isinstance(keys, Layout) and keys.fits != (settings.kv_seqlen, ring):
+    if isinstance(keys, Layout) and (keys.seqlen != settings.kv_seqlen or keys.world_size not in rings):
         raise ValueError(f"kv_layout={keys!r} does not fit kv_seqlen={settings.kv_seqlen} over {over}")
     if isinstance(layout, Layout) and keys in (None, "auto") and settings.kv_seqlen != settings.seqlen:
         raise ValueError(
             f"a given layout of {layout.seqlen} positions cannot place kv_seqlen={settings.kv_seqlen} keys; give them "
             "a kv_layout, for instance 'contiguous'"
         )
+    if not settings.splits(world):
+        raise ValueError(
+            f"ulysses='auto': no split of {world} ranks fits both layouts and Options.head_chunks="
+            f"{options.head_chunks}; name one, or leave them out"
+        )
 
 
-def _check_split(settings: ContextSettings, world: int) -> None:
-    ulysses, shape = settings.ulysses, settings.shape
+def _splits(settings: ContextSettings, world: int) -> list[int]:
+    """The numbers of ranks of the head axis that a context may have."""
+    ulysses, shape, fits = settings.ulysses, settings.shape, divisors(world)
+    if not isinstance(ulysses, int):
+        return fits
     if world % ulysses:
-        fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ValueError(f"ulysses={ulysses} does not divide the {world} ranks of the group: must be one of {fits}")
+        listed = ", ".join(map(str, fits))
+        raise ValueError(f"ulysses={ulysses} does not divide the {world} ranks of the group: must be one of {listed}")
     if shape is not None and shape.num_heads < ulysses:
         raise ValueError(
             f"ulysses={ulysses} over the {shape.num_heads} heads of shape: some ranks would compute none; split the "
             "heads over at most as many"
         )
+    return [ulysses]
 
 
-def _check_nodes(settings: ContextSettings, ring: int) -> None:
+def _check_nodes(settings: ContextSettings, world: int, members: list[int]) -> None:
     """That a schedule for several nodes is given some."""
-    topology = settings.terms.topology
-    flat = topology.flat(ring)
-    if flat and any(known.by_nodes for known in SCHEDULES if known.name == settings.schedule):
+    flat = [settings.flat(world, n) for n in members] if settings.by_nodes else []
+    if flat and all(flat):
         told = f"; {settings.nodes}" if settings.nodes and settings.options.topology is None else ""
         raise ValueError(
-            f"schedule={settings.schedule!r} is for a ring of several nodes of several ranks each, and {flat} "
-            f"(ranks_per_node={topology.ranks_per_node}{told}): say how many neighbours share a node with "
-            "Options.topology=ringattn.Topology(intra, inter, ranks_per_node), or take another schedule"
+            f"schedule={settings.schedule!r} is for a ring of several nodes of several ranks each, and {flat[0]} "
+            f"(ranks_per_node={settings.known.topology.ranks_per_node}{told}): say how many neighbours share a node "
+            "with Options.topology=ringattn.Topology(intra, inter, ranks_per_node), or take another schedule"
         )
 
 
@@ -279,19 +294,25 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel) -> None
         raise ValueError(f"head_dim is {int(q.shape[-1])} and v_head_dim {int(v.shape[-1])}: must be at least 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"head_dim of q is {int(q.shape[-1])} and of k {int(k.shape[-1])}: must be equal")
-    _check_heads(int(q.shape[2]), int(k.shape[2]), cp.ulysses)
+    _check_heads(int(q.shape[2]), int(k.shape[2]), cp)
     if q.shape[1] != cp.local_seqlen:
         raise _wrong_length("q", q, cp.local_seqlen, f"seqlen={cp.seqlen}", cp)
     if k.shape[1] != cp.local_kv_seqlen:
         raise _wrong_length("k", k, cp.local_kv_seqlen, f"kv_seqlen={cp.kv_seqlen}", cp)
 
 
-def _check_heads(heads: int, kv_heads: int, ulysses: int) -> None:
+def _check_heads(heads: int, kv_heads: int, cp: ContextParallel) -> None:
+    ulysses, chunks = cp.ulysses, cp.options.head_chunks
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} heads over {kv_heads} KV heads: num_kv_heads must divide num_heads")
     if heads < ulysses:
         raise ValueError(
             f"{heads} heads over ulysses={ulysses}: some ranks would compute none; split the heads over at most as many"
+        )
+    if heads // ulysses < chunks:
+        raise ValueError(
+            f"Options.head_chunks={chunks}, but a rank computes {heads // ulysses} of the {heads} heads (ulysses="
+            f"{ulysses}): must be at most that"
         )
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ringattn.planning.shape import Shape
+from ringattn.planning.rates import Rates
+from ringattn.planning.shape import BYTES, Shape
 from ringattn.planning.topology import Topology
 
 
@@ -62,11 +63,27 @@ class HeadShare:
 def head_shares(num_heads: int, num_kv_heads: int, members: int) -> tuple[HeadShare, ...]:
     """The heads of every member: runs of query heads, as equal as they can be, cut between KV heads where that makes no
     share larger. ``members`` must be at most ``num_heads``."""
-    group = num_heads // num_kv_heads
-    aligned = list(_runs(num_kv_heads, members, group))
-    even = list(_runs(num_heads, members, 1))
-    cuts = aligned if num_kv_heads >= members and aligned[0].stop == even[0].stop else even
-    return tuple(_share(queries, group) for queries in cuts)
+    cuts = _cut(num_heads, num_kv_heads, members)
+    return tuple(_share(queries, num_heads // num_kv_heads) for queries in cuts)
+
+
+def head_chunks(shares: Sequence[HeadShare], group: int, count: int) -> list[tuple[HeadShare, ...]]:
+    """Every share cut into so many runs, again between KV heads where that makes none longer: for each chunk what the
+    members compute. ``group``: query heads of a KV head. No share may have fewer query heads than ``count``."""
+    return list(zip(*(_chunks(share.queries, group, count) for share in shares), strict=True))
+
+
+def _chunks(queries: slice, group: int, count: int) -> list[HeadShare]:
+    first, heads = queries.start, queries.stop - queries.start
+    whole = not (first % group or heads % group)
+    cuts = _cut(heads, heads // group if whole else 1, count)
+    return [_share(slice(first + cut.start, first + cut.stop), group) for cut in cuts]
+
+
+def _cut(heads: int, kv_heads: int, count: int) -> list[slice]:
+    """Runs of heads as equal as they can be, between KV heads where that makes none longer."""
+    even, aligned = list(_runs(heads, count, 1)), list(_runs(kv_heads, count, heads // kv_heads))
+    return aligned if kv_heads >= count and aligned[0].stop == even[0].stop else even
 
 
 def _runs(count: int, members: int, group: int) -> Iterator[slice]:
@@ -83,6 +100,49 @@ def _share(queries: slice, group: int) -> HeadShare:
     each = len(of) // (keys.stop - keys.start)
     uneven = any(key != at // each for at, key in enumerate(of)) or len(of) % each
     return HeadShare(queries, keys, tuple(of) if uneven else None)
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What the all-to-alls of a call cost a rank, forward and backward: bytes that it receives, messages, and elements
+    that are copied."""
+
+    received: int
+    messages: int
+    copied: int
+
+    @staticmethod
+    def of(shape: Shape, members: int, tokens: tuple[int, int]) -> Swapped:
+        """For the member with most heads; ``tokens``: the queries and the keys that each member holds."""
+        if members == 1:
+            return Swapped(0, 0, 0)
+        shares = head_shares(shape.num_heads, shape.num_kv_heads, members)
+        (h, k), d, v, size = _counts(shares[0]), shape.head_dim, shape.values, BYTES[shape.dtype]
+        total = sum(_counts(share)[1] for share in shares)
+        (n, m), others, heads, keys = tokens, members - 1, shape.num_heads, total - k
+        wide = shape.wide if total > shape.num_kv_heads else size
+        inputs = n * h * d + m * k * (d + v)  # of a member
+        forward = others * inputs * size + n * (heads - h) * (v * size + shape.wide)
+        saved = n * h * (2 * v * size + shape.wide)
+        backward = others * (inputs * size + saved) + n * (heads - h) * d * size + m * keys * (d + v) * wide
+        rows = n * h * v
+        copied = members * (3 * inputs + 3 * rows)  # in twice, gradients of inputs out; results out, and in with dout
+        return Swapped(shape.batch * (forward + backward), 14 * others, shape.batch * copied)
+
+    def seconds(self, topology: Topology, rates: Rates, members: int) -> float:
+        """All of it, as nothing hides it. A team is within a node where nodes are whole teams."""
+        apart = topology.ranks_per_node is not None and bool(topology.ranks_per_node % members)
+        link = topology.links[apart]
+        return self.received / link.bytes_per_second + self.messages * link.latency + rates.merge * self.copied
+
+
+def _counts(share: HeadShare) -> tuple[int, int]:
+    return share.queries.stop - share.queries.start, share.keys.stop - share.keys.start
+
+
+def divisors(world_size: int) -> list[int]:
+    """The numbers of ranks of a team that a world can be split into."""
+    return [n for n in range(1, world_size + 1) if world_size % n == 0]
 
 
 def shared_shape(shape: Shape, members: int) -> Shape:

@@ -17,24 +17,24 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ringattn.geometry.layouts import NAMED, Layout, Layouts
-from ringattn.geometry.masks import BoundMask, Expression
+from ringattn.geometry.layouts import Layouts
+from ringattn.geometry.masks import Expression
 from ringattn.kernels import KERNELS, Call, Selection, rates_of
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
-from ringattn.planning.heads import Split, head_shares
+from ringattn.planning.heads import Split
 from ringattn.planning.launches import Stacking
-from ringattn.planning.placement import Choice, Problem, choose, given
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
-from ringattn.planning.schedules import SCHEDULES, Schedule, by_name, room_of
+from ringattn.planning.schedules import Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
 from ringattn.runtime.graphs import Graphs
-from ringattn.runtime.heads import HeadSwap, Seat
+from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
 from ringattn.runtime.nodes import Nodes
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
+from ringattn.runtime.splits import split_offers
 from ringattn.runtime.wire import Kind
 
 KINDS = 64  # kinds of calls that a context keeps prepared
@@ -99,33 +99,22 @@ class Binding:
     """Layouts, plans, the order of schedules, and this rank's programs. Planned when made, on integers alone."""
 
     def __init__(self, settings: ContextSettings, shared: Shared, digest: bytes) -> None:
-        self.settings, self.link, self.digest, self.graphs = settings, shared.link, digest, shared.graphs
+        self.link, self.digest, self.graphs = shared.link, digest, shared.graphs
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
-        self.split = Split(self.world_size, settings.ulysses, self.rank)
-        bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
         self.masks = {mask.digest: mask for mask in settings.masks}
-        self.choice = self._choose(bound)
+        self.offers = split_offers(settings, self.world_size)
+        self.settings, self.choice = self.offers[0].settings, self.offers[0].choice
+        self.split = Split(self.world_size, self.settings.members, self.rank)
         # What the ranks of a ring compute, and what all ranks hold (shards, positions): the same where heads are whole.
         self.computed = Layouts(self.choice.taken.q_layout, self.choice.taken.k_layout)
-        self.held = Layouts(*(layout.pieces(settings.ulysses) for layout in self.computed))
+        self.held = Layouts(*(layout.pieces(self.split.ulysses) for layout in self.computed))
         self.plans = dict(zip(settings.masks, self.choice.taken.plans, strict=True))
         self.schedules = self.choice.schedules
-        self.expected = Load.of(settings.terms)
+        self.expected = Load.of(self.settings.terms)
         self._programs: dict[Hashable, Program] = {}
         self._prepared: OrderedDict[Hashable, Prepared] = OrderedDict()
         self.checked: OrderedDict[Hashable, Checked] = OrderedDict()
-
-    def _choose(self, bound: tuple[BoundMask, ...]) -> Choice:
-        s, world = self.settings, self.split.ring_size
-        flat = s.terms.topology.flat(world)
-        fitting = tuple(known.name for known in SCHEDULES if not (known.by_nodes and flat))
-        schedules = fitting if s.schedule == "auto" else (s.schedule,)
-        keys = s.kv_layout if isinstance(s.kv_layout, Layout) else None
-        if isinstance(s.kv_layout, str) and s.kv_layout != "auto":
-            keys = {known.__name__: known for known in NAMED}[s.kv_layout](s.kv_seqlen, world)
-        problem = Problem(bound, world, s.terms, schedules, s.options.kv_bytes is None, keys)
-        return given(problem, s.layout, keys or s.layout) if isinstance(s.layout, Layout) else choose(problem, s.layout)
 
     def program(self, mask: Expression, load: Load) -> Program:
         """This rank's program for a mask and the sizes of a call.
@@ -151,26 +140,26 @@ class Binding:
         key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
         known = self._prepared.get(key)
         if known is None:
-            seat = self._seat(kind)
-            kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
-            row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
-            stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
-            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
-            known = Prepared(self.program(mask, load), kernels, kind, mask, scores, seat)
-            known.eager = self.graphs.refuse(known, self.plans[mask], self.settings.options)
+            known = self._prepare(mask, kind, scores, dlse)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
 
-    def _seat(self, kind: Kind) -> Seat:
-        """From where this rank computes calls of a kind."""
-        split = self.split
-        if split.ulysses == 1:
-            return Seat(split.ring)
-        shares = head_shares(kind.num_heads, kind.num_kv_heads, split.ulysses)
-        q, k = ([int(layout.sizes[rank]) for rank in split.team] for layout in self.held)
-        return Seat(split.ring, HeadSwap(split, shares, q, k))
+    def _prepare(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
+        """The first part of a call, which knows the others: one, unless heads go by chunks."""
+        options = self.settings.options
+        sizes = [[int(layout.sizes[rank]) for rank in self.split.team] for layout in self.held]
+        row_bytes = kind.batch * (kind.head_dim + kind.v_head_dim) * kind.dtype.itemsize
+        stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
+        parts = []
+        for seat in seats(self.split, kind, options.head_chunks, sizes):
+            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
+            kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
+            parts.append(Prepared(self.program(mask, load), kernels, kind, mask, scores, seat))
+            parts[-1].eager = self.graphs.refuse(parts[-1], self.plans[mask], options)
+        parts[0].parts = tuple(parts)
+        return parts[0]
 
     def _in_order(self, kind: Kind) -> bool:
         """Whether a key's gradients must not be added up by several tiles of one call, in any order."""

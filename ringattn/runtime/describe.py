@@ -74,15 +74,32 @@ def _shape(binding: Binding) -> str:
 
 
 def _teams(binding: Binding) -> list[str]:
-    """How heads are split."""
+    """How heads are split, and in how many chunks they go."""
     split, shape = binding.split, binding.settings.shape or TYPICAL
+    chunks = binding.settings.options.head_chunks
+    lines = [f"heads go by {chunks} chunks, one after the other"] if chunks > 1 else []
+    lines += _splits(binding)
     if split.ulysses == 1:
-        return []
+        return lines
     shares = head_shares(shape.num_heads, shape.num_kv_heads, min(split.ulysses, shape.num_heads))
     counts = _between(np.array([share.queries.stop - share.queries.start for share in shares]))
     return [
+        *lines,
         f"{split.ulysses} ranks compute the heads of one shard: rings of {split.ring_size}, {counts} query heads a "
-        f"rank (this is rank {split.ring_rank} of ring {split.member}; plans, tiles and tokens below are a ring's)"
+        f"rank (this is rank {split.ring_rank} of ring {split.member}; plans, tiles and tokens below are a ring's)",
+    ]
+
+
+def _splits(binding: Binding) -> list[str]:
+    """What each number of ranks of the head axis costs, where several were weighed."""
+    taken, *others = binding.offers
+    if not others:
+        return []
+    return [
+        f"ulysses {offer.settings.members}: {offer.seconds / taken.seconds:.2f} x the time ({_time(offer.seconds)}, of "
+        f"which {_time(offer.swapping)} all-to-all), layout {offer.choice.taken.q_layout.name}, schedule "
+        f"{offer.choice.schedules[0]}{': taken' if offer is taken else ''}"
+        for offer in (taken, *others)
     ]
 
 

@@ -14,10 +14,9 @@ from ringattn.comm import agree, together
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.operators import cast
 from ringattn.kernels.scores import RULES, Rule, Scores
-from ringattn.runtime import loops
+from ringattn.runtime import heads, loops
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.capture import Inputs, Loop, Walk
-from ringattn.runtime.heads import Saved
 from ringattn.runtime.prepared import Prepared
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
@@ -49,7 +48,7 @@ class Execution:
         if swap is None:
             out, lse = self._attend(q, k, v, self.sinks, self.scores)
         else:
-            out, lse = swap.forward(link, (q, k, v, self.sinks, self.scores), self._attend)
+            out, lse = self._attend_together(q, k, v)
         link.finish(q.device.type, needed=self._needed)
         return out, lse
 
@@ -59,6 +58,23 @@ class Execution:
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = self._walk(loops.forward, (q, k, v, sinks), scores, (self.call.kind.dtype, self.call.wide))
         return out, lse
+
+    def _attend_together(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of this rank's tokens, whose heads are computed by its team, or by chunks."""
+        homes = heads.homes_of_results(q, v, self.call.wide)
+        for part in self.call.parts:
+            assert part.seat.swap is not None, "heads are swapped in all parts"
+            given = q, k, v, self.sinks, self.scores
+            part.seat.swap.forward(self.binding.link, given, replace(self, call=part)._attend, homes)
+        return homes[0], heads.row(homes[1]).contiguous()
+
+    def _differentiate_together(self, swap: heads.HeadSwap, saved: heads.Saved) -> tuple[Tensor, ...]:
+        homes = heads.homes_of_gradients(swap, *saved[:3], self.call.wide)
+        for part in self.call.parts:
+            assert part.seat.swap is not None, "heads are swapped in all parts"
+            differentiate = replace(self, call=part)._differentiate
+            part.seat.swap.backward(self.binding.link, saved, self.scores, differentiate, homes)
+        return tuple(home.to(x.dtype) for home, x in zip(homes, saved[:3], strict=True))
 
     @property
     def _needed(self) -> bool:
@@ -78,7 +94,7 @@ class Execution:
             if swap is None:
                 grads = self._differentiate(saved, self.scores, (self.call.kind.dtype,) * 3)
             else:
-                grads = swap.backward(self.binding.link, saved, self.scores, self._differentiate)
+                grads = self._differentiate_together(swap, saved)
             dsinks = None
             if wants_dsinks and self.sinks is not None:
                 dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
@@ -86,7 +102,7 @@ class Execution:
             self.binding.link.finish(q.device.type, needed=self._needed)
             return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
 
-    def _differentiate(self, saved: Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    def _differentiate(self, saved: heads.Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
         """``dq, dk, dv`` in these dtypes of what this rank computes."""
         q, k, v, *rest = saved
         if _together(q, k, v):
@@ -163,7 +179,7 @@ class Execution:
             "layout": f"{layouts.q.name} {layouts.q.digest}",
             "layout of the keys": f"{layouts.k.name} {layouts.k.digest}",
             "schedule": f"{program.schedule} (cut {program.cut}{travel})",
-            "ranks of the head axis": str(s.ulysses),
+            "ranks of the head axis": f"{s.ulysses}, in {s.options.head_chunks} chunks of heads",
             "planned for": str(s.terms),
             "digest of the mask": self.call.mask.digest,
         }

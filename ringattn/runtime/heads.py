@@ -7,7 +7,8 @@ it belongs, in the dtype of the accumulators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.scores import Scores
-from ringattn.planning.heads import HeadShare, Split
+from ringattn.planning.heads import HeadShare, Split, head_chunks, head_shares
 from ringattn.runtime.link import Link, Moved
 from ringattn.runtime.wire import Kind
 
@@ -37,25 +38,27 @@ class Batch(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Which tokens each member of a team holds, of those it holds together, and which heads each of them computes."""
+    """Which tokens each member of a team holds, of those it holds together, and which heads each of them computes.
+    ``sums``: of some heads several find a part, so these are added up."""
 
     tokens: Slices
     heads: Slices
-
-    @property
-    def shared(self) -> bool:
-        """Whether members compute the same heads, so that what they found is added up."""
-        return any(a.stop > b.start for a, b in pairwise(self.heads))
+    sums: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSwap:
-    """The all-to-all of a call of one kind. ``q_sizes``, ``k_sizes``: the queries and keys that each member holds."""
+    """The all-to-all of a chunk of heads, in calls of one kind.
+
+    shares: what each member computes. ``sizes``: the queries and the keys that each member holds. ``sums``: some KV
+    heads are in several shares, of this chunk or of others. ``chunk``: its number, and of how many.
+    """
 
     split: Split
     shares: tuple[HeadShare, ...]
-    q_sizes: Sequence[int]
-    k_sizes: Sequence[int]
+    sizes: Sequence[Sequence[int]]
+    sums: bool
+    chunk: tuple[int, int]
 
     @property
     def share(self) -> HeadShare:
@@ -64,48 +67,45 @@ class HeadSwap:
 
     @property
     def queries(self) -> Axis:
-        return Axis(_runs(self.q_sizes), tuple(share.queries for share in self.shares))
+        return Axis(_runs(self.sizes[0]), tuple(share.queries for share in self.shares))
 
     @property
     def keys(self) -> Axis:
-        return Axis(_runs(self.k_sizes), tuple(share.keys for share in self.shares))
+        return Axis(_runs(self.sizes[1]), tuple(share.keys for share in self.shares), self.sums)
 
     def biases(self, heads: int) -> Axis:
         """That of a bias, whose heads are the queries', or one for all of them."""
-        return self.queries if heads > 1 else Axis(_runs(self.q_sizes), (slice(0, 1),) * self.split.ulysses)
+        return self.queries if heads > 1 else Axis(_runs(self.sizes[0]), (slice(0, 1),) * self.split.ulysses, True)
 
-    def forward(self, link: Link, given: Given, attend: Attend) -> tuple[Tensor, Tensor]:
-        """``out`` and ``lse`` of the own tokens, with what ``attend`` finds for the team's tokens and the own heads."""
+    def forward(self, link: Link, given: Given, attend: Attend, homes: Sequence[Tensor]) -> None:
+        """``out`` and ``lse`` of the own tokens and the chunk's heads, with what ``attend`` finds for the team's tokens
+        and the own heads. ``homes``: where they belong, the lse as one column."""
         q, k, v, sinks, scores = given
         axes = (q, self.queries), (k, self.keys), (v, self.keys)
         tensors, scores = self._team(link, "forward", axes, scores)
         own = None if sinks is None else sinks[self.share.queries]
         out, lse = attend(*self._spread(*tensors), own, scores)
-        like = q.new_empty((*q.shape[:3], v.shape[3])), lse.new_empty((*q.shape[:3], 1))
-        found = (out, self.queries, like[0]), (_column(lse), self.queries, like[1])
-        out, lse = self.scatter(link, "forward", found)
-        return out, lse.squeeze(3).transpose(1, 2).contiguous()
+        self.scatter(link, "forward", [(out, self.queries, homes[0]), (column(lse), self.queries, homes[1])])
 
-    def backward(self, link: Link, saved: Saved, scores: Scores, differentiate: Differentiate) -> tuple[Tensor, ...]:
-        """``dq, dk, dv`` of the own tokens. Adds to ``scores.dbias`` where there is one."""
+    def backward(
+        self, link: Link, saved: Saved, scores: Scores, differentiate: Differentiate, homes: Sequence[Tensor]
+    ) -> None:
+        """Their gradients, written to ``homes``, or added where several members or chunks find a part: those of dq, dk
+        and dv, and of the bias in ``scores`` where it has one."""
         q, k, v, out, lse, dout, dlse = saved
-        axes = [(q, self.queries), (k, self.keys), (v, self.keys), (out, self.queries), (_column(lse), self.queries)]
-        axes += [(dout, self.queries), *([] if dlse is None else [(_column(dlse), self.queries)])]
+        axes = [(q, self.queries), (k, self.keys), (v, self.keys), (out, self.queries), (column(lse), self.queries)]
+        axes += [(dout, self.queries), *([] if dlse is None else [(column(dlse), self.queries)])]
         (q_, k_, v_, out_, lse_, dout_, *dlse_), inner = self._team(link, "backward", axes, scores)
-        k_, v_ = self._spread(q_, k_, v_)[1:]
-        rows = [_row(x) for x in (lse_, *dlse_)]
-        kept = torch.float64 if q.dtype == torch.float64 else torch.float32
-        dtypes = q.dtype, *((kept if self.keys.shared or self.share.of else q.dtype,) * 2)
+        q_, k_, v_ = self._spread(q_, k_, v_)
+        rows = [row(x) for x in (lse_, *dlse_)]
+        dtypes = [home.dtype for home in homes]
         dq, dk, dv = differentiate((q_, k_, v_, out_, rows[0], dout_, rows[1] if dlse_ else None), inner, dtypes)
-        dk, dv = self._summed(dk), self._summed(dv)
-        found = [(dq, self.queries, q), (dk, self.keys, k), (dv, self.keys, v)]
+        found = [(dq, self.queries, homes[0])]
+        found += [(self._summed(x), self.keys, home) for x, home in zip((dk, dv), homes[1:], strict=True)]
         if scores.dbias is not None and inner.dbias is not None:
             axis = self.biases(scores.dbias.shape[1])
             found.append((inner.dbias.transpose(1, 2), axis, scores.dbias.transpose(1, 2)))
-        grads = self.scatter(link, "backward", found)
-        if scores.dbias is not None:
-            scores.dbias.add_(grads.pop().transpose(1, 2))
-        return tuple(grads)
+        self.scatter(link, "backward", found)
 
     def _team(
         self, link: Link, what: str, axes: Sequence[tuple[Tensor, Axis]], scores: Scores
@@ -137,47 +137,53 @@ class HeadSwap:
     def gather(self, link: Link, what: str, given: Sequence[tuple[Tensor, Axis]]) -> list[Tensor]:
         """Tensors ``[batch, own tokens, all heads, width]`` as ``[batch, the team's tokens, own heads, width]``, in
         buffers that the next call uses again."""
-        batch, found = Batch(f"{what} heads in", [], [], []), []
+        batch, found, own_parts = self._batch(what, "in"), [], []
         for number, (x, axis) in enumerate(given):
             rows, width = axis.tokens[-1].stop, x.shape[3]
             own = axis.heads[self.split.member]
             whole = _buffer(link, f"team {number}", (rows, x.shape[0], own.stop - own.start, width), x)
             for member, peer in enumerate(self.split.team):
-                part = x[:, :, axis.heads[member]].transpose(0, 1)
+                part, place = x[:, :, axis.heads[member]].transpose(0, 1), whole[axis.tokens[member]]
                 if peer == self.split.rank:
-                    whole[axis.tokens[member]].copy_(part)
+                    own_parts.append((place, part))
                     continue
                 packed = _buffer(link, f"heads {number} to {member}", part.shape, x).copy_(part)
                 batch.sends.append((packed, peer))
-                batch.recvs.append((whole[axis.tokens[member]], peer))
+                batch.recvs.append((place, peer))
             found.append(whole.transpose(0, 1))
-        _exchange(link, batch, what)
+        with _exchanged(link, batch, what):
+            for place, part in own_parts:
+                place.copy_(part)
         return found
 
-    def scatter(self, link: Link, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> list[Tensor]:
-        """The way back. Each tensor comes with one like which the result is laid in memory."""
-        batch, here = Batch(f"{what} heads out", [], [], []), []
-        for number, (x, axis, like) in enumerate(computed):
-            parts = []
+    def scatter(self, link: Link, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> None:
+        """The way back: each tensor comes with its home, of the own tokens and all heads, which is written to, or added
+        to."""
+        batch, own_parts, others = self._batch(what, "out"), [], []
+        for number, (x, axis, home) in enumerate(computed):
             for member, peer in enumerate(self.split.team):
-                part = x[:, axis.tokens[member]].transpose(0, 1)
+                heads, part = axis.heads[member], x[:, axis.tokens[member]]
                 if peer == self.split.rank:
-                    parts.append(part)
+                    own_parts.append((home[:, :, heads], part, axis.sums))
                     continue
-                packed = _buffer(link, f"tokens {number} to {member}", part.shape, x).copy_(part)
-                theirs = axis.heads[member]
-                shape = like.shape[1], x.shape[0], theirs.stop - theirs.start, x.shape[3]
-                parts.append(_buffer(link, f"tokens {number} from {member}", shape, x))
-                batch.sends.append((packed, peer))
-                batch.recvs.append((parts[-1], peer))
-            here.append(parts)
-        _exchange(link, batch, what)
-        return [_joined(parts, axis, x, like) for parts, (x, axis, like) in zip(here, computed, strict=True)]
+                rows = part.transpose(0, 1)
+                batch.sends.append((_buffer(link, f"tokens {number} to {member}", rows.shape, x).copy_(rows), peer))
+                shape = home.shape[1], x.shape[0], heads.stop - heads.start, x.shape[3]
+                theirs = _buffer(link, f"tokens {number} from {member}", shape, x)
+                batch.recvs.append((theirs, peer))
+                others.append((home[:, :, heads], theirs.transpose(0, 1), axis.sums))
+        with _exchanged(link, batch, what):
+            _bring_home(own_parts)
+        _bring_home(others)
+
+    def _batch(self, what: str, way: str) -> Batch:
+        number, count = self.chunk
+        return Batch(f"{what} heads {way}" + (f", chunk {number + 1} of {count}" if count > 1 else ""), [], [], [])
 
 
 class Seat(NamedTuple):
     """From where a rank computes calls of one kind: the ranks of its ring in order, and what it does before and after
-    where heads are split."""
+    where heads are split or go by chunks."""
 
     ring: Sequence[int]
     swap: HeadSwap | None = None
@@ -190,7 +196,7 @@ class Seat(NamedTuple):
         return kind._replace(num_heads=heads, num_kv_heads=kv_heads)
 
     def kv_heads(self, kind: Kind) -> int:
-        """The most KV heads that a rank computes with."""
+        """The most KV heads that a member computes with."""
         return kind.num_kv_heads if self.swap is None else max(share.sizes[1] for share in self.swap.shares)
 
     @property
@@ -199,21 +205,45 @@ class Seat(NamedTuple):
         return 0 if self.swap is None else self.swap.share.queries.start
 
 
-def _joined(parts: Sequence[Tensor], axis: Axis, x: Tensor, like: Tensor) -> Tensor:
-    """All heads of the own tokens, in the dtype in which they are to be kept."""
-    make = torch.zeros_like if axis.shared else torch.empty_like
-    whole = make(like, dtype=x.dtype if axis.shared else like.dtype)
-    for part, heads in zip(parts, axis.heads, strict=True):
-        home, found = whole[:, :, heads], part.transpose(0, 1)
-        home.add_(found) if axis.shared else home.copy_(found)
-    return whole.to(like.dtype)
+def seats(split: Split, kind: Kind, count: int, sizes: Sequence[Sequence[int]]) -> tuple[Seat, ...]:
+    """From where a rank computes the chunks of a call of a kind, of which there are ``count``. ``sizes``: the queries
+    and the keys that each member of its team holds."""
+    if split.ulysses == count == 1:
+        return (Seat(split.ring),)
+    shares = head_shares(kind.num_heads, kind.num_kv_heads, split.ulysses)
+    chunks = head_chunks(shares, kind.num_heads // kind.num_kv_heads, count)
+    computed = sum(share.keys.stop - share.keys.start for chunk in chunks for share in chunk)
+    sums = computed > kind.num_kv_heads
+    return tuple(
+        Seat(split.ring, HeadSwap(split, chunk, sizes, sums, (number, count))) for number, chunk in enumerate(chunks)
+    )
 
 
-def _exchange(link: Link, batch: Batch, what: str) -> None:
+def homes_of_results(q: Tensor, v: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Where ``out``, and ``lse`` as one column, are written to."""
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((*q.shape[:3], 1), dtype=wide)
+
+
+def homes_of_gradients(swap: HeadSwap, q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> list[Tensor]:
+    """Where ``dq, dk, dv`` are written to, or added up, laid in memory as the inputs are."""
+    keys = [torch.zeros_like(x, dtype=wide) if swap.sums else torch.empty_like(x) for x in (k, v)]
+    return [torch.empty_like(q), *keys]
+
+
+@contextmanager
+def _exchanged(link: Link, batch: Batch, what: str) -> Iterator[None]:
+    """Messages that are under way while something else is done."""
     sends, recvs = ([entry for entry in side if entry[0].numel()] for side in (batch.sends, batch.recvs))
     pending = link.post(Batch(batch.what, sends, recvs, [Moved.of(f"{what} heads", sends, recvs)]))
+    yield
     if pending is not None:
         link.wait(pending)
+
+
+def _bring_home(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
+    """Writes parts where they belong, or adds them."""
+    for home, found, sums in parts:
+        home.add_(found) if sums else home.copy_(found)
 
 
 def _buffer(link: Link, slot: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -221,12 +251,13 @@ def _buffer(link: Link, slot: str, shape: Sequence[int], like: Tensor) -> Tensor
     return link.workspace.view(slot, shape, like.dtype, like.device)
 
 
-def _column(x: Tensor) -> Tensor:
+def column(x: Tensor) -> Tensor:
     """Numbers of rows, ``[batch, heads, tokens]``, as a tensor of one column."""
     return x.transpose(1, 2).unsqueeze(3)
 
 
-def _row(x: Tensor) -> Tensor:
+def row(x: Tensor) -> Tensor:
+    """The way back."""
     return x.squeeze(3).transpose(1, 2)
 
 

@@ -32,7 +32,7 @@ def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
     return Shared(link, _device(link.transport), nodes)
 
 
-def split_of(group_or_mesh: Group, ulysses: int) -> int:
+def split_of(group_or_mesh: Group, ulysses: int | str) -> int | str:
     """The ranks of the head axis, as asked for or as a 2-D mesh says."""
     if not isinstance(group_or_mesh, DeviceMesh) or group_or_mesh.ndim == 1:
         return ulysses
@@ -42,7 +42,7 @@ def split_of(group_or_mesh: Group, ulysses: int) -> int:
             f"a {mesh.ndim}-D mesh with dims {mesh.mesh_dim_names}: must have the dims {MESH}, in this order; of a "
             "larger mesh pass these two, or the one of the context axis, e.g. mesh['cp']"
         )
-    if ulysses not in (1, mesh.size(1)):
+    if ulysses not in (1, "auto", mesh.size(1)):
         raise ValueError(f"ulysses={ulysses}, but the mesh's dim 'ulysses' has {mesh.size(1)} ranks; leave one out")
     return mesh.size(1)
 

@@ -49,7 +49,10 @@ Turns = list[Turn]
 class Prepared:
     """A program, its kernels and the kind of call they are for, under a mask. ``scores`` tells how logits are made, but
     for what each call brings along (a bias, dropout's seed). ``asked``: the kind of the call, ``kind``: of what this
-    rank computes of it. ``eager``: why its calls are in no CUDA graph."""
+    rank computes of it. ``eager``: why its calls are in no CUDA graph. ``parts``: of a call's first part all of them,
+    in order, where heads go by chunks."""
+
+    parts: tuple[Prepared, ...]
 
     def __init__(
         self, program: Program, kernels: Selection, asked: Kind, mask: Expression, scores: Scores, seat: Seat

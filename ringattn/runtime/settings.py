@@ -11,10 +11,11 @@ from ringattn.geometry.layouts import Layout
 from ringattn.geometry.masks import Expression
 from ringattn.kernels.rates import KernelRates
 from ringattn.planning.cost import Terms
-from ringattn.planning.hardware import hardware
-from ringattn.planning.heads import ring_topology, shared_shape
+from ringattn.planning.hardware import Hardware, hardware
+from ringattn.planning.heads import divisors, ring_topology, shared_shape
 from ringattn.planning.launches import Stacking
 from ringattn.planning.rates import Rates
+from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 from ringattn.runtime.nodes import Nodes
@@ -48,6 +49,9 @@ class Options:
     communicators: of our own that messages between GPUs travel on (NCCL), on streams of high priority. 0: none, but the
         group's; 1: one for all messages; 2: one for keys and queries, one for gradients and results, where
         ``NCCL_LAUNCH_ORDER_IMPLICIT=1`` must be set.
+    head_chunks: a call goes by so many groups of heads, one after the other, which use the same memory between their
+        all-to-all and back: with ``ulysses`` what a call needs beyond its inputs and results is that of one group
+        (Untied Ulysses, arXiv 2602.21196). KV heads that several groups need travel for each of them.
     graphs: whether calls on a CUDA device are captured in CUDA graphs at the second of a kind and replayed from then
         on: auto (where its host would be the slower of the two), on (refused where it cannot be), off.
     """
@@ -63,6 +67,7 @@ class Options:
     kernel_rates: str | None = None
     compare_every: int = 64
     communicators: int = 0
+    head_chunks: int = 1
     graphs: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class Options:
         if self.kernel_rates is not None:
             plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
             KernelRates.read(Path(str(plain["kernel_rates"])))
+        plain["head_chunks"] = integer("Options.head_chunks", self.head_chunks, 1)
         plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
         if not isinstance(self.graphs, str) or self.graphs not in GRAPHS:
             raise ValueError(f"Options.graphs={shown(self.graphs)}: must be one of {', '.join(GRAPHS)}")
@@ -116,20 +122,59 @@ class ContextSettings:
     shape: Shape | None = None
     device: str = "cpu"
     kv_layout: str | Layout | None = None
-    ulysses: int = 1
+    ulysses: int | str = 1
     nodes: Nodes | None = None
+
+    def split(self, members: int) -> ContextSettings:
+        """The same with so many ranks of the head axis."""
+        return replace(self, ulysses=members)
+
+    def splits(self, world_size: int) -> list[int]:
+        """The numbers of ranks of the head axis that are to be weighed: the one asked for, or all that fit the world,
+        the heads and the layouts that are given."""
+        if isinstance(self.ulysses, int):
+            return [self.ulysses]
+        heads, rings = (self.shape or TYPICAL).num_heads, [x.world_size for x in self.given_layouts]
+        return [
+            n
+            for n in divisors(world_size)
+            if heads // n >= self.options.head_chunks
+            and all(ring == world_size // n for ring in rings)
+            and not (self.by_nodes and self.flat(world_size, n))
+        ]
+
+    @property
+    def given_layouts(self) -> list[Layout]:
+        return [x for x in (self.layout, self.kv_layout) if isinstance(x, Layout)]
+
+    @property
+    def members(self) -> int:
+        """Ranks of the head axis, once that is settled."""
+        assert isinstance(self.ulysses, int), "'auto' is settled by the binding"
+        return self.ulysses
+
+    @property
+    def known(self) -> Hardware:
+        """The device, with what the options say of it in place of what is known."""
+        known, options = hardware(self.device), self.options
+        links = self.nodes.of(known.topology) if self.nodes else known.topology
+        return replace(known, topology=options.topology or links, rates=options.rates or known.rates)
+
+    @property
+    def by_nodes(self) -> bool:
+        """Whether the schedule asked for is for several nodes."""
+        return any(known.by_nodes for known in SCHEDULES if known.name == self.schedule)
+
+    def flat(self, world_size: int, members: int) -> str:
+        """Why the rings of a split are not of several whole nodes; empty where they are."""
+        return ring_topology(self.known.topology, members).flat(world_size // members)
 
     @property
     def terms(self) -> Terms:
         """What the costs of a ring are reckoned with."""
-        known, stacking = (
-            hardware(self.device),
-            Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False),
-        )
-        options, shape = self.options, shared_shape(self.shape or TYPICAL, self.ulysses)
-        links = self.nodes.of(known.topology) if self.nodes else known.topology
-        topology = ring_topology(options.topology or links, self.ulysses)
-        return Terms(topology, options.rates or known.rates, shape, stacking)
+        known, stacking = self.known, Stacking.of("cpu" if self.device == "cpu" else "cuda", alone=False)
+        shape = shared_shape(self.shape or TYPICAL, self.members)
+        return Terms(ring_topology(known.topology, self.members), known.rates, shape, stacking)
 
     @property
     def digest(self) -> bytes:

@@ -178,12 +178,15 @@ def _child(place: _Place, pipe: Connection, call: bytes) -> None:
 
 
 def _join(place: _Place) -> None:
-    """Begins the process group."""
+    """Begins the process group, on all ranks: one that ended while another still connects would fail that one."""
     if place.backend == "nccl":
         share_gpus(place.rank)
     deadline = timedelta(seconds=place.timeout)
     store = dist.TCPStore("127.0.0.1", place.port, is_master=False, timeout=deadline)
     dist.init_process_group(place.backend, store=store, rank=place.rank, world_size=place.world_size, timeout=deadline)
+    if store.add("ringattn ranks that have joined", 1) == place.world_size:
+        store.set("ringattn: all have joined", "")
+    store.wait(["ringattn: all have joined"])
 
 
 def _told(error: BaseException, reraise: tuple[type[BaseException], ...]) -> bytes:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn.geometry.layouts import NAMED
-from ringattn.planning.heads import Split, head_shares, ring_topology, shared_shape
+from ringattn.planning.heads import Split, head_chunks, head_shares, ring_topology, shared_shape
 from ringattn.planning.shape import Shape
 from ringattn.planning.topology import Link, Topology
 
@@ -63,3 +63,18 @@ def test_a_ring_is_planned_for_what_its_ranks_compute():
     assert shared_shape(Shape(6, 3, 128), 2) == Shape(3, 3, 128), "KV heads are copied where they serve unequal numbers"
     links = Topology(Link(1e11), Link(1e9), 8)
     assert ring_topology(links, 4).ranks_per_node == 2 and ring_topology(links, 16).ranks_per_node == 1
+
+
+@given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 6), st.integers(1, 4))
+def test_chunks_are_shares_cut_again(kv_heads, group, members, count):
+    shares = head_shares(kv_heads * group, kv_heads, min(members, kv_heads * group))
+    count = min(count, *(s.queries.stop - s.queries.start for s in shares))
+    chunks = head_chunks(shares, group, count)
+    assert len(chunks) == count
+    for member, share in enumerate(shares):
+        parts = [chunk[member] for chunk in chunks]
+        heads = [h for part in parts for h in range(part.queries.start, part.queries.stop)]
+        assert heads == list(range(share.queries.start, share.queries.stop))
+        sizes = [part.queries.stop - part.queries.start for part in parts]
+        assert max(sizes) - min(sizes) <= 1 or max(sizes) == -(-sum(sizes) // count)
+        assert all(part.sizes[0] % part.sizes[1] == 0 for part in parts)

@@ -155,3 +155,15 @@ def test_rings_within_teams_have_fewer_ranks_a_node():
         PlanningRank(5, 16), 1 << 12, ulysses=2, schedule="double_ring", options=ra.Options(topology=ETHERNET)
     )
     assert cp.plan.ranks_per_node == 4 and cp.plan.world_size == 8
+
+
+def test_of_all_splits_those_with_several_nodes_are_weighed():
+    def context(world, **how):
+        return ra.ContextParallel(
+            PlanningRank(5, world), 1 << 12, ulysses="auto", shape=ra.Shape(16, 8, 128), schedule="double_ring", **how
+        )
+
+    cp = context(16, options=ra.Options(topology=ETHERNET))
+    assert cp.plan.ranks_per_node in (2, 4, 8) and cp.plan.world_size == 2 * cp.plan.ranks_per_node
+    with pytest.raises(ValueError, match=r"double_ring.* its 8 ranks are on one node"):
+        context(8, options=ra.Options(topology=ETHERNET))

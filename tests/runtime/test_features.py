@@ -87,8 +87,13 @@ def test_features_on_every_schedule(feature, schedule, poison):
     expected, gradients = single(MASK, {}, extra, **theirs)
     plain, _ = single(MASK, {}, {})
     assert (expected[0] - plain[0]).abs().max() > 0.01, "a result without the feature would be noticed"
-    for world, layout, ulysses in ((2, "zigzag", 1), (3, "striped", 1), (4, "zigzag", 2), (3, "contiguous", 3)):
-        found, totals = on_ranks(world, MASK, {}, extra, ours, layout=layout, schedule=schedule, ulysses=ulysses)
+    for world, layout, split in (
+        (2, "zigzag", {}),
+        (3, "striped", {}),
+        (4, "zigzag", {"ulysses": 2, "options": ra.Options(head_chunks=2)}),
+        (3, "contiguous", {"ulysses": 3}),
+    ):
+        found, totals = on_ranks(world, MASK, {}, extra, ours, layout=layout, schedule=schedule, **split)
         check(found, expected)
         if "sinks" in extra:
             torch.testing.assert_close(totals["sinks"], gradients["sinks"], rtol=1e-11, atol=1e-11)
@@ -185,6 +190,8 @@ def test_dropout_is_bit_equal_for_every_world_layout_and_schedule():
             for layout in ("zigzag", "striped"):
                 assert torch.equal(kept(world, schedule=schedule, layout=layout), alone)
     assert not torch.equal(kept(1, seed=12), alone) and torch.equal(kept(1, seed=11), alone)
+    for world, ulysses in ((2, 2), (4, 2), (3, 3)):
+        assert torch.equal(kept(world, ulysses=ulysses), alone)
     rows = alone.flatten(0, 2).float()
     assert len({tuple(row) for row in rows.tolist()}) == len(rows), "batch rows, heads and queries differ"
 

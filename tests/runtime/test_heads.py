@@ -62,7 +62,7 @@ def test_keys_of_another_length_and_layout(poison):
 def test_a_given_layout_is_that_of_the_ring():
     own = ra.Layout.from_spans([[(10, S - 10)], [(0, 10)]])
     check(on_ranks(4, ra.causal(), layout=own, ulysses=2), single_process(ra.causal()), 1e-10)
-    with pytest.raises(ValueError, match="over 2 ranks of a ring \\(4 with ulysses=2\\)"):
+    with pytest.raises(ValueError, match="over a ring of 2 ranks \\(4 with ulysses=2\\)"):
         ra.ContextParallel(PlanningRank(0, 4), S, layout=contiguous(S, 4), ulysses=2)
 
 
@@ -111,6 +111,31 @@ def test_gradients_of_kv_heads_that_are_shared_are_summed_before_they_are_rounde
         assert (off > 0).float().mean() < 0.05 and off.max() < 2**-6, "fp32 sums of another order, rounded once"
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize(("world", "ulysses"), [(1, 1), (2, 1), (4, 2), (4, 4)])
+def test_chunks_of_heads(world, ulysses, chunks, poison):
+    """Also those that share KV heads; with a bias for all heads, whose gradient is a sum over the chunks."""
+    mask, options = cases.ALL["documents_window_globals"][0], ra.Options(head_chunks=chunks)
+    for heads, kv_heads in ((12, 4), (12, 1), (13, 13), (15, 5)):
+        sizes = {"heads": heads, "kv_heads": kv_heads, "v_dim": 5}
+        for schedule in ("ring", "gather"):
+            found = on_ranks(world, mask, sizes=sizes, ulysses=ulysses, schedule=schedule, options=options)
+            check(found, single_process(mask, **sizes), 1e-10)
+
+
+def test_chunks_use_the_memory_of_one():
+    """What a call needs beyond its inputs and results, by the workspace."""
+    q, k, v, dout, _ = tensors(heads=8, kv_heads=8)
+
+    def one_rank(transport, chunks):
+        cp = ra.ContextParallel(transport, S, ulysses=2, options=ra.Options(head_chunks=chunks))
+        ra.attention(*(cp.shard(t).requires_grad_() for t in (q, k, v)), cp=cp).backward(cp.shard(dout))
+        return sum(buffer.nbytes for buffer in cp.link.workspace.buffers())
+
+    whole, parts = (ra.Loopback(2).run(lambda t, n=n: one_rank(t, n))[0] for n in (1, 4))
+    assert parts * 4 == pytest.approx(whole, rel=0.01)
+
+
 def test_a_context_may_change_its_split():
     def one_rank(transport):
         first = ra.ContextParallel(transport, S)
@@ -129,7 +154,7 @@ def in_processes(rank, world, make):
     """Attention on a 2-D mesh and as an operator that a compiler sees."""
     group = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("ring", "ulysses")) if make else None
     cp = ra.ContextParallel(group or dist.group.WORLD, S, ulysses=1 if make else 2)
-    assert cp.ulysses == 2 and cp.rank == rank and "2 ranks compute the heads" in cp.describe()
+    assert cp.ulysses == 2 and cp.rank == rank and "2 ranks compute the heads of one shard: rings of 2" in cp.describe()
     q, k, v, dout, dlse = tensors()
     found = []
     for fn in (ra.attention, torch.compile(ra.attention, fullgraph=True, backend="aot_eager")):
@@ -173,8 +198,42 @@ def test_what_cannot_be_split_is_refused():
         local = [cp.shard(t) for t in tensors(heads=3, kv_heads=3)[:3]]
         with pytest.raises(ValueError, match="3 heads over ulysses=4"):
             ra.attention(*local, cp=cp)
+        cp = cp.replace(ulysses=2, options=ra.Options(head_chunks=2))
+        with pytest.raises(ValueError, match="head_chunks=2, but a rank computes 1 of the 3 heads"):
+            ra.attention(*local, cp=cp)
 
     ra.Loopback(4).run(one_rank)
+
+
+def test_auto_weighs_the_split():
+    """Many heads over fast links are split; few that share one KV head over slow links are not."""
+    fast, slow = (ra.Topology(ra.Link(bandwidth, 1e-5)) for bandwidth in (1e12, 1e7))
+    rates = ra.Rates(1e14, 1e14, call=1e-6, step=2e-3, merge=1e-12, exposed=1.0)
+
+    def made(shape, topology, **more):
+        options = ra.Options(topology=topology, rates=rates)
+        return ra.ContextParallel(PlanningRank(0, 8), 65536, ulysses="auto", shape=shape, options=options, **more)
+
+    many, few = ra.Shape(64, 64, 64), ra.Shape(6, 1, 64)
+    split, whole = made(many, fast), made(few, slow)
+    assert split.ulysses == 8 and whole.ulysses == 1
+    assert made(few, fast).ulysses in (1, 2, 4), "8 ranks would compute no head"
+    text = split.describe()
+    assert "ulysses 8: 1.00 x the time" in text and ": taken" in text and "ulysses 2: " in text
+    assert made(many, fast, layout=contiguous(65536, 4)).ulysses == 2, "a layout that is given says how long a ring is"
+    with pytest.raises(ValueError, match="a ring of 8 or 4 or 2 or 1 ranks"):
+        made(many, fast, layout=contiguous(65536, 3))
+    with pytest.raises(ValueError, match="tell them with shape="):
+        ra.ContextParallel(PlanningRank(0, 8), 64, ulysses="auto")
+    with pytest.raises(ValueError, match="or 'auto'"):
+        ra.ContextParallel(PlanningRank(0, 8), 64, ulysses="all")
+
+
+def test_what_auto_takes_is_right():
+    sizes, shape = {"heads": 4, "kv_heads": 4}, ra.Shape(4, 4, 8, dtype="float64")
+    options = ra.Options(topology=ra.Topology(ra.Link(1e12)), rates=ra.Rates(1e14, 1e14, step=1e-2, exposed=1.0))
+    found = on_ranks(4, ra.causal(), sizes=sizes, ulysses="auto", shape=shape, options=options)
+    check(found, single_process(ra.causal(), **sizes))
 
 
 def test_ranks_that_split_otherwise_are_told():

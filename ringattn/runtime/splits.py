@@ -1,0 +1,61 @@
+"""How a world is split into rings and teams: what is asked for, or what costs least, with its layouts and schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ringattn.geometry.layouts import NAMED, Layout
+from ringattn.geometry.masks import BoundMask
+from ringattn.planning.heads import Swapped
+from ringattn.planning.placement import SIMPLER, Choice, Problem, choose, given
+from ringattn.planning.schedules import SCHEDULES
+from ringattn.planning.shape import TYPICAL
+from ringattn.runtime.settings import ContextSettings
+
+
+@dataclass(frozen=True, eq=False)
+class SplitOffer:
+    """A number of ranks of the head axis, named in ``settings``, and the layouts and schedules of its rings."""
+
+    settings: ContextSettings
+    choice: Choice
+    world_size: int
+
+    @cached_property
+    def swapping(self) -> float:
+        """Seconds of the all-to-alls of all masks, forward and backward."""
+        settings, known = self.settings, self.settings.known
+        tokens = -(-settings.seqlen // self.world_size), -(-settings.kv_seqlen // self.world_size)
+        one = Swapped.of(settings.shape or TYPICAL, settings.members, tokens)
+        return len(settings.masks) * one.seconds(known.topology, known.rates, settings.members)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Those of everything."""
+        return self.choice.taken.seconds + self.swapping
+
+
+def split_offers(settings: ContextSettings, world_size: int) -> list[SplitOffer]:
+    """What was weighed, the one taken first: the least split that costs about as little as any."""
+    bound = tuple(m.bind(settings.seqlen, settings.kv_seqlen, settings.q_offset) for m in settings.masks)
+    offers = [
+        SplitOffer(one, _choice(one, bound, world_size // one.members), world_size)
+        for one in map(settings.split, settings.splits(world_size))
+    ]
+    if len(offers) == 1:
+        return offers
+    least = min(offer.seconds for offer in offers)
+    taken = next(offer for offer in offers if offer.seconds <= SIMPLER * least)
+    return [taken, *(offer for offer in offers if offer is not taken)]
+
+
+def _choice(s: ContextSettings, bound: tuple[BoundMask, ...], ring_size: int) -> Choice:
+    flat = s.terms.topology.flat(ring_size)
+    fitting = tuple(known.name for known in SCHEDULES if not (known.by_nodes and flat))
+    schedules = fitting if s.schedule == "auto" else (s.schedule,)
+    keys = s.kv_layout if isinstance(s.kv_layout, Layout) else None
+    if isinstance(s.kv_layout, str) and s.kv_layout != "auto":
+        keys = {known.__name__: known for known in NAMED}[s.kv_layout](s.kv_seqlen, ring_size)
+    problem = Problem(bound, ring_size, s.terms, schedules, s.options.kv_bytes is None, keys)
+    return given(problem, s.layout, keys or s.layout) if isinstance(s.layout, Layout) else choose(problem, s.layout)
