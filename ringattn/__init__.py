@@ -6,6 +6,7 @@ from ringattn.comm import Loopback, PeerError
 from ringattn.context import ContextParallel
 from ringattn.geometry.layouts import Layout
 from ringattn.kernels.scores import alibi
+from ringattn.links import measure_links
 from ringattn.masks import (
     Mask,
     bigbird,
@@ -50,6 +51,7 @@ __all__ = [
     "global_tokens",
     "longformer",
     "loss",
+    "measure_links",
     "pack",
     "prefix_lm",
     "roll",

@@ -50,7 +50,8 @@ class ContextParallel:
             None or auto is as the queries'.
         shape: the :class:`Shape` of the calls to come, with which ``auto`` and ``describe()`` then count; None is a
             guess. A call of another shape is legal: layout and order of schedules are those chosen for this one.
-        schedule: auto, ring, exchange, gather.
+        schedule: auto, ring, exchange, gather, or double_ring (a ring of nodes around rings inside of them, where the
+            topology has several nodes).
         ulysses: ranks of the head axis (DeepSpeed Ulysses), or "auto", by cost, for which ``shape`` must be told; so
             many neighbours of the group hold a shard of the ring in pieces, in storage order, and each computes some of
             the heads for all of it. world / ulysses ranks are the ring; plans, and a ``layout`` or ``kv_layout`` given
@@ -103,7 +104,7 @@ class ContextParallel:
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         settings = ContextSettings(
             seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options, shape, self._shared.device,
-            kv_layout, ulysses,
+            kv_layout, ulysses, self._shared.nodes,
         )  # fmt: skip
         check_link(settings, self.link, self_attention=kv_seqlen is None and q_offset == 0)
         self.binding = self._shared.bind(settings)

@@ -111,7 +111,9 @@ def check_link(settings: ContextSettings, link: Link, self_attention: bool) -> N
             f"seqlen={settings.seqlen} over {world} ranks: more ranks than tokens; use fewer ranks "
             "(empty shards are legal with kv_seqlen or q_offset only)"
         )
-    rings = [world // members for members in _splits(settings, world)]
+    members = _splits(settings, world)
+    _check_nodes(settings, world, members)
+    rings = [world // n for n in members]
     layout, keys = settings.layout, settings.kv_layout
     over = f"{world} ranks"
     if rings != [world]:
@@ -146,6 +148,18 @@ def _splits(settings: ContextSettings, world: int) -> list[int]:
             "heads over at most as many"
         )
     return [ulysses]
+
+
+def _check_nodes(settings: ContextSettings, world: int, members: list[int]) -> None:
+    """That a schedule for several nodes is given some."""
+    flat = [settings.flat(world, n) for n in members] if settings.by_nodes else []
+    if flat and all(flat):
+        told = f"; {settings.nodes}" if settings.nodes and settings.options.topology is None else ""
+        raise ValueError(
+            f"schedule={settings.schedule!r} is for a ring of several nodes of several ranks each, and {flat[0]} "
+            f"(ranks_per_node={settings.known.topology.ranks_per_node}{told}): say how many neighbours share a node "
+            "with Options.topology=ringattn.Topology(intra, inter, ranks_per_node), or take another schedule"
+        )
 
 
 def check_names(layout: str | Layout, schedule: str, kernel: str, kv_layout: str | Layout | None = None) -> None:

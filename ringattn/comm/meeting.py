@@ -25,7 +25,7 @@ _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[float, int], tuple[int, 
 
 class Meeting(GroupBoard):
     """One meeting of a group's ranks, which each rank counts. What raises between `with` and `transport()` on one rank
-    raises on all that come."""
+    raises on all that come. ``apart``: which ranks were told what, where they have not all been ``told`` the same."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
@@ -34,6 +34,7 @@ class Meeting(GroupBoard):
         self._refused = f"meeting {self._number} refused"
         self._over, self._given_up = self.world_size == 1, False
         self._seconds = self.timeout = 0.0
+        self.apart = ""
 
     def __enter__(self) -> Meeting:
         return self
@@ -48,8 +49,9 @@ class Meeting(GroupBoard):
         self._given_up = True
         self.timeout = 0.0
 
-    def transport(self, timeout: float, communicators: int = 0) -> Transport:
-        """The transport of all ranks' contexts, made if they have none that all can go on with. Collective.
+    def transport(self, timeout: float, communicators: int = 0, told: str = "") -> Transport:
+        """The transport of all ranks' contexts, made if they have none that all can go on with. Collective. ``told``:
+        what else the ranks compare, see ``apart``.
 
         Raises:
             PeerError: a rank did not come within ``timeout`` seconds.
@@ -65,19 +67,21 @@ class Meeting(GroupBoard):
         if self._given_up:
             self.timeout = 0.0
         place = _NEW if place is None else f"that of meeting {made}, {place}"
-        if self._all_at(place, communicators) == _NEW or shared is None:
+        if self._all_at(place, communicators, told) == _NEW or shared is None:
             shared = transport_over(self.group, timeout, communicators)
             known[kind] = self._number, shared
         return shared
 
-    def _all_at(self, place: str, communicators: int) -> str:
+    def _all_at(self, place: str, communicators: int, told: str) -> str:
         """Waits for all ranks; the place, if all are at it."""
-        number = {"Options.communicators": str(communicators)}
+        meeting, number = f"meeting {self._number}", {"Options.communicators": str(communicators)}
         try:
-            agree(self, f"meeting {self._number}", {"transport": place, **number})
-        except CallMismatch:  # in one of the two; all ranks are here
-            agree(self, f"meeting {self._number}, communicators", number)
-            place = _NEW
+            agree(self, meeting, {"transport": place, **number, "told": told})
+        except CallMismatch:  # in one of them; all ranks are here
+            self.apart = self._differ(f"{meeting}, told", {"told": told})
+            if self._differ(f"{meeting}, transport", {"transport": place, **number}):
+                agree(self, f"{meeting}, communicators", number)
+                place = _NEW
         except PeerError as error:
             raise PeerError(
                 f"rank {self.rank} of {self.world_size}: not every rank of group '{self.name}' made its context within "
@@ -86,6 +90,14 @@ class Meeting(GroupBoard):
         finally:
             self._over = True
         return place
+
+    def _differ(self, call: str, facts: dict[str, str]) -> str:
+        """In what the ranks differ, in words; empty where they do not."""
+        try:
+            agree(self, call, facts)
+        except CallMismatch as error:
+            return "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        return ""
 
     def warn(self, label: Label) -> None:
         """Nobody has to be told that this rank waits: none can be at a later place."""

@@ -66,6 +66,11 @@ class Problem:
     def kv_len(self) -> int:
         return self.masks[0].kv_len
 
+    @property
+    def ranks_per_node(self) -> int | None:
+        """Of several whole nodes of several ranks; None where the world is not that."""
+        return None if self.terms.topology.flat(self.world_size) else self.terms.topology.ranks_per_node
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -101,7 +106,8 @@ class Candidate:
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
-        plans = (Plan(mask, self.q_layout, self.k_layout) for mask in self.problem.masks)
+        nodes = self.problem.ranks_per_node
+        plans = (Plan(mask, self.q_layout, self.k_layout, ranks_per_node=nodes) for mask in self.problem.masks)
         return tuple(cheaper(plan, self.problem.schedules, self.problem.terms) for plan in plans)
 
     @cached_property
@@ -268,7 +274,7 @@ def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:
     if pieces <= CALL_BUDGET or pieces * problem.world_size > PIECE_BUDGET:
         return pieces
     heads, stacking = problem.terms.shape.num_kv_heads, problem.terms.stacking
-    plans = [Plan(mask, q_layout, k_layout) for mask in problem.masks]
+    plans = [Plan(mask, q_layout, k_layout, ranks_per_node=problem.ranks_per_node) for mask in problem.masks]
     known = [by_name(name) for name in problem.schedules]
     made = [estimates(p, [(s, settled(p, s, heads)[0]) for s in known], stacking) for p in plans]
     return min(max(int(one.calls.max()) for one in of_plans) for of_plans in zip(*made, strict=True))

@@ -32,17 +32,24 @@ class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
     The whole world's figures are computed only when asked for; :meth:`own_bands` never needs them. Queries ``travel``
-    that save as many keys each, or none where it is 0 (see ``travel.py``).
+    that save as many keys each, or none where it is 0 (see ``travel.py``). ``ranks_per_node``: neighbours of one node,
+    where the world is several nodes of as many; None is one node.
     """
 
     mask: BoundMask
     q_layout: Layout
     k_layout: Layout
     travel: int = 0
+    ranks_per_node: int | None = None
 
     @property
     def world_size(self) -> int:
         return self.q_layout.world_size
+
+    @property
+    def node_size(self) -> int:
+        """Ranks of one node."""
+        return self.ranks_per_node or self.world_size
 
     def q_frame(self, rank: int) -> Frame:
         """The rank's queries in global positions, ``q_offset`` included."""

@@ -38,12 +38,14 @@ class Move:
 
     ``home`` says whether the buffer is the rank's own shard (its K/V, or its dK/dV); else it is the buffer of a step:
     K/V are sent from the step before and arrive in this one, gradients leave this step and arrive in the next one.
+    ``apart``: turns earlier, or for gradients later, than beside the step.
     """
 
     peer: int
     rows: tuple[slice, ...]
     tokens: int
     home: bool
+    apart: int = 0
 
 
 Moves = tuple[Move, ...]
@@ -149,7 +151,7 @@ def _grad_moves(step: Step, rank: int, own: Frame, here: Frame, after: Frame) ->
 
 
 def _move(transfer: Transfer, peer: int, frame: Frame, home: bool) -> Move:
-    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.tokens, home)
+    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.tokens, home, transfer.apart)
 
 
 def _slices(runs: Ints) -> tuple[slice, ...]:

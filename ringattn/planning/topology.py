@@ -63,6 +63,21 @@ class Topology:
         """By level, the links inside of a node first."""
         return self.intra, self.intra if self.inter is None else self.inter
 
+    def flat(self, world_size: int) -> str:
+        """Why so many ranks are not several whole nodes of several ranks each; empty where they are."""
+        ranks = self.ranks_per_node
+        if world_size == 1:
+            return "it is one rank"
+        if ranks is None:
+            return f"no nodes are told apart among its {world_size} ranks"
+        if ranks >= world_size:
+            return f"its {world_size} ranks are on one node"
+        if ranks == 1:
+            return f"each of its {world_size} ranks is a node of its own"
+        if world_size % ranks:
+            return f"its {world_size} ranks are not whole nodes of {ranks}"
+        return ""
+
     def level(self, src: Ints, dst: Ints) -> Ints:
         """The slowest level that a transfer from rank to rank crosses: 0 inside of a node, 1 between nodes."""
         if self.ranks_per_node is None:

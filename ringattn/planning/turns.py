@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -60,10 +60,10 @@ class Own:
 def forward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Turn]:
     """At turn ``t`` stage ``t`` is computed while the keys of the next arrive. Travelling queries leave at turn 0, are
     computed at turn 1 and return at turn 2; their results are merged last, when all rows have been written."""
-    turns = []
+    turns, due = [], _due(stages)
     out, back = _Visit(visits, Row.Q, Row.PARTIAL), 3 if visits else 0
     for t in range(max(len(stages), back)):
-        post = _fetch(stages, t + 1)
+        post = _fetch(stages, t, due)
         work = []
         if t < len(stages) and stages[t].launches:
             stage = stages[t]
@@ -81,12 +81,13 @@ def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: boo
     arrive, and half last, while the last gradients come home.
     """
     turns, count = [], len(stages)
+    due, leaving = _due(stages), _due(stages, gradients=True)
     out, back = _Visit(visits, Row.QUERY, Row.DQ), 3 if visits else 0
     halves = (Heads(0, 2), Heads(1, 2)) if hides and _worth_two_turns(own, stages) else (ALL, None)
-    for t in range(max(count + 1, back)):
+    for t in range(max(count, *leaving, back - 1) + 1):
         stage = stages[t] if 0 < t < count else None
         grads = None if stage is None or not stage.frame.size else _grads(stage, t)
-        post = _joined(_fetch(stages, t + 1), _bring_home(stages, t - 1, grads))
+        post = _joined(_fetch(stages, t, due), _bring_home(stages, t, grads, leaving))
         work = []
         if stage is not None and stage.launches:
             work.append(_work(own, stage, _keys(stage, t), grads))
@@ -117,58 +118,76 @@ def _work(own: Own, stage: Stage, keys: Buffer | None, grads: Buffer | None, hea
 # -- messages -----------------------------------------------------------------------------------
 
 
+Due = dict[int, list[int]]  # by turn, the stages whose messages are posted in it
+
+
+def _due(stages: Sequence[Stage], gradients: bool = False) -> Due:
+    """When messages are on their way: keys in the turn before their stage or earlier, gradients in the one behind it or
+    later."""
+    due: Due = {}
+    for s, stage in enumerate(stages):
+        moves = (stage.grad_sends, stage.grad_recvs) if gradients else (stage.kv_sends, stage.kv_recvs)
+        for apart in {0, *(move.apart for move in chain(*moves))}:
+            due.setdefault(s + 1 + apart if gradients else s - 1 - apart, []).append(s)
+    return due
+
+
 def _keys(stage: Stage, t: int) -> Buffer:
-    """Where the keys of stage ``t`` lie; those of the stage after are arriving in another slot."""
-    return Buffer(f"kv {t % 2}", Row.KV, stage.frame.size, stage.heads)
+    """Where the keys of stage ``t`` lie; those of the stage after are arriving in another slot, and those that take
+    several turns to arrive in a third."""
+    slot = "kv ahead" if any(move.apart for move in stage.kv_recvs) else f"kv {t % 2}"
+    return Buffer(slot, Row.KV, stage.frame.size, stage.heads)
 
 
 def _grads(stage: Stage, t: int) -> Buffer:
-    return Buffer(f"grads {t % 2}", Row.GRAD, stage.frame.size, stage.heads)
+    """Where their gradients do; those that take several turns to leave in a third slot."""
+    slot = "grads behind" if any(move.apart for move in stage.grad_sends) else f"grads {t % 2}"
+    return Buffer(slot, Row.GRAD, stage.frame.size, stage.heads)
 
 
-def _fetch(stages: Sequence[Stage], t: int) -> Turn:
-    """Sends this rank's part of the keys of stage ``t`` and receives its own."""
-    if t >= len(stages):
-        return Turn()
-    stage, held = stages[t], _keys(stages[t - 1], t - 1) if t > 1 else None
-    copies, sends = [], []
-    packed: dict[tuple[tuple[int, int, int], ...], Buffer] = {}  # the same rows may go to many ranks
-    for move in stage.kv_sends:
-        source = None if move.home else held
-        if source is not None and _in_place(move.rows):
-            sends.append(Parcel(move.peer, source, move.rows[0]))
-            continue
-        rows = tuple((r.start, r.stop, r.step) for r in move.rows)
-        if rows not in packed:
-            packed[rows] = Buffer(f"kv out {len(packed)}", Row.KV, move.tokens, stage.heads)
-            copies.append(Copy(source, packed[rows], _packing(move.rows)))
-        sends.append(Parcel(move.peer, packed[rows], slice(0, move.tokens, 1)))
-    if not stage.frame.size:
-        return Turn(tuple(copies), tuple(sends))
-    arriving = _keys(stage, t)
-    recvs = tuple(Parcel(move.peer, arriving, move.rows[0]) for move in stage.kv_recvs)
-    if stage.copies:
-        copies.append(Copy(None, arriving, stage.copies))
-    return Turn(tuple(copies), tuple(sends), recvs)
+def _fetch(stages: Sequence[Stage], t: int, due: Due) -> Turn:
+    """Sends this rank's part of the keys that travel in turn ``t`` and receives its own."""
+    copies: list[Copy] = []
+    sends, recvs = list[Parcel](), list[Parcel]()
+    packed: dict[Hashable, Buffer] = {}  # the same rows may go to many ranks
+    for s in due.get(t, ()):
+        stage, apart = stages[s], s - 1 - t
+        held = _keys(stages[s - 1], s - 1) if s > 1 else None
+        for move in (move for move in stage.kv_sends if move.apart == apart):
+            source = None if move.home else held
+            if source is not None and _in_place(move.rows):
+                sends.append(Parcel(move.peer, source, move.rows[0]))
+                continue
+            rows = move.home, *((r.start, r.stop, r.step) for r in move.rows)
+            if rows not in packed:
+                packed[rows] = Buffer(f"kv out {len(packed)}", Row.KV, move.tokens, stage.heads)
+                copies.append(Copy(source, packed[rows], _packing(move.rows)))
+            sends.append(Parcel(move.peer, packed[rows], slice(0, move.tokens, 1)))
+        if stage.frame.size:
+            arriving = _keys(stage, s)
+            recvs += [Parcel(move.peer, arriving, move.rows[0]) for move in stage.kv_recvs if move.apart == apart]
+            if stage.copies and not apart:
+                copies.append(Copy(None, arriving, stage.copies))
+    return Turn(tuple(copies), tuple(sends), tuple(recvs))
 
 
-def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None) -> Turn:
-    """Sends the gradients of stage ``t`` on their way and receives those that come here: home, or to the stage
-    ``after``."""
-    if not 0 <= t < len(stages):
-        return Turn()
-    stage, copies, sends, recvs, adds = stages[t], [], [], [], []
-    for i, move in enumerate(stage.grad_sends):
-        if _in_place(move.rows):
-            sends.append(Parcel(move.peer, _grads(stage, t), move.rows[0]))
-            continue
-        message = Buffer(f"grad out {i}", Row.GRAD, move.tokens, stage.heads)
-        copies.append(Copy(_grads(stage, t), message, _packing(move.rows)))
-        sends.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
-    for i, move in enumerate(stage.grad_recvs):
-        message = Buffer(f"grad in {i}", Row.GRAD, move.tokens, stage.heads)
-        recvs.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
-        adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
+def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None, leaving: Due) -> Turn:
+    """Sends the gradients that travel in turn ``t`` on their way and receives those that come here: home, or to the
+    stage computed ``after``."""
+    copies, sends, recvs, adds = list[Copy](), list[Parcel](), list[Parcel](), list[Copy]()
+    for s in leaving.get(t, ()):
+        stage, apart = stages[s], t - 1 - s
+        for move in (move for move in stage.grad_sends if move.apart == apart):
+            if _in_place(move.rows):
+                sends.append(Parcel(move.peer, _grads(stage, s), move.rows[0]))
+                continue
+            message = Buffer(f"grad out {len(copies)}", Row.GRAD, move.tokens, stage.heads)
+            copies.append(Copy(_grads(stage, s), message, _packing(move.rows)))
+            sends.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+        for move in (move for move in stage.grad_recvs if move.apart == apart):
+            message = Buffer(f"grad in {len(recvs)}", Row.GRAD, move.tokens, stage.heads)
+            recvs.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+            adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
     return Turn(tuple(copies), tuple(sends), tuple(recvs), adds=tuple(adds))
 
 

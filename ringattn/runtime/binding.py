@@ -31,6 +31,7 @@ from ringattn.planning.turns import compile_program
 from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
+from ringattn.runtime.nodes import Nodes
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
 from ringattn.runtime.splits import split_offers
@@ -42,10 +43,11 @@ RECENT = 32  # bindings kept alive for compiled graphs whose backward is still t
 
 @dataclass(frozen=True)
 class Shared:
-    """What a context and its replacements have in common. ``device``: see :class:`ContextSettings`."""
+    """What a context and its replacements have in common. ``device``, ``nodes``: see :class:`ContextSettings`."""
 
     link: Link
     device: str = "cpu"
+    nodes: Nodes | None = None
     graphs: Graphs = field(init=False)
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)

@@ -16,11 +16,11 @@ from ringattn.planning.heads import head_shares
 from ringattn.planning.launches import Launch
 from ringattn.planning.placement import Choice, Line
 from ringattn.planning.program import Parcel, Program, Row
-from ringattn.planning.schedules import by_name
+from ringattn.planning.schedules import SCHEDULES, by_name
 from ringattn.planning.shape import TYPICAL
 from ringattn.planning.stages import Heads
 from ringattn.runtime.binding import Binding
-from ringattn.runtime.settings import Options
+from ringattn.runtime.settings import ContextSettings
 
 MAX_STEPS = 8
 GRAPHS = {
@@ -41,8 +41,9 @@ def describe(binding: Binding) -> str:
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
         f"({_between(sizes)} a rank), this is rank {binding.rank}",
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
-        f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings.options)}",
+        f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
+        *_left_out(binding),
         "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
         "calls of the mask with the most; auto takes a simpler layout within 2 %)",
         *_teams(binding),
@@ -138,9 +139,18 @@ def _shares(binding: Binding, mask: Expression, program: Program) -> list[str]:
     return [f"    kernels: {'; '.join(lines)}"]
 
 
-def _given(options: Options) -> str:
+def _given(settings: ContextSettings) -> str:
+    options = settings.options
     names = [name for name in ("rates", "topology") if getattr(options, name) is not None]
-    return f", with the {' and '.join(names)} of Options" if names else ""
+    nodes = f", {settings.nodes}" if settings.nodes and options.topology is None else ""
+    return (f", with the {' and '.join(names)} of Options" if names else "") + nodes
+
+
+def _left_out(binding: Binding) -> list[str]:
+    """Schedules that auto has no use for, and why."""
+    flat = binding.settings.terms.topology.flat(binding.split.ring_size)
+    names = [known.name for known in SCHEDULES if known.by_nodes] if binding.settings.schedule == "auto" else []
+    return [f"    {name} left out: it is for a ring of several nodes, and {flat}" for name in names if flat]
 
 
 def _keys(binding: Binding) -> str:
@@ -166,7 +176,7 @@ def _rows(line: Line, best: float, schedules: Collection[str] = ()) -> list[str]
         note = ": taken" if taken else f": {offer.out}" if offer.out else ": over Options.kv_bytes" if open_ else ""
         open_ &= not taken
         rows.append(
-            f"    {line.layout:11} {offer.schedule:9} {offer.seconds / best:.2f} x the time ({_time(offer.seconds)}), "
+            f"    {line.layout:11} {offer.schedule:11} {offer.seconds / best:.2f} x the time ({_time(offer.seconds)}), "
             f"balance {offer.balance:.2f}, needs {offer.received:,} tokens, {_count(offer.calls, 'call')}{note}"
         )
     return rows

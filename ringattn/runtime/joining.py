@@ -15,6 +15,7 @@ from ringattn.comm import Meeting, PlanningRank, Solo, Transport, told
 from ringattn.comm.shield import shield
 from ringattn.runtime.binding import Shared
 from ringattn.runtime.link import Link
+from ringattn.runtime.nodes import Nodes, told_nodes
 from ringattn.runtime.settings import Options
 
 DEADLINE = 300.0  # seconds
@@ -27,8 +28,8 @@ Group = dist.ProcessGroup | DeviceMesh | Transport | None
 def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
     """What a first context shares with those that replace it. ``options`` looks at its arguments, and raises for those
     that do not fit."""
-    link = _link(group_or_mesh, options)
-    return Shared(link, _device(link.transport))
+    link, nodes = _link(group_or_mesh, options)
+    return Shared(link, _device(link.transport), nodes)
 
 
 def split_of(group_or_mesh: Group, ulysses: int | str) -> int | str:
@@ -62,22 +63,22 @@ def _device(transport: Transport) -> str:
     return torch.cuda.get_device_name() if gpus and torch.cuda.is_available() else "cpu"
 
 
-def _link(group_or_mesh: Group, options: Callable[[], Options]) -> Link:
-    """What a first context moves messages with."""
+def _link(group_or_mesh: Group, options: Callable[[], Options]) -> tuple[Link, Nodes | None]:
+    """What a first context moves messages with, and between which nodes, if a launcher has told."""
     group = _group(group_or_mesh)
     if group is None:
         asked = options()
-        return Link(Solo(asked.timeout or DEADLINE), asked.compare_every, asked.communicators)
+        return Link(Solo(asked.timeout or DEADLINE), asked.compare_every, asked.communicators), None
     if isinstance(group, dist.ProcessGroup):
         return _meet(group, options)
     with told(group, "a new context"):
-        return Link(group, options().compare_every)
+        return Link(group, options().compare_every), None
 
 
-def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
-    """The link that all ranks of a group make, or none."""
+def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> tuple[Link, Nodes | None]:
+    """The link that all ranks of a group make, or none; and the nodes on which all agree."""
     meetings: list[Meeting] = []
-    links: list[Link] = []
+    links: list[tuple[Link, Nodes | None]] = []
 
     def meet(refusal: BaseException | None = None) -> None:
         with Meeting(group) as meeting:
@@ -85,8 +86,11 @@ def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
             if refusal is not None:
                 raise refusal
             asked = options()  # what does not fit says so before anything is sent
-            transport = meeting.transport(asked.timeout or DEADLINE, asked.communicators)
-            links.append(Link(transport, asked.compare_every, asked.communicators))
+            nodes = told_nodes(os.environ, dist.get_process_group_ranks(group), dist.get_rank())
+            transport = meeting.transport(asked.timeout or DEADLINE, asked.communicators, str(nodes or "nothing"))
+            if meeting.apart:
+                nodes = Nodes(None, f"its ranks were {meeting.apart}")
+            links.append((Link(transport, asked.compare_every, asked.communicators), nodes))
 
     def stop() -> None:
         for meeting in meetings:
@@ -97,7 +101,7 @@ def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> Link:
     except BaseException as error:
         if not meetings:  # interrupted before it began
             shield(partial(meet, error))
-        for link in links:  # the others have theirs already
+        for link, _ in links:  # the others have theirs already
             with told(link.transport, "a new context"):
                 raise
         raise

@@ -15,8 +15,10 @@ from ringattn.planning.hardware import Hardware, hardware
 from ringattn.planning.heads import divisors, ring_topology, shared_shape
 from ringattn.planning.launches import Stacking
 from ringattn.planning.rates import Rates
+from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
+from ringattn.runtime.nodes import Nodes
 
 BYTES = 1 << 62  # no limit on bytes is larger
 MULTIPROCESSORS = 128  # fewer than a GPU has
@@ -35,7 +37,8 @@ class Options:
     check_nan: raise ``FloatingPointError`` when q, k or v holds NaN or infinity (waits for the device).
     seed: where the seeds of dropout calls without one of their own come from.
     rates, topology: what a device does in a second, and the links between ranks, which every ``auto`` uses; equal on
-        all ranks. None: what is known of the device.
+        all ranks. None: what is known of the device, with the nodes that the launcher tells of. `measure_links` makes a
+        topology.
     deterministic: sums come in the same order in every run, so that equal calls give equal bits; kernels that cannot
         do that are refused.
     sm_margin: multiprocessors of a GPU that kernels leave free for messages; those that cannot are refused.
@@ -105,7 +108,8 @@ class Options:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """The arguments of a context, and the ``device`` whose rates are its defaults: "cpu", or a GPU's name."""
+    """The arguments of a context, the ``device`` whose rates are its defaults: "cpu", or a GPU's name; and the
+    ``nodes`` of its ranks, if their launcher has told."""
 
     seqlen: int
     masks: tuple[Expression, ...]
@@ -119,6 +123,7 @@ class ContextSettings:
     device: str = "cpu"
     kv_layout: str | Layout | None = None
     ulysses: int | str = 1
+    nodes: Nodes | None = None
 
     def split(self, members: int) -> ContextSettings:
         """The same with so many ranks of the head axis."""
@@ -133,7 +138,9 @@ class ContextSettings:
         return [
             n
             for n in divisors(world_size)
-            if heads // n >= self.options.head_chunks and all(ring in (world_size, world_size // n) for ring in rings)
+            if heads // n >= self.options.head_chunks
+            and all(ring in (world_size, world_size // n) for ring in rings)
+            and not (self.by_nodes and self.flat(world_size, n))
         ]
 
     @property
@@ -150,7 +157,17 @@ class ContextSettings:
     def known(self) -> Hardware:
         """The device, with what the options say of it in place of what is known."""
         known, options = hardware(self.device), self.options
-        return replace(known, topology=options.topology or known.topology, rates=options.rates or known.rates)
+        links = self.nodes.of(known.topology) if self.nodes else known.topology
+        return replace(known, topology=options.topology or links, rates=options.rates or known.rates)
+
+    @property
+    def by_nodes(self) -> bool:
+        """Whether the schedule asked for is for several nodes."""
+        return any(known.by_nodes for known in SCHEDULES if known.name == self.schedule)
+
+    def flat(self, world_size: int, members: int) -> str:
+        """Why the rings of a split are not of several whole nodes; empty where they are."""
+        return ring_topology(self.known.topology, members).flat(world_size // members)
 
     @property
     def terms(self) -> Terms:

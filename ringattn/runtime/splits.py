@@ -70,7 +70,9 @@ def _of_all_ranks(layout: Layout | str | None, length: int, world: int, members:
 
 
 def _choice(s: ContextSettings, bound: tuple[BoundMask, ...], ring_size: int) -> Choice:
-    schedules = tuple(known.name for known in SCHEDULES) if s.schedule == "auto" else (s.schedule,)
+    flat = s.terms.topology.flat(ring_size)
+    fitting = tuple(known.name for known in SCHEDULES if not (known.by_nodes and flat))
+    schedules = fitting if s.schedule == "auto" else (s.schedule,)
     keys = s.kv_layout if isinstance(s.kv_layout, Layout) else None
     if isinstance(s.kv_layout, str) and s.kv_layout != "auto":
         keys = {known.__name__: known for known in NAMED}[s.kv_layout](s.kv_seqlen, ring_size)

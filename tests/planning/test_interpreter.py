@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from ringattn.geometry.frames import Frame
-from ringattn.geometry.layouts import LAYOUTS, contiguous
+from ringattn.geometry.layouts import LAYOUTS, contiguous, zigzag
 from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Row
 from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.turns import compile_program
 from tests.support import cases
+from tests.support.grids import mostly_slow
 
 HEADS, DIM = 3, 2
 
@@ -185,7 +186,7 @@ def check(plan, schedule, cut, stacking, dense, hides=True):
 
 
 @pytest.mark.parametrize("worlds", [(1, 2, 3), pytest.param((5,), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if not s.by_nodes], ids=lambda s: s.name)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", cases.ALL)
 def test_turns_give_dense_attention(name, layout, schedule, worlds):
@@ -198,13 +199,42 @@ def test_turns_give_dense_attention(name, layout, schedule, worlds):
             check(plan, schedule, cut, stacking, cases.dense(predicate), hides=world != 3)
 
 
+NODES = ((4, 2), (6, 2), (6, 3), (8, 2), (8, 4))  # ranks, and ranks of a node
+OVER_NODES = [(layout, nodes) for layout in LAYOUTS for nodes in NODES]
+
+
+@pytest.mark.parametrize("case", mostly_slow(OVER_NODES, [(zigzag, (4, 2))]))
+@pytest.mark.parametrize("name", cases.ALL)
+def test_turns_of_nodes_give_dense_attention(name, case):
+    (mask, predicate), (layout, (world, size)) = cases.ALL[name], case
+    for schedule in (s for s in SCHEDULES if s.by_nodes):
+        plan = plan_of_nodes(mask, layout, world, size)
+        for cut in schedule.cuts(plan, HEADS):
+            check(plan, schedule, cut, Stacking.VIEWS, cases.dense(predicate), hides=size != 3)
+
+
+def plan_of_nodes(mask, layout, world, size, **how):
+    made = layout(cases.SEQLEN, world)
+    return Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, ranks_per_node=size, **how)
+
+
+@pytest.mark.parametrize("name", ["full", "dilated"])
+def test_turns_of_blocks_that_cross_in_parts(name):
+    """Three nodes, so that gradients come home in parts too."""
+    mask, predicate = cases.ALL[name]
+    plan = plan_of_nodes(mask, contiguous, 9, 3)
+    for schedule in (s for s in SCHEDULES if s.by_nodes):
+        check(plan, schedule, 2, Stacking.NONE, cases.dense(predicate))
+        slots = {b.slot for rank in range(9) for b in compile_program(plan, schedule, 2, rank).buffers}
+        assert {"kv ahead", "grads behind"} <= slots
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.name)
 @pytest.mark.parametrize("name", ["global_count", "global_scattered", "documents_window_globals", "longformer_both"])
 def test_turns_of_travelling_queries(name, schedule):
     mask, predicate = cases.ALL[name]
-    for world in (2, 3, 5):
-        made = contiguous(cases.SEQLEN, world)
-        plan = Plan(mask.bind(cases.SEQLEN, cases.SEQLEN), made, made, travel=2)
+    for world, size in ((4, 2),) if schedule.by_nodes else ((2, None), (3, None), (5, None)):
+        plan = plan_of_nodes(mask, contiguous, world, size, travel=2)
         assert len(plan.visits)
         check(plan, schedule, max(schedule.cuts(plan, HEADS)), Stacking.NONE, cases.dense(predicate))
 
@@ -212,7 +242,8 @@ def test_turns_of_travelling_queries(name, schedule):
 def test_an_offset_and_keys_of_another_length():
     for schedule in SCHEDULES:
         mask, predicate = cases.ALL["longformer"]
-        plan = Plan(mask.bind(9, 31, 22), contiguous(9, 4), contiguous(31, 4))
+        nodes = 2 if schedule.by_nodes else None
+        plan = Plan(mask.bind(9, 31, 22), contiguous(9, 4), contiguous(31, 4), ranks_per_node=nodes)
         check(plan, schedule, max(schedule.cuts(plan, HEADS)), Stacking.ALL, cases.dense(predicate, 9, 31, 22))
 
 

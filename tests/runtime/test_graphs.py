@@ -98,6 +98,19 @@ def test_replays_are_right(world, mask, schedule):
     run(world, train)
 
 
+@pytest.mark.slow
+def test_replays_of_blocks_that_cross_in_parts_are_right():
+    nodes = ra.Options(topology=ra.Topology(ra.Link(1e9), ra.Link(1e8), 3), kv_bytes=1 << 30)
+
+    def train(transport):
+        cp = context(transport, S, mask=MASKS[0], layout="zigzag", schedule="double_ring", options=nodes)
+        for number in range(4):
+            assert_right(cp, step(cp, number), truth(number, MASKS[0]))
+        assert cp.program(MASKS[0]).cut == 2 and len(captured(cp)) == 2
+
+    run(6, train)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_dtype_leaves_a_graphs_memory(dtype):
     """Running results are in the dtype of the inputs or in another; what a call has returned stays in either case."""

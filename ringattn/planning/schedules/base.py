@@ -6,7 +6,8 @@ computes) and the gradient transfers that follow it. Steps of equal index belong
 Step 0 needs no transfer. A schedule has one number to choose, its ``cut`` (hops of a step, chunks of heads),
 and states the buffers that a cut takes.
 
-Gradients *follow* their block along a relay (ring) or *return* straight to the owner (exchange, gather).
+Gradients *follow* their block along a relay (ring; double ring: on each node) or *return* straight to the owner
+(exchange, gather).
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from ringattn.planning.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """``spans`` (global key positions, ``[n, 3]``) of ``owner``'s shard go from rank ``src`` to ``dst``."""
+    """``spans`` (global key positions, ``[n, 3]``) of ``owner``'s shard go from rank ``src`` to ``dst``. ``apart``: so
+    many turns earlier than the one before its step (K/V from their owner), or later than the one behind it (gradients
+    on their way home)."""
 
     src: int
     dst: int
     owner: int
     spans: Ints
+    apart: int = 0
 
     @property
     def tokens(self) -> int:
@@ -75,7 +79,8 @@ class Schedule:
 
     What its cost follows from: turn: ``(hops, cut)`` to the step in which keys are computed whose owner is so many
     ranks before. flow: ``(plan, cut)`` to what moves. by_heads: whether the cut is chunks of heads, each of which makes
-    all calls. on_lattice: whether keys of different steps are cut to their common multiple.
+    all calls. on_lattice: whether keys of different steps are cut to their common multiple. by_nodes: whether it is for
+    several nodes of several ranks each.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Schedule:
     flow: Callable[[Plan, int], Flow]
     by_heads: bool = False
     on_lattice: bool = False
+    by_nodes: bool = False
 
     def fit(self, plan: Plan, kv_heads: int, room: int) -> int | None:
         """The preferred cut whose buffers hold at most ``room`` rows of one head; None where none does."""

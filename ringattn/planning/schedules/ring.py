@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from ringattn.geometry.spans import Intervals, Ints, columns, expand
-from ringattn.planning.plan import Plan, merge_spans
+from ringattn.geometry.spans import Ints, columns
+from ringattn.planning.plan import Plan
 from ringattn.planning.schedules.base import Flow, Schedule, Step, Transfer, messages, own_step, split
+from ringattn.planning.schedules.relay import Relays
 
 
 def ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
@@ -21,7 +21,7 @@ def ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
     ends at the last rank that needs any. dK/dV follow their block from step to step; keys that nobody behind needs
     leave it at once and go straight home. Buffers: two steps of K/V, two of gradients.
     """
-    relay = _Relay(plan, cut)
+    relay = _Ring(plan, cut)
     steps = [own_step(plan, rank)]
     for t in range(1, -(-(plan.world_size - 1) // cut) + 1):
         keys, kv = relay.arrivals(rank, t)
@@ -31,20 +31,15 @@ def ring(plan: Plan, rank: int, cut: int = 1) -> list[Step]:
     return steps
 
 
-class _Relay:
-    """What a relay with strides of ``cut`` carries: the union of the needs of all ranks that lie at least ``hop``
-    behind the owner and a whole number of strides from that hop."""
+class _Ring:
+    """What passes with strides of ``cut`` ranks. A lane is the part of an owner's ranks that are a whole number of
+    strides apart, and a place on it is how far a rank lies behind the owner."""
 
     def __init__(self, plan: Plan, cut: int) -> None:
         world, needs = plan.world_size, plan.world_needs
         distance = (needs[:, 0] - needs[:, 1]) % world
-        lane = needs[:, 1] * cut + (distance - 1) % cut
-        order = np.lexsort((-distance, lane))
         self.world, self.cut = world, cut
-        self.spans = needs[order, 2:]
-        # One lattice for all hops, so that what a hop carries is a part of what the hop before carried.
-        self.step = int(np.lcm.reduce(needs[:, 4], initial=1))
-        self._key = lane[order] * world + (world - 1 - distance[order])
+        self.relays = Relays(needs[:, 1] * cut + (distance - 1) % cut, distance, needs[:, 2:], world)
 
     def hops(self, t: int) -> Ints:
         """How far the blocks of step ``t`` are from their owners."""
@@ -69,27 +64,22 @@ class _Relay:
         own, handed = self.contents(np.full(len(hops), rank), hops), self.contents(np.full(len(hops), rank), hops + cut)
         next_hops = hops[hops + cut < world] + cut
         coming = self.contents((rank - next_hops) % world, next_hops)
+        minus = self.relays.minus
         grads = [Transfer(rank, after, o, spans) for o, spans in zip(owners.tolist(), passed, strict=True)]
         grads += [
             Transfer(before, rank, (rank - d) % world, spans)
             for d, spans in zip(next_hops.tolist(), coming, strict=True)
         ]
-        grads += [Transfer(rank, o, o, s) for o, s in zip(owners.tolist(), self._minus(held, passed), strict=True)]
+        grads += [Transfer(rank, o, o, s) for o, s in zip(owners.tolist(), minus(held, passed), strict=True)]
         grads += [
             Transfer((rank + d) % world, rank, rank, spans)
-            for d, spans in zip(hops.tolist(), self._minus(own, handed), strict=True)
+            for d, spans in zip(hops.tolist(), minus(own, handed), strict=True)
         ]
         return tuple(t for t in grads if len(t.spans))
 
     def contents(self, owners: Ints, hops: Ints) -> list[Ints]:
         """For each (owner, hop) the spans on their way at that hop."""
-        lane = (owners * self.cut + (hops - 1) % self.cut) * self.world
-        first = np.searchsorted(self._key, lane, "left")
-        last = np.searchsorted(self._key, lane + np.maximum(self.world - hops, 0), "left")
-        group, within = expand(last - first)
-        merged = merge_spans(group, self.spans[first[group] + within], self.step)
-        edges = np.searchsorted(merged[:, 0], np.arange(len(owners) + 1))
-        return [merged[a:b, 1:] for a, b in itertools.pairwise(edges)]
+        return self.relays.carried(owners * self.cut + (hops - 1) % self.cut, hops)
 
     def _buffer(self, rank: int, t: int) -> tuple[tuple[int, Ints], ...]:
         hops = self.hops(t)
@@ -101,23 +91,6 @@ class _Relay:
 
     def _source(self, rank: int, owner: int, t: int) -> int:
         return owner if t == 1 else (rank - self.cut) % self.world
-
-    def _minus(self, a: list[Ints], b: list[Ints]) -> list[Ints]:
-        """Pair by pair the spans of ``a`` that are not in ``b``."""
-        return [self._without(x, y) if len(y) else x for x, y in zip(a, b, strict=True)]
-
-    def _without(self, x: Ints, y: Ints) -> Ints:
-        parts = []
-        for residue in np.unique(x[:, 0] % self.step).tolist():
-            runs = [self._runs(spans[spans[:, 0] % self.step == residue]) for spans in (x, y)]
-            left = runs[0].intersect(runs[1].complement()).bounds
-            start, length = left[:, 0] * self.step + residue, left[:, 1] - left[:, 0]
-            parts.append(columns(start, length, self.step))
-        return np.concatenate(parts or [x])
-
-    def _runs(self, spans: Ints) -> Intervals:
-        start = spans[:, 0] // self.step
-        return Intervals(columns(start, start + spans[:, 1]))
 
 
 def _cuts(plan: Plan, kv_heads: int) -> Sequence[int]:
