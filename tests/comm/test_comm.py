@@ -608,7 +608,7 @@ def test_shared_memory_checks_what_arrives() -> None:
 def take_part_elsewhere(rank: int, world_size: int) -> str:
     import ringattn.comm.shared_memory as module
 
-    module._machine = lambda: f"machine {rank // 2}"
+    module.machine = lambda: f"machine {rank // 2}"
     return type(transport_over(dist.group.WORLD, 20)).__name__
 
 

@@ -85,7 +85,10 @@ def fail_everywhere(rank: int, world: int, make: Callable[[], Transport], culpri
 @TRANSPORTS
 @WORLDS
 def test_a_fault_at_every_message_is_one_on_all_ranks(make: Any, world: int) -> None:
-    ranks = run_processes(fail_everywhere, world, make, world - 1)
+    check_faults(run_processes(fail_everywhere, world, make, world - 1), world)
+
+
+def check_faults(ranks: list[Any], world: int) -> None:
     assert all(found[0] == ["right"] for found in ranks)
     refused = 0
     for cases_of in zip(*(found[1:] for found in ranks), strict=True):
@@ -178,7 +181,10 @@ def usable(cp: ra.ContextParallel, name: str, make: Callable[[], Transport]) -> 
 @TRANSPORTS
 @WORLDS
 def test_ranks_that_differ_in_a_known_call_are_told_at_once(make: Any, world: int) -> None:
-    ranks = run_processes(differ, world, make)
+    check_differences(run_processes(differ, world, make))
+
+
+def check_differences(ranks: list[Any]) -> None:
     for outcomes in zip(*ranks, strict=True):
         for text, later, seconds in outcomes:
             assert "CallMismatch" in text and "every rank must make the same calls" in text, outcomes
@@ -268,7 +274,10 @@ def refuse(rank: int, world: int, make: Callable[[], Transport]) -> list[tuple[s
 @TRANSPORTS
 @WORLDS
 def test_what_one_rank_refuses_is_refused_by_all(make: Any, world: int) -> None:
-    ranks = run_processes(refuse, world, make)
+    check_refusals(run_processes(refuse, world, make), world)
+
+
+def check_refusals(ranks: list[Any], world: int) -> None:
     for outcomes in zip(*ranks, strict=True):
         for rank, (text, later, seconds) in enumerate(outcomes):
             assert text.startswith("ValueError") and later == "right" and seconds < AT_ONCE, outcomes
