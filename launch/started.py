@@ -54,6 +54,11 @@ def translated(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def by_mpi(environ: Mapping[str, str]) -> bool:
+    """Whether mpiexec has started this process."""
+    return any({*names[:2]} <= environ.keys() for names in MPIS)
+
+
 def _check_same(environ: Mapping[str, str], names: tuple[str, ...]) -> None:
     pairs = list(zip(OURS[:2], names[:2], strict=True))
     if any(environ[ours] != environ[theirs] for ours, theirs in pairs):
@@ -76,7 +81,7 @@ def _tasks_here(counts: str, environ: Mapping[str, str]) -> str:
 def _slurms_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
     """The first node of a Slurm step and a port that follows from its job, where no mpiexec is in between."""
     nodes = environ.get("SLURM_STEP_NODELIST", "")
-    if any({*names[:2]} <= environ.keys() for names in MPIS) or not nodes:
+    if by_mpi(environ) or not nodes:
         return None
     first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
     assert first is not None, "a list of nodes begins with a name"
