@@ -15,8 +15,8 @@ import torch
 import ringattn as ra
 from ringattn.comm import CallMismatch, PeerError
 from ringattn.testing import dense_attention
-from tests.comm import test_comm as exchanges
-from tests.runtime import test_calls as calls
+from tests.support import exchanges
+from tests.support import failing as calls
 from tests.support.clock import patience
 from tests.support.grids import mostly_slow
 from tests.support.mpi import ABSENT, ROOT, end_of, in_group, on_ranks, over_mpi
