@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -123,8 +123,7 @@ def ranks_of_mpi(size: int) -> "MPI.Intracomm":
 
 def part_of_mpi(size: int, part: int, rank: int) -> "MPI.Intracomm":
     """The ranks of all that name the same part, in the order of their ranks. Collective."""
-    mine: MPI.Intracomm = ranks_of_mpi(size).Split(part, rank)  # type: ignore[assignment]
-    return mine
+    return cast("MPI.Intracomm", ranks_of_mpi(size).Split(part, rank))
 
 
 def end_all() -> None:
