@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -123,6 +124,14 @@ class Board:
             self.store.add("words", 1)
         except RuntimeError:  # nobody is left to hear it
             return
+
+    def await_words(self, seconds: float) -> bool:
+        """Waits, for so long at most, until all others have said that they end; whether they have."""
+        begin, here = time.monotonic(), 0
+        with suppress(RuntimeError):  # the store may be gone
+            while (here := len(self.words())) < self.size - 1 and time.monotonic() - begin < seconds:
+                time.sleep(0.05)
+        return here == self.size - 1
 
     def explain(self, error: BaseException) -> Word | None:
         """Whose fault it is that this rank failed with `error`: another's refusal or failure, or a rank that is dead,

@@ -21,6 +21,7 @@ DTYPES = ("float32", "float64", "bfloat16")
 RESIDUALS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 ENGINES = ("ddp", "fsdp")
+TRANSPORTS = ("auto", "mpi")
 
 LARGEST_FILE = 1 << 20  # bytes of TOML
 
@@ -176,10 +177,12 @@ class Config:
     masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
     document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
-    data_parallel: replicas of the context; the other ranks share each sequence. accumulate: samples of a replica in a
-    step. loss_chunks: the logits of a shard are computed in so many pieces. timeout: seconds that a rank waits for
-    another, anywhere, before it says for whom and ends. dtype: float32 or float64 is the dtype of
-    everything, bfloat16 means autocast over fp32 parameters; residual: what is held of a token between layers then.
+    transport: what attention's messages go over, auto (shared memory, gloo or NCCL) or mpi, where mpiexec has started
+    the ranks; all else goes over gloo or NCCL. data_parallel: replicas of the context; the other ranks share each
+    sequence. accumulate: samples of a replica in a step. loss_chunks: the logits of a shard are computed in so many
+    pieces. timeout: seconds that a rank waits for another, anywhere, before it says for whom and ends. dtype: float32
+    or float64 is the dtype of everything, bfloat16 means autocast over fp32 parameters; residual: what is held of a
+    token between layers then.
     recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
     all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
     share_gpus: more ranks of one machine than it has GPUs share these, over sockets, which is slow: for tests."""
@@ -207,6 +210,7 @@ class Config:
     share_gpus: bool = False
     layout: str = "auto"
     schedule: str = "auto"
+    transport: str = "auto"
     kernel: str = "auto"
     save_every: int = 0
     timeout: float = 300.0
@@ -246,6 +250,7 @@ class Config:
         check_choice("dtype", self.dtype, DTYPES)
         self._check_how()
         check_choice("engine", self.engine, ENGINES)
+        check_choice("transport", self.transport, TRANSPORTS)
 
     def _check_how(self) -> None:
         """How the built-in decoder's layers are computed, and on whose GPU."""

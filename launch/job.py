@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.board import FAILED, LOST, REFUSED, end_lost
+from launch.board import FAILED, GRACE, LOST, REFUSED, end_lost
 from launch.config import Config, find_config, load
 from launch.processes import REFUSALS, World, join, meet
 from launch.rules import shown
 from launch.run import Job, prepare, start, train
+from launch.started import by_mpi
 from launch.stopping import StopSignal
 from launch.verify import verify
 
@@ -127,5 +128,8 @@ def fail(error: Exception, world: World) -> int:
     if board is None:
         return code
     board.end(kind, code, line)
+    # mpiexec kills the others when this process ends, also the one that says the line
+    if by_mpi(os.environ) and not board.await_words(GRACE) and os.environ.get("LOCAL_RANK", "0") != "0":
+        print(f"error: rank {board.rank}: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # others may wait for what this process will not send: a group cannot be left in order then

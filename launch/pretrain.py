@@ -2,24 +2,26 @@
 processes.
 
     torchrun --standalone --nproc-per-node 2 -m launch.pretrain --config cpu-128k
+    mpiexec -n 2 python -m launch.pretrain --config cpu-128k
 
 Exit codes of a process: 0 done; 2 bad input, refused with one line; 3 `--verify` found a difference; 4 the
 loss, or a parameter, is no longer a number; 5 another rank died or froze; 128 + n stopped by signal n after saving
-(130 for Ctrl-C). torchrun reports all but 0 as 1."""
+(130 for Ctrl-C). torchrun reports all but 0 as 1; mpiexec the code of the first that ends otherwise."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from launch.started import end_all, translate
 from launch.stopping import StopSignal
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command(help="Train a small decoder on text, its context sharded over all processes that torchrun starts.")
+@app.command(help="Train a small decoder on text, its context sharded over all processes that are started together.")
 def main(
     config: Annotated[str | None, typer.Option(help="a shipped config or a .toml file [cpu-128k]")] = None,
     data: Annotated[list[str] | None, typer.Option(help="text: a file or directory; may be repeated")] = None,
@@ -31,14 +33,22 @@ def main(
     engine: Annotated[str | None, typer.Option(help="ddp or fsdp: how parameters lie on the ranks")] = None,
     data_parallel: Annotated[int | None, typer.Option(help="replicas; the other ranks share a sequence")] = None,
     accumulate: Annotated[int | None, typer.Option(help="sequences of a replica in a step")] = None,
+    transport: Annotated[str | None, typer.Option(help="auto or mpi: what attention's messages go over")] = None,
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""
+    try:
+        translate()
+    except ValueError as error:
+        refuse(str(error))
     # before torch is loaded: a rank that is left says whom it has lost
     stop = StopSignal(threads=True) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     from launch.job import Request, perform
 
-    changes = {"steps": steps, "engine": engine, "data_parallel": data_parallel, "accumulate": accumulate}
+    changes = {
+        **{"steps": steps, "engine": engine, "transport": transport},
+        **{"data_parallel": data_parallel, "accumulate": accumulate},
+    }
     given = {name: value for name, value in changes.items() if value is not None}
     sys.exit(perform(Request(config, tuple(data or ()), out, resume, overwrite, model, given, check), stop))
 
@@ -49,10 +59,16 @@ def run() -> None:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's, whatever module its classes live in
+            end_all()
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error.format_message()}; --help lists all options", file=sys.stderr, flush=True)
-        sys.exit(2)
+        refuse(f"{error.format_message()}; --help lists all options")
+
+
+def refuse(text: str) -> NoReturn:
+    """Ends this process for bad input, said once a machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The processes of a run: started by torchrun they form one group (gloo on CPUs, NCCL on GPUs), started
-plainly there is one of them. Here are the few things the processes do together outside attention, and how one that
-cannot go on ends all of them with the same line."""
+"""The processes of a run: started by torchrun, mpiexec or srun they form one group (gloo on CPUs, NCCL on GPUs),
+started plainly there is one of them. Here are the few things the processes do together outside attention, and how one
+that cannot go on ends all of them with the same line."""
 
 import ctypes
 import gc
@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from launch.board import ALONE, DONE, Attempt, Board, connect, find_attempt, new_store
+from launch.started import part_of_mpi, ranks_of_mpi
 from launch.stopping import StopSignal
+from ringattn.context import Group
 from ringattn.integrations.fsdp import data_context_mesh
 from ringattn.testing import share_gpus
 
@@ -73,6 +75,12 @@ class World:
     def context(self) -> DeviceMesh | None:
         """The processes that share a sequence with this one."""
         return None if self.mesh is None else self.mesh["cp"]
+
+    def ring(self, transport: str) -> Group:
+        """What attention's messages go over among them: their mesh, or MPI's communicator."""
+        if transport != "mpi" or self.mesh is None:
+            return self.context
+        return part_of_mpi(self.size, self.replica, self.rank)
 
     def sum_(self, values: Sequence[Tensor | float]) -> list[float]:
         """The sum of each scalar over the processes, in one transfer."""
@@ -174,9 +182,18 @@ def check_device(device: str, share_gpus: bool) -> None:
         )
 
 
+def check_transport(transport: str) -> None:
+    """Raises ValueError where attention cannot go over what it is to go over."""
+    if transport == "mpi":
+        try:
+            ranks_of_mpi(int(os.environ.get("WORLD_SIZE", "1")))
+        except ImportError as error:
+            raise ValueError(f"transport is 'mpi': {error}; pip install -e '.[launch,mpi]'") from None
+
+
 def meet(world: World, stop: StopSignal | None) -> None:
-    """Lets the processes that torchrun describes in the environment tell each other things; they have no group yet.
-    Without torchrun there is one."""
+    """Lets the processes that a launcher describes in the environment tell each other things; they have no group
+    yet. Without a launcher there is one."""
     world.size = int(os.environ.get("WORLD_SIZE", "1"))
     world.attempt = find_attempt()
     if world.size > 1:

@@ -17,7 +17,7 @@ from launch.data import Sample
 from launch.engine import distribute
 from launch.language import Language, Objective
 from launch.mask_text import parse_mask
-from launch.processes import World, check_device
+from launch.processes import World, check_device, check_transport
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
 from launch.rules import shown
@@ -94,6 +94,7 @@ def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: At
     """Checks all that a process can check alone. Raises ValueError with the value, the rule and the
     remedy."""
     check_device(config.device, config.share_gpus)
+    check_transport(config.transport)
     _check_place(config, run)
     restarted, there = resume.began_here(run, attempt), checkpoint.holds_any(run)
     if go_on and not restarted and not there:

@@ -21,7 +21,7 @@ from ringattn.loss import count_targets
 def make_context(config: Config, world: World, language: Language) -> ringattn.ContextParallel:
     """The context of a run, over the processes that share a sequence."""
     return ringattn.ContextParallel(
-        world.context,
+        world.ring(config.transport),
         config.seqlen,
         mask=language.distinct,
         layout=config.layout,

@@ -1,4 +1,9 @@
-"""Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing."""
+"""Transports: how tensors travel between ranks, and how ranks make sure that they do the same thing.
+
+``MPITransport`` is here too, and starts MPI when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING
 
 from ringattn.comm.agreement import agree
 from ringattn.comm.calls import TORN, CallLog, CallMismatch, Kind, Label, PeerError, together, told
@@ -33,3 +38,15 @@ __all__ = [
     "told",
     "transport_over",
 ]
+
+if TYPE_CHECKING:
+    from ringattn.comm.mpi import MPITransport as MPITransport
+else:
+
+    def __getattr__(name):
+        """What wants a package of its own."""
+        if name == "MPITransport":
+            from ringattn.comm.mpi import MPITransport
+
+            return MPITransport
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,5 @@
-"""The board of a process group: the store of its own, on which its ranks leave each other what needs no message."""
+"""Boards on PyTorch's stores, on which ranks leave each other what needs no message; that of a process group is on the
+store of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +32,59 @@ def _import_without_group() -> None:
 _import_without_group()
 
 
-class GroupBoard:
+class StoreBoard:
+    """A board on one of PyTorch's key/value stores."""
+
+    rank: int
+    name: str
+
+    @property
+    def _open_store(self) -> dist.Store:
+        """The store; raises RuntimeError where there is none any more."""
+        raise NotImplementedError
+
+    def publish(self, key: str, value: str) -> None:
+        """See `Board`."""
+        self._ask(lambda: self._open_store.set(key, value))
+
+    def lookup(self, key: str) -> str | None:
+        """See `Board`."""
+        # get() alone would block on an absent key
+        return self._ask(lambda: self._open_store.get(key).decode() if self._open_store.check([key]) else None)
+
+    def count(self, key: str) -> int:
+        """See `Board`."""
+        return self._ask(lambda: self._open_store.add(key, 1))
+
+    def await_key(self, key: str, timeout: float) -> bool:
+        """See `Board`. Asks again and again: a store's own wait logs a warning when its time is over."""
+        deadline, pause = time.monotonic() + timeout, 0.0005
+        while not self._ask(lambda: self._open_store.check([key])):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.05)
+        return True
+
+    def forget(self, key: str) -> None:
+        """See `Board`."""
+        try:
+            self._ask(lambda: self._open_store.delete_key(key))
+        except NotImplementedError:
+            return
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
+        try:
+            return question()
+        except dist.DistError as error:
+            raise PeerError(
+                f"rank {self.rank}: the store of group '{self.name}' does not answer, the process that hosts "
+                f"it may have died ({error})"
+            ) from error
+
+
+class GroupBoard(StoreBoard):
     """A rank's view of a process group and its store.
 
     The group is not kept alive: what the board holds ends with it.
@@ -104,46 +157,6 @@ class GroupBoard:
     def board(self) -> GroupBoard:
         """See `Voters`."""
         return self
-
-    def publish(self, key: str, value: str) -> None:
-        """See `Board`."""
-        self._ask(lambda: self._open_store.set(key, value))
-
-    def lookup(self, key: str) -> str | None:
-        """See `Board`."""
-        # get() alone would block on an absent key
-        return self._ask(lambda: self._open_store.get(key).decode() if self._open_store.check([key]) else None)
-
-    def count(self, key: str) -> int:
-        """See `Board`."""
-        return self._ask(lambda: self._open_store.add(key, 1))
-
-    def await_key(self, key: str, timeout: float) -> bool:
-        """See `Board`. Asks again and again: a store's own wait logs a warning when its time is over."""
-        deadline, pause = time.monotonic() + timeout, 0.0005
-        while not self._ask(lambda: self._open_store.check([key])):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, 0.05)
-        return True
-
-    def forget(self, key: str) -> None:
-        """See `Board`."""
-        try:
-            self._ask(lambda: self._open_store.delete_key(key))
-        except NotImplementedError:
-            return
-
-    def _ask(self, question: Callable[[], Answer]) -> Answer:
-        try:
-            return question()
-        except dist.DistError as error:
-            raise PeerError(
-                f"rank {self.rank}: the store of group '{self.name}' does not answer, the process that hosts "
-                f"it may have died ({error})"
-            ) from error
 
 
 def _end(board: weakref.ref[GroupBoard]) -> None:

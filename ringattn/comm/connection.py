@@ -13,24 +13,22 @@ import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import wraps
 from itertools import accumulate, chain, groupby
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
 from ringattn.comm.calls import LABEL_BYTES, TORN, CallLog, Label, PeerError
+from ringattn.comm.ends import whole
 from ringattn.comm.shared_block import SharedBlock, map_block
 
 TENSORS_OF_A_NOTE = 1000  # notes must fit a socket's buffer
 CLOSED = "its connection is closed: the process has ended, dropped its context, or gave up waiting for this rank"
-P = ParamSpec("P")
-Result = TypeVar("Result")
 _NO_BLOCK = -1  # in place of a block's number
 Piece = tuple[int, int]  # where a tensor begins in a block, and its bytes
 
@@ -57,21 +55,6 @@ class _Arrival(NamedTuple):
     memory: Tensor
     last: int | None
     label: Label
-
-
-def _whole(step: Callable[Concatenate[Connection, P], Result]) -> Callable[Concatenate[Connection, P], Result]:
-    """A step after which both ends count alike: what is raised in the middle of it (by a signal's handler, at any
-    place) leaves the connection torn."""
-
-    @wraps(step)
-    def watched(self: Connection, *args: P.args, **kwargs: P.kwargs) -> Result:
-        try:
-            return step(self, *args, **kwargs)
-        except BaseException:
-            self.torn = self._log.torn = True
-            raise
-
-    return watched
 
 
 _open: WeakSet[Connection] = WeakSet()
@@ -129,7 +112,7 @@ class Connection:
             if note.handle is not None:
                 os.close(note.handle)
 
-    @_whole
+    @whole
     def send(self, tensors: Sequence[Tensor], label: Label) -> int:
         """Tells the peer of tensors, and copies those that lie in no block. How many notes the peer must have answered
         in all before these tensors may be written, or more are copied."""
@@ -158,7 +141,7 @@ class Connection:
         self.outbox.append(_Note(_pack(_NO_BLOCK) + label.pack()))
         self.flush()
 
-    @_whole
+    @whole
     def flush(self) -> None:
         """Sends the notes for which the socket has room."""
         while self.outbox and self.why is None:
@@ -218,7 +201,7 @@ class Connection:
         assert block.handle is not None, "only an arena is sealed, and this peer has it"
         return number, os.dup(block.handle)
 
-    @_whole
+    @whole
     def expect(self, tensors: Sequence[Tensor], label: Label) -> int:
         """Queues tensors to be filled; how many will then have been received in all."""
         self._leave_old_epochs()
@@ -233,7 +216,7 @@ class Connection:
         found = self._arrived[0].label if self._arrived else label
         return found if found[:2] == label[:2] and found.chain != label.chain else None
 
-    @_whole
+    @whole
     def read(self) -> None:
         """Takes in all notes that have come."""
         self._leave_old_epochs()

@@ -30,12 +30,12 @@ def transport_over(group: dist.ProcessGroup, timeout: float, communicators: int 
     """Shared memory where the group moves CPU tensors only and all its ranks run on one Linux machine, else the
     group's own engine. Collective; takes and raises what `ProcessGroupTransport` does."""
     engine = ProcessGroupTransport(group, timeout, communicators)
-    if engine.devices == {"cpu"} and engine.world_size > 1 and engine.same_everywhere(_machine()):
-        return SharedMemoryTransport(engine) if _machine() else engine
+    if engine.devices == {"cpu"} and engine.world_size > 1 and engine.same_everywhere(machine()):
+        return SharedMemoryTransport(engine) if machine() else engine
     return engine
 
 
-def _machine() -> str:
+def machine() -> str:
     """What processes have in common that reach each other's Unix sockets: the kernel and the network namespace."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
     try:

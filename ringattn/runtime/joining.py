@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,14 @@ from ringattn.runtime.link import Link
 from ringattn.runtime.nodes import Nodes, told_nodes
 from ringattn.runtime.settings import Options
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 DEADLINE = 300.0  # seconds
 
 MESH = ("ring", "ulysses")  # dims of a 2-D mesh
 
-Group = dist.ProcessGroup | DeviceMesh | Transport | None
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Transport | MPI.Intracomm | None"
 
 
 def join(group_or_mesh: Group, options: Callable[[], Options]) -> Shared:
@@ -65,6 +70,8 @@ def _device(transport: Transport) -> str:
 
 def _link(group_or_mesh: Group, options: Callable[[], Options]) -> tuple[Link, Nodes | None]:
     """What a first context moves messages with, and between which nodes, if a launcher has told."""
+    if _is_communicator(group_or_mesh):
+        return _over_mpi(group_or_mesh, options), None
     group = _group(group_or_mesh)
     if group is None:
         asked = options()
@@ -73,6 +80,25 @@ def _link(group_or_mesh: Group, options: Callable[[], Options]) -> tuple[Link, N
         return _meet(group, options)
     with told(group, "a new context"):
         return Link(group, options().compare_every), None
+
+
+def _over_mpi(comm: MPI.Intracomm, options: Callable[[], Options]) -> Link:
+    """The link of a communicator's contexts, which share a transport. What one rank refuses, the others hear of in
+    their next call."""
+    from ringattn.comm.mpi import transport_of
+
+    try:
+        asked = options()
+    except BaseException:
+        with told(transport_of(comm, DEADLINE), "a new context"):
+            raise
+    return Link(transport_of(comm, asked.timeout or DEADLINE), asked.compare_every)
+
+
+def _is_communicator(group: object) -> TypeGuard[MPI.Intracomm]:
+    """Whether it is mpi4py's, which is not imported for the question: that would start MPI."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and isinstance(group, mpi.Comm)
 
 
 def _meet(group: dist.ProcessGroup, options: Callable[[], Options]) -> tuple[Link, Nodes | None]:
@@ -116,7 +142,7 @@ def _group(group: Group) -> dist.ProcessGroup | Transport | None:
     if group is not None:
         raise ValueError(
             f"group_or_mesh={shown(group)}: pass a ProcessGroup, a 1-D DeviceMesh, a 2-D one (ring, ulysses), a "
-            "ringattn transport, or None"
+            "ringattn transport, an mpi4py communicator, or None"
         )
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many and dist.is_torchelastic_launched() and not dist.is_initialized():

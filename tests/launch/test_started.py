@@ -1,0 +1,137 @@
+"""The main job under mpiexec and srun: whose variables they are, and that it trains, and ends, as under torchrun."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.started import PORTS, _slurms_address, translated
+from tests.support.clock import patience
+from tests.support.mpi import ABSENT, ROOT, Ended, mpiexec
+from tests.support.pretrain import NOWHERE, config_file, records_of, tiny
+
+MPI = pytest.mark.skipif(ABSENT, reason="needs mpi4py and an mpiexec: pip install -e '.[mpi]'")
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}  # fmt: skip
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "node[07-08]", "SLURM_JOB_ID": "20001",
+}  # fmt: skip
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}  # a batch script is one process
+SIXTH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    "environ, found",
+    [
+        ({}, {}),
+        (OPEN_MPI, SIXTH),
+        (MPICH, SIXTH),
+        (SLURM, SIXTH),
+        (BATCH, {}),
+        (SLURM | {"SLURM_PROCID": "0"} | MPICH, SIXTH),
+        (SLURM | {"PMI_RANK": "5", "PMI_SIZE": "8"}, SIXTH),
+        (SIXTH | OPEN_MPI, {}),
+        (SIXTH | SLURM | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, {}),
+    ],
+    ids=["none", "open mpi", "mpich", "srun", "batch", "mpich in slurm", "srun pmi2", "both alike", "torchrun in srun"],
+)
+def test_a_rank_knows_its_place(environ: dict[str, str], found: dict[str, str]) -> None:
+    assert translated(environ) == found
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, MPICH])
+def test_launchers_that_contradict_each_other_are_named(environ: dict[str, str]) -> None:
+    rank, size = list(environ)[:2]
+    with pytest.raises(ValueError, match=f"RANK=0 beside {rank}=5, WORLD_SIZE=8 beside {size}=8: torchrun and mpiexec"):
+        translated(environ | {"RANK": "0", "WORLD_SIZE": "8"})
+
+
+def test_the_first_node_of_a_slurm_step_is_where_ranks_meet() -> None:
+    assert _slurms_address(SLURM) == ("node07", PORTS[1])
+    assert _slurms_address(SLURM | {"SLURM_STEP_NODELIST": "gpu-a,gpu-b"}) == ("gpu-a", PORTS[1])
+    assert _slurms_address(SLURM | MPICH) is None, "MPI is asked"
+
+
+def launched(ranks: int, text: Path, run: Path, *arguments: str, **environment: str) -> Ended:
+    config = config_file(run.parent, "", "", tiny(text))
+    job = [sys.executable, "-m", "launch.pretrain", "--config", str(config), "--out", str(run), *arguments]
+    return mpiexec(ranks, job, 100.0, **environment)
+
+
+@MPI
+@pytest.mark.slow
+def test_the_job_trains_alike_over_gloo_and_mpi(text: Path, tmp_path: Path) -> None:
+    losses = []
+    for transport in ("auto", "mpi"):
+        ended = launched(2, text, tmp_path / transport, "--transport", transport, "--verify")
+        assert ended.code == 0 and "sharded and single-rank step are equal" in ended.said, ended.said
+        losses.append([record["loss"] for record in records_of(tmp_path / transport)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) and len(losses[0]) == 6
+
+
+@MPI
+@pytest.mark.slow
+def test_replicas_attend_over_mpi_among_themselves(text: Path, tmp_path: Path) -> None:
+    ended = launched(4, text, tmp_path / "run", "--transport", "mpi", "--verify", "--data-parallel", "2")
+    assert ended.code == 0 and "step are equal" in ended.said and "2 x 2 (data x context)" in ended.said, ended.said
+
+
+FAULTY = """
+import os, sys
+import launch.run
+step = launch.run._step
+def faulty(job, trainer, stop):
+    if trainer.world.rank == 1 and job.progress["step"] == 2:
+        {fault}
+    return step(job, trainer, stop)
+launch.run._step = faulty
+from launch.pretrain import run
+run()
+"""
+
+
+@MPI
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["auto", "mpi"])
+@pytest.mark.parametrize("fault", ["raise KeyError('mine')", "raise ValueError('mine')", "os.kill(os.getpid(), 9)"])
+def test_a_rank_that_fails_ends_all(text: Path, tmp_path: Path, transport: str, fault: str) -> None:
+    config = config_file(tmp_path, "", "", tiny(text))
+    program = [sys.executable, "-c", FAULTY.format(fault=fault), "--config", str(config), "--transport", transport]
+    ended = mpiexec(3, [*program, "--out", str(tmp_path / "run")], 100.0)
+    assert ended.code != 0, ended.said
+    assert "mine" in ended.said or "kill" in fault.lower()
+    assert ended.seconds < patience(40), ended.said
+
+
+@MPI
+@pytest.mark.slow
+def test_other_numbers_of_torchruns_are_refused(text: Path, tmp_path: Path) -> None:
+    ended = launched(2, text, tmp_path / "run", RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
+    assert ended.code == 2 and "WORLD_SIZE=3 beside PMI_SIZE=2" in ended.said, ended.said
+
+
+@MPI
+@pytest.mark.slow
+def test_mpi_under_torchrun_is_refused(text: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path, "", "", tiny(text))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "launch.pretrain", "--config", str(config), "--out", str(NOWHERE), "--transport", "mpi"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "the job has 2 ranks and MPI" in done.stderr and "launch/mpi.sh" in done.stderr
+
+
+@MPI
+@pytest.mark.slow
+def test_the_script_starts_it(text: Path, tmp_path: Path) -> None:
+    config = config_file(tmp_path, "", "", tiny(text))
+    command = [str(ROOT / "launch" / "mpi.sh"), "--config", str(config), "--out", str(tmp_path / "run"), "--steps", "2"]
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and len(records_of(tmp_path / "run")) == 2, done.stdout + done.stderr
