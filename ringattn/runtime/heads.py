@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -62,16 +63,16 @@ class HeadSwap:
     sums: bool
     chunk: tuple[int, int]
 
-    @property
+    @cached_property
     def share(self) -> HeadShare:
         """What this rank computes."""
         return self.shares[self.split.member]
 
-    @property
+    @cached_property
     def queries(self) -> Axis:
         return Axis(_runs(self.sizes[0]), tuple(share.queries for share in self.shares))
 
-    @property
+    @cached_property
     def keys(self) -> Axis:
         return Axis(_runs(self.sizes[1]), tuple(share.keys for share in self.shares), self.sums)
 
@@ -135,7 +136,7 @@ class HeadSwap:
             return grad
         return torch.stack([part.sum(2) for part in grad.split([n for _, n in self._served], 2)], 2)
 
-    @property
+    @cached_property
     def _served(self) -> list[tuple[int, int]]:
         """Of each KV head how many query heads need it."""
         return sorted(Counter(self.share.of or ()).items())
@@ -181,7 +182,7 @@ class HeadSwap:
             )
         _bring_home(others)
 
-    @property
+    @cached_property
     def _others(self) -> list[int]:
         """The other members."""
         return [member for member in range(self.split.ulysses) if member != self.split.member]

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.kernels import Call, Grads, choose, flash, flash2, flash3, flash4, hub
+from ringattn.kernels import Grads, choose, flash, flash2, flash3, flash4, hub
 from ringattn.kernels.partial import Partial
 from ringattn.kernels.scores import Scores, TileScores
 from ringattn.runtime import binding
 from ringattn.testing import dense_results
 from tests.support import flash_packages
+from tests.support.flash_packages import call_of
 from tests.support.one_tile import SCALE, TILES, assert_few_roundings, make_problem, rows_of
 from tests.support.tiles import rms
 
@@ -215,14 +216,6 @@ def test_flash2_packs_no_windows_that_it_gets_wrong(monkeypatch):
 
 
 # -- what is refused ----------------------------------------------------------------------------
-
-
-def call_of(**changes):
-    known = {
-        "device_type": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "num_heads": 8,
-        "num_kv_heads": 2, "capability": (9, 0),
-    }  # fmt: skip
-    return Call(**(known | changes))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ringattn.runtime import binding
 from ringattn.testing import dense_results
 from tests.support import flash_packages
 from tests.support.block_sparse import mask_mod
+from tests.support.flash_packages import call_of
 from tests.support.one_tile import (
     SCALE,
     TILES,
@@ -257,14 +258,6 @@ def test_tiles_are_apart_where_that_is_fewer_blocks():
 
 
 # -- what is refused -------------------------------------------------------------------------------------
-
-
-def call_of(**changes):
-    known = {
-        "device_type": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "num_heads": 8,
-        "num_kv_heads": 2, "capability": (9, 0),
-    }  # fmt: skip
-    return Call(**(known | changes))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ringattn.kernels import Call
 from tests.support.block_sparse import BACKWARD, FORWARD, BlockSparseTensorsTorch, computed_pairs
 
 UNBOUNDED = 10**9
@@ -258,3 +259,12 @@ def flash2():
         _flash_attn_backward=_flash_attn_backward, _flash_attn_varlen_backward=_flash_attn_varlen_backward,
         calls=calls,
     )  # fmt: skip
+
+
+def call_of(**changes):
+    """A call on a Hopper GPU that the packages take, with changes."""
+    known = {
+        "device_type": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "v_head_dim": 128, "num_heads": 8,
+        "num_kv_heads": 2, "capability": (9, 0),
+    }  # fmt: skip
+    return Call(**(known | changes))
