@@ -161,8 +161,9 @@ class Execution:
             self.grad,
         )
         binding.link.begin(
-            name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own
-        )
+            name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
+            sort=(self.call.asked, extras),
+        )  # fmt: skip
 
     def _facts(self, extras: Extras) -> dict[str, str]:
         kind, s, scores, program = self.call.asked, self.binding.settings, self.scores, self.call.program
