@@ -139,7 +139,7 @@ def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
 
     def hidden(inputs: Inputs) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ringattn.attention(q, k, v, cp=inputs.cp, mask=inputs.masks[layer])
+            return ringattn.attention(q, k, v, cp=inputs.cp, mask=inputs.masks[layer], label=f"layer {layer}")
 
         return model(inputs.tokens, inputs.cp.position_ids.to(inputs.tokens.device), attend)
 

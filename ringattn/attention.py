@@ -27,7 +27,7 @@ NUMBERS = (float, int, type(None))
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
     softcap: float | None = ..., bias: Tensor | Rule | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
-    seed: int | None = ..., return_lse: Literal[False] = ...,
+    seed: int | None = ..., return_lse: Literal[False] = ..., label: str = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, cp: ContextParallel, mask: Mask | None = ..., scale: float | None = ...,
     softcap: float | None = ..., bias: Tensor | Rule | None = ..., sinks: Tensor | None = ..., dropout_p: float = ...,
-    seed: int | None = ..., return_lse: Literal[True],
+    seed: int | None = ..., return_lse: Literal[True], label: str = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: int | None = None,
     return_lse: bool = False,
+    label: str = "",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention of this rank's queries over the whole sequence.
 
@@ -73,6 +74,7 @@ def attention(
             Which ones depends on the seed and the global (batch, head, query, key) alone; lse is not affected.
         seed: of the dropout, the same on every rank; None takes the next of ``Options.seed``.
         return_lse: also return the log-sum-exp.
+        label: what errors, profiles and texts of waits call it, "layer 3"; ranks may differ in it.
 
     Returns:
         ``out [batch, local_seqlen, num_heads, v_head_dim]`` in the dtype of q; with ``return_lse`` also
@@ -86,14 +88,15 @@ def attention(
     """
     if not isinstance(cp, ContextParallel):
         raise ValueError(f"cp={shown(cp)}: must be a ringattn.ContextParallel")
-    arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse
+    arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse, label
     if torch.compiler.is_compiling():
         try:
             out, lse = _attend(*arguments)
         except (ValueError, TypeError, NotImplementedError) as error:  # to be raised when the graph runs, on all ranks
             out, lse = torch.ops.ringattn.refused_attention(q, cp.handle, type(error).__name__, error.args[0])
     else:
-        with together(cp.link.transport, "attention"):  # what one rank refuses, all of them refuse
+        called = f"attention; {label}" if label else "attention"
+        with together(cp.link.transport, called):  # what one rank refuses, all of them refuse
             out, lse = _attend(*arguments)
     return (out, lse) if return_lse else out
 
@@ -101,16 +104,18 @@ def attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
     softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
-    return_lse: bool,
+    return_lse: bool, label: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not isinstance(label, str):
+        raise ValueError(f"label={shown(label)}: must be a text, such as 'layer 3'")
     key = None
     if bias is None and sinks is None and seed is None and type(dropout_p) is float and not dropout_p:
         key = _key(q, k, v, mask, scale, softcap, return_lse)
         known = None if key is None else cp.binding.checked.get(key)
         if known is not None:
             prepared, scores, grad = known
-            return Attention.apply(q, k, v, Execution(cp.binding, prepared, scores, None, grad))
-    call = checked_call(q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse)
+            return Attention.apply(q, k, v, Execution(cp.binding, prepared, scores, None, grad, label=label))
+    call = checked_call(q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse, label)
     tensors = call.q, call.k, call.v, call.bias, call.sinks
     if looked_on(*tensors):
         out, lse, _ = torch.ops.ringattn.attention(*arguments(call))

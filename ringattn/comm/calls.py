@@ -40,6 +40,10 @@ class PeerError(RuntimeError):
     waited for, the step, and the seconds."""
 
 
+class Silence(PeerError):
+    """This rank itself waited in vain: a peer is dead or silent."""
+
+
 class CallMismatch(PeerError, ValueError):
     """The ranks are not at the same call. The text names the calls, or what differs between them. ``apart``: the calls
     are of different kinds, so that the ranks are at different places of the program."""

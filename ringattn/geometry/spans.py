@@ -193,3 +193,13 @@ def cross_spans(a: Ints, b: Ints) -> Ints:
     out = clip_spans(out, b[:, 0], b[:, 0] + (b[:, 1] - 1) * step_b)
     out[gap % gcd != 0, 1] = 0
     return out
+
+
+def in_words(spans: Ints, most: int = 3) -> str:
+    """Positions for a text, the first of many: "0-127, 512-1022 by 2 and 3 more runs"."""
+    runs = [
+        f"{start}-{start + (length - 1) * step}" + (f" by {step}" if step > 1 else "") if length > 1 else f"{start}"
+        for start, length, step in spans[:most].tolist()
+    ]
+    rest = f" and {len(spans) - most:,} more runs" if len(spans) > most else ""
+    return ", ".join(runs) + rest

@@ -7,7 +7,7 @@ which launches run on which heads, what tells a first write from a sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
 from functools import cached_property
@@ -15,6 +15,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ringattn.geometry.frames import Frame
+from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import Tiles
 from ringattn.planning.launches import Launch, Stacking
 from ringattn.planning.stages import ALL, Heads
@@ -94,11 +95,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A message: one run of a buffer's rows, to or from a peer."""
+    """A message: one run of a buffer's rows, to or from a peer. ``spans``: their global positions, ``[n, 3]``."""
 
     peer: int
     buffer: Buffer
     rows: slice
+    spans: Ints = field(compare=False)
 
     @property
     def tokens(self) -> Fraction:

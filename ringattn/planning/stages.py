@@ -3,7 +3,7 @@ take and fill."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,8 @@ ALL = Heads()
 
 @dataclass(frozen=True)
 class Move:
-    """One message of this rank: ``rows`` (slices, in message order) of a buffer, ``tokens`` in all.
+    """One message of this rank: ``rows`` (slices, in message order) of a buffer, ``tokens`` in all, of the global
+    positions ``spans``.
 
     ``home`` says whether the buffer is the rank's own shard (its K/V, or its dK/dV); else it is the buffer of a step:
     K/V are sent from the step before and arrive in this one, gradients leave this step and arrive in the next one.
@@ -43,9 +44,13 @@ class Move:
 
     peer: int
     rows: tuple[slice, ...]
-    tokens: int
+    spans: Ints = field(compare=False)
     home: bool
     apart: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.spans[:, 1].sum())
 
 
 Moves = tuple[Move, ...]
@@ -123,7 +128,7 @@ def visits_of(plan: Plan, rank: int, stacking: Stacking) -> Visits:
 
 
 def _rows_move(peer: int, frame: Frame, spans: Ints) -> Move:
-    return Move(peer, _slices(frame.rows(spans)), int(spans[:, 1].sum()), True)
+    return Move(peer, _slices(frame.rows(spans)), spans, True)
 
 
 def _copies(step: Step, rank: int, own: Frame, here: Frame) -> tuple[tuple[slice, slice], ...]:
@@ -151,7 +156,7 @@ def _grad_moves(step: Step, rank: int, own: Frame, here: Frame, after: Frame) ->
 
 
 def _move(transfer: Transfer, peer: int, frame: Frame, home: bool) -> Move:
-    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.tokens, home, transfer.apart)
+    return Move(peer, _slices(frame.rows(transfer.spans)), transfer.spans, home, transfer.apart)
 
 
 def _slices(runs: Ints) -> tuple[slice, ...]:

@@ -11,7 +11,7 @@ from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Buffer, Copy, Parcel, Program, Row, Turn, Work
 from ringattn.planning.schedules import Schedule
-from ringattn.planning.stages import ALL, Heads, Stage, Visits, stages_of, visits_of
+from ringattn.planning.stages import ALL, Heads, Move, Stage, Visits, stages_of, visits_of
 from ringattn.planning.writes import first_writes
 
 # Messages of less than this part of a shard are not worth a second turn.
@@ -156,16 +156,16 @@ def _fetch(stages: Sequence[Stage], t: int, due: Due) -> Turn:
         for move in (move for move in stage.kv_sends if move.apart == apart):
             source = None if move.home else held
             if source is not None and _in_place(move.rows):
-                sends.append(Parcel(move.peer, source, move.rows[0]))
+                sends.append(_part(move, source))
                 continue
             rows = move.home, *((r.start, r.stop, r.step) for r in move.rows)
             if rows not in packed:
                 packed[rows] = Buffer(f"kv out {len(packed)}", Row.KV, move.tokens, stage.heads)
                 copies.append(Copy(source, packed[rows], _packing(move.rows)))
-            sends.append(Parcel(move.peer, packed[rows], slice(0, move.tokens, 1)))
+            sends.append(_whole(move, packed[rows]))
         if stage.frame.size:
             arriving = _keys(stage, s)
-            recvs += [Parcel(move.peer, arriving, move.rows[0]) for move in stage.kv_recvs if move.apart == apart]
+            recvs += [_part(move, arriving) for move in stage.kv_recvs if move.apart == apart]
             if stage.copies and not apart:
                 copies.append(Copy(None, arriving, stage.copies))
     return Turn(tuple(copies), tuple(sends), tuple(recvs))
@@ -179,14 +179,14 @@ def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None, leaving: 
         stage, apart = stages[s], t - 1 - s
         for move in (move for move in stage.grad_sends if move.apart == apart):
             if _in_place(move.rows):
-                sends.append(Parcel(move.peer, _grads(stage, s), move.rows[0]))
+                sends.append(_part(move, _grads(stage, s)))
                 continue
             message = Buffer(f"grad out {len(copies)}", Row.GRAD, move.tokens, stage.heads)
             copies.append(Copy(_grads(stage, s), message, _packing(move.rows)))
-            sends.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+            sends.append(_whole(move, message))
         for move in (move for move in stage.grad_recvs if move.apart == apart):
             message = Buffer(f"grad in {len(recvs)}", Row.GRAD, move.tokens, stage.heads)
-            recvs.append(Parcel(move.peer, message, slice(0, move.tokens, 1)))
+            recvs.append(_whole(move, message))
             adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
     return Turn(tuple(copies), tuple(sends), tuple(recvs), adds=tuple(adds))
 
@@ -217,8 +217,8 @@ class _Visit:
                 post,
                 Turn(
                     tuple(Copy(None, message, _packing(move.rows)) for message, move in moves),
-                    tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in moves),
-                    tuple(Parcel(move.peer, self.guests, move.rows[0]) for move in visits.recvs),
+                    tuple(_whole(move, message) for message, move in moves),
+                    tuple(_part(move, self.guests) for move in visits.recvs),
                 ),
             )
         if t == 1 and visits.recvs:
@@ -226,9 +226,9 @@ class _Visit:
             guests = Work(visits.tiles, visits.launches, *frames, queries=self.guests, result=self.results)
             work = [*work, guests]
         if t == 2:
-            sends = tuple(Parcel(move.peer, self.results, move.rows[0]) for move in visits.recvs)
+            sends = tuple(_part(move, self.results) for move in visits.recvs)
             arrivals = zip(self.returning, visits.sends, strict=True)
-            recvs = tuple(Parcel(move.peer, message, slice(0, move.tokens, 1)) for message, move in arrivals)
+            recvs = tuple(_whole(move, message) for message, move in arrivals)
             post = _joined(post, Turn(sends=sends, recvs=recvs))
         return replace(post, work=tuple(work))
 
@@ -237,6 +237,16 @@ def _joined(*turns: Turn) -> Turn:
     """The messages of several as those of one turn, in this order."""
     columns = ((t.copies, t.sends, t.recvs, t.zeros, t.work, t.adds) for t in turns)
     return Turn(*(tuple(chain(*column)) for column in zip(*columns, strict=True)))
+
+
+def _part(move: Move, of: Buffer) -> Parcel:
+    """A message that is one run of a buffer's rows."""
+    return Parcel(move.peer, of, move.rows[0], move.spans)
+
+
+def _whole(move: Move, message: Buffer) -> Parcel:
+    """A message with a buffer for itself."""
+    return Parcel(move.peer, message, slice(0, move.tokens, 1), move.spans)
 
 
 def _in_place(rows: tuple[slice, ...]) -> bool:

@@ -34,7 +34,7 @@ def execution(
     dropout = Dropout(call.dropout_p, drawn) if call.dropout_p else None
     scores = Scores(call.scale, call.softcap, call.bias, dbias, rule, dropout)
     prepared = binding.prepared(mask, kind_of(call.q, call.k, call.v), scores, call.dlse)
-    return Execution(binding, prepared, scores, call.sinks, call.grad, call.rule, call.dbias)
+    return Execution(binding, prepared, scores, call.sinks, call.grad, call.rule, call.dbias, call.label)
 
 
 def kind_of(q: Tensor, k: Tensor, v: Tensor) -> Kind:

@@ -34,6 +34,7 @@ class Execution:
     grad: bool = False
     rule: str = ""  # the name of the bias rule
     dbias: bool = False  # whether the bias has a gradient
+    label: str = ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse``, on all ranks together."""
@@ -162,7 +163,7 @@ class Execution:
         )
         binding.link.begin(
             name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
-            sort=(self.call.asked, extras),
+            sort=(self.call.asked, extras), label=self.label,
         )  # fmt: skip
 
     def _facts(self, extras: Extras) -> dict[str, str]:

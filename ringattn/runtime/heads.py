@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ringattn.kernels.scores import Scores
 from ringattn.planning.heads import HeadShare, Split, head_chunks, head_shares
-from ringattn.runtime.link import Link, Moved
+from ringattn.runtime.link import Expected, Link, Moved
 from ringattn.runtime.wire import Kind
 
 ALIGNED = 64  # numbers: where tensors that share a block begin
@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     sends: list[tuple[Tensor, int]]
     recvs: list[tuple[Tensor, int]]
     moved: list[Moved]
+    expected: Sequence[Expected] = ()  # of all positions that the other members hold
 
 
 class Axis(NamedTuple):

@@ -16,11 +16,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Subset, Transport, agree, empty
+from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Silence, Subset, Transport, agree, empty
+from ringattn.geometry.spans import Ints, in_words
 from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
 
 REMEMBERED, OF_A_SUBSET = 4096, 64  # kinds of calls that all ranks, or some, have compared
+
+
+WIDEST = 90  # characters of a fact in a text
 
 
 class Moved(NamedTuple):
@@ -50,8 +54,17 @@ class Traffic:
             self.received[kind] += received
 
 
+class Expected(NamedTuple):
+    """A message that a rank waits for: from whom, of what kind, and of which positions, ``[n, 3]``."""
+
+    peer: int
+    kind: str
+    spans: Ints
+
+
 class Batch(Protocol):
-    """Messages of one turn, with the name that both of their ends know, and their bytes."""
+    """Messages of one turn, with the name that both of their ends know, their bytes, and what those hold that are to
+    come."""
 
     @property
     def what(self) -> str: ...
@@ -61,6 +74,8 @@ class Batch(Protocol):
     def recvs(self) -> Sequence[tuple[Tensor, int]]: ...
     @property
     def moved(self) -> Sequence[Moved]: ...
+    @property
+    def expected(self) -> Sequence[Expected]: ...
 
 
 class Messages(Protocol):
@@ -111,6 +126,7 @@ class Link:
     workspace: Workspace = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
     _common: _Common = field(default_factory=_Common)
+    _posted: Batch | None = None
 
     def __post_init__(self) -> None:
         transport = self.transport
@@ -127,13 +143,27 @@ class Link:
         if not (batch.sends or batch.recvs):
             return None
         self.traffic.count(batch.moved)
+        self._posted = batch
         return self.transport.post(batch.sends, batch.recvs, batch.what)
 
     def wait(self, pending: Pending) -> None:
         """See :class:`Messages`. Its time counts as the host's."""
         start = time.perf_counter()
-        pending.wait()
+        try:
+            pending.wait()
+        except Silence as error:
+            error.args = (f"{error}{self._in_vain()}",)
+            raise
         self.traffic.wait_seconds += time.perf_counter() - start
+
+    def _in_vain(self) -> str:
+        """In which call, and for what, this rank waits."""
+        named = self.transport.members if isinstance(self.transport, Subset) else range(self.transport.world_size)
+        expected = self._posted.expected if self._posted is not None else ()
+        parts = [f"{kind} of {in_words(spans)} from rank {named[peer]}" for peer, kind, spans in expected[:4]]
+        more = [f"{len(expected) - 4} more messages"] if len(expected) > 4 else []
+        what = f"; expected: {', '.join(parts + more)}" if parts else ""
+        return f"{what}; in call {self.transport.log.number}, {self.transport.log.text:.300}"
 
     def begin(
         self,
@@ -143,6 +173,7 @@ class Link:
         device: str,
         own: Mapping[str, str] = MappingProxyType({}),
         sort: Hashable = None,
+        label: str = "",
     ) -> None:
         """Begins a call on all ranks.
 
@@ -151,7 +182,7 @@ class Link:
         which carry a digest of the facts, of the ``name`` and of what is this call's ``own`` (a seed); the first of
         a signature ends on all ranks together, so that there is a message in it. So new lengths and documents cost no
         word on the board, which is one for all ranks; nor do calls of a subset, of which there may be many. What is
-        remembered follows from the order of calls alone, which is the same on all ranks.
+        remembered follows from the order of calls alone, which is the same on all ranks. ``label`` is for texts alone.
 
         Raises:
             CallMismatch: (a ValueError) the facts differ between ranks.
@@ -172,7 +203,8 @@ class Link:
                 agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", "call": name, **own, **made})
             known = _Known(_listed(made), hashlib.sha256(json.dumps(made, sort_keys=True).encode()).digest())
         common.remember(signature, known, sort, OF_A_SUBSET if isinstance(transport, Subset) else REMEMBERED)
-        log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
+        called = f"{name}; {label}" if label else name
+        log.begin(f"{called}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
         if blind and common.fresh and by_messages:
             self._meet("begin")  # between CPUs, where messages have labels
         if blind and log.number % self.compare_every == 0:
@@ -258,4 +290,11 @@ class Link:
 
 
 def _listed(facts: Mapping[str, str]) -> str:
-    return "".join(f"; {fact} {value:.100}" for fact, value in facts.items())
+    return "".join(f"; {fact} {_brief(value)}" for fact, value in facts.items())
+
+
+def _brief(value: str) -> str:
+    """What is long is told apart by a digest."""
+    if len(value) <= WIDEST:
+        return value
+    return f"{value[:WIDEST]}... (digest {hashlib.sha256(value.encode()).hexdigest()[:8]})"

@@ -21,7 +21,7 @@ from ringattn.kernels.scores import Scores
 from ringattn.planning import program as planned
 from ringattn.planning.program import Parcel, Program, Row
 from ringattn.runtime.heads import Seat
-from ringattn.runtime.link import Moved
+from ringattn.runtime.link import Expected, Moved
 from ringattn.runtime.wire import Action, Kind, Memory
 from ringattn.runtime.work import Hosting, OwnWork, Shares, Work
 from ringattn.runtime.workspace import Workspace
@@ -41,6 +41,7 @@ class Turn(NamedTuple):
     zeros: Sequence[Tensor]
     work: Sequence[Work]
     adds: Sequence[Action]
+    expected: Sequence[Expected]
 
 
 Turns = list[Turn]
@@ -129,6 +130,7 @@ class Prepared:
             [memory.whole(buffer) for buffer in turn.zeros],
             [self._work(work, memory) for work in turn.work if _some(self._q_heads(work))],
             [action for copy in turn.adds for action in memory.adding(copy)],
+            [Expected(peer, p.buffer.row.value, p.spans) for p, (_, peer) in zip(turn.recvs, recvs, strict=True)],
         )
 
     def _work(self, work: planned.Work, memory: Memory) -> Work:

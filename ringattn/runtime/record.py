@@ -18,7 +18,7 @@ class CallRecord:
     compiled graph is specialised on.
 
     ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grad`` says that some
-    gradient is wanted, ``dlse`` that lse may have one, and ``dbias`` that the bias has one.
+    gradient is wanted, ``dlse`` that lse may have one, ``dbias`` that the bias has one; texts call it by its ``label``.
     """
 
     q: Tensor
@@ -37,6 +37,7 @@ class CallRecord:
     grad: bool
     dlse: bool
     dbias: bool
+    label: str
 
     def gradients(self, of: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients by name as autograd wants them, one for each argument."""

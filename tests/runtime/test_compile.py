@@ -174,7 +174,23 @@ def test_the_operator_passes_pytorchs_own_checks():
     q, k, v, *_ = tensors(batch=1)
     cp = ra.ContextParallel(None, S, mask=LOCAL)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    arguments = (*inputs, None, "", None, None, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True, False, False)
+    arguments = (
+        *inputs,
+        None,
+        "",
+        None,
+        None,
+        cp.handle,
+        cp.mask_handles[0],
+        0.3,
+        None,
+        0.0,
+        -1,
+        True,
+        False,
+        False,
+        "",
+    )
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
 
@@ -195,7 +211,23 @@ def test_inputs_whose_last_dim_is_not_contiguous_compile(backend):
     torch.testing.assert_close(*grads)
     inputs = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in tensors(batch=1)[:3]]
     cp = ra.ContextParallel(None, S, mask=LOCAL)
-    arguments = (*inputs, None, "", None, None, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True, False, False)
+    arguments = (
+        *inputs,
+        None,
+        "",
+        None,
+        None,
+        cp.handle,
+        cp.mask_handles[0],
+        0.3,
+        None,
+        0.0,
+        -1,
+        True,
+        False,
+        False,
+        "",
+    )
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
 
 

@@ -70,6 +70,7 @@ class RingAttention:
             if ring.check_positions:
                 batch.check_positions(structure, position_ids)
             cp, mask = batch.layer(structure)
+            layer = getattr(module, "layer_idx", None)
             out = attention(
                 query.transpose(1, 2),
                 key.transpose(1, 2),
@@ -80,7 +81,8 @@ class RingAttention:
                 softcap=softcap,
                 sinks=s_aux,
                 dropout_p=dropout,
-                seed=ring.layer_seed(model, getattr(module, "layer_idx", None), dropout),
+                seed=ring.layer_seed(model, layer, dropout),
+                label=_label(layer),
             )
         return out, None
 
@@ -201,3 +203,8 @@ def register(
         model.set_attn_implementation(name)  # type: ignore[operator]
         registered.expect(model)
     return ring
+
+
+def _label(layer: int | None) -> str:
+    """What errors call a layer. In a compiled graph it has no name: each name would be a graph of its own."""
+    return "" if layer is None or torch.compiler.is_compiling() else f"layer {layer}"

@@ -1,0 +1,120 @@
+"""No wait without a name: what a rank says that has waited in vain."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ringattn as ra
+from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, transport_over
+from ringattn.geometry.spans import in_words
+from ringattn.testing import run_processes
+from tests.support.grids import mostly_slow
+
+S, DEADLINE = 24, 0.7
+KEYS = "kv of 8-15 from rank 1"
+
+
+class Late:
+    """A transport that is given some batch long after the others."""
+
+    def __init__(self, transport: Any, what: str) -> None:
+        post = transport.post
+
+        def some(sends: Any, recvs: Any, called: str) -> Any:
+            time.sleep(2 * DEADLINE if called == what else 0)
+            return post(sends, recvs, called)
+
+        transport.post = some
+
+
+def attend(transport: Transport, label: str, backward: bool) -> str:
+    """The error of a call in which rank 1 is late."""
+    cp = ra.ContextParallel(transport, S, mask=ra.full(), layout="contiguous", schedule="ring")
+    q = torch.randn(1, cp.local_seqlen, 1, 8, requires_grad=True)
+    ra.attention(q, q, q, cp=cp, label=label).sum().backward()
+    if cp.rank == 1:
+        Late(transport, "backward step 1" if backward else "forward step 1")
+    try:
+        ra.attention(q, q, q, cp=cp, label=label).sum().backward()
+    except PeerError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_it_says_the_layer_the_way_the_turn_the_peer_and_the_positions(backward: bool) -> None:
+    texts = Loopback(3, timeout=DEADLINE).run(lambda t: attend(t, "layer 7", backward))
+    way = "backward" if backward else "forward"
+    waited = [text for text in texts if f"{way} step 1: rank" in text]
+    assert waited, texts
+    for text in waited:
+        assert KEYS in text
+        assert f"attention {way}; layer 7; mask full()" in text and f"in call {4 if backward else 3}," in text
+
+
+def over_gloo() -> Transport:
+    return ProcessGroupTransport(dist.group.WORLD, DEADLINE)
+
+
+def over_shared_memory() -> Transport:
+    return transport_over(dist.group.WORLD, DEADLINE)
+
+
+def in_processes(rank: int, world: int, make: Callable[[], Transport]) -> tuple[str, float]:
+    start = time.monotonic()
+    return attend(make(), "layer 7", False), time.monotonic() - start
+
+
+@pytest.mark.parametrize("make", mostly_slow([over_gloo, over_shared_memory], [over_shared_memory]))
+def test_processes_are_told_the_same(make: Callable[[], Transport]) -> None:
+    found = run_processes(in_processes, 3, make)
+    assert any(KEYS in text and "layer 7" in text for text, _ in found), found
+    assert all("rank 1" in text for text, _ in found), found
+
+
+def test_positions_in_words() -> None:
+    spans = torch.tensor([[0, 128, 1], [512, 256, 2], [900, 1, 1], [1000, 5, 1], [2000, 1, 1]]).numpy()
+    assert in_words(spans) == "0-127, 512-1022 by 2, 900 and 2 more runs"
+    assert in_words(spans[:1]) == "0-127"
+
+
+def test_members_of_a_subset_are_named_as_the_group_names_them() -> None:
+    def one_rank(transport: Transport) -> str:
+        cp = ra.ContextParallel(transport, S)
+        if cp.rank == 0:
+            return ""
+        some = cp.on([1, 3], layout="contiguous", mask=ra.full(), schedule="ring") if cp.rank in (1, 3) else None
+        if some is None:
+            return ""
+        q = torch.randn(1, some.local_seqlen, 1, 8)
+        if cp.rank == 1:
+            Late(transport, "forward step 1")
+        try:
+            ra.attention(q, q, q, cp=some)
+        except PeerError as error:
+            return str(error)
+        return "nothing was raised"
+
+    texts = Loopback(4, timeout=DEADLINE).run(one_rank)
+    assert any("kv of 0-11 from rank 1" in text and "among ranks 1, 3" in text for text in texts), texts
+
+
+@pytest.mark.parametrize("label", [3, None, b"layer"])
+def test_a_label_is_a_text(label: Any) -> None:
+    q = torch.zeros(1, S, 1, 8)
+    with pytest.raises(ValueError, match="must be a text"):
+        ra.attention(q, q, q, cp=ra.ContextParallel(None, S), label=label)
+
+
+def test_compiled_layers_have_labels_too() -> None:
+    cp, q = ra.ContextParallel(None, S), torch.randn(1, S, 1, 8)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def layer(q: torch.Tensor) -> torch.Tensor:
+        return ra.attention(q, q, q, cp=cp, label="layer 1")
+
+    torch.testing.assert_close(layer(q), ra.attention(q, q, q, cp=cp))
