@@ -172,7 +172,7 @@ class _Way:
 
 def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
     """Carries it out. Messages have the tokens in front, ``[tokens, ...]``."""
-    link, routes = way.link, way.routes
+    link, routes = way.link.timeline or way.link, way.routes
     with together(link.transport, way.name):
         link.begin(way.name, tuple(way.facts.items()), lambda: way.facts, local.device.type)
         leaving, arriving, here_from, here_to = (
