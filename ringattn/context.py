@@ -209,11 +209,11 @@ class ContextParallel:
 
         Read behind the ``with``: ``print(p.table())``, ``p.exposed``, ``p.save("trace.json")`` (a Chrome trace),
         ``p.calls``. When a message has arrived is not seen before it is waited for, so what a transfer took is an upper
-        bound. On a CUDA device the times are those of the
-        stream; calls then run eagerly, and no CUDA graph is captured or replayed. A call that fails is not kept.
+        bound. On a CUDA device the times are those of the stream; calls then run eagerly, and no CUDA graph is captured
+        or replayed. A call that fails is not kept.
 
         Raises:
-            RuntimeError: a profile of this context, or of one with which it shares its link, is open already.
+            ValueError: a profile of this context, or of one with which it shares its link, is open already.
         """
         return profiled(self.link)
 

@@ -32,11 +32,11 @@ def profiled(link: Link) -> Iterator[Profile]:
     """Writes down the calls that are made through a link.
 
     Raises:
-        RuntimeError: a profile of the link is open already.
+        ValueError: a profile of the link is open already.
     """
     with told(link.transport, "profile()"):
         if link.timeline is not None:
-            raise RuntimeError(
+            raise ValueError(
                 "a profile of this context, or of one with which it shares its link, is open already: leave its "
                 "`with` first"
             )
@@ -200,8 +200,8 @@ class Timeline:
     # -- turns ----------------------------------------------------------------------------------
 
     def walk(self, walk: Walk) -> tuple[torch.Tensor, ...]:
-        """Walks with its turns told. No graph of it is captured or replayed."""
-        return walk._replace(call=_Told(walk.call, self))(self)
+        """Walks with marks in its turns. No graph of it is captured or replayed."""
+        return walk._replace(call=_Marked(walk.call, self))(self)
 
     def turn(self, turn: Turn, said: planned.Turn) -> Turn:
         """A turn that tells when it begins, adds, and ends. ``said``: the same in the program."""
@@ -266,16 +266,16 @@ class Timeline:
         return self._clocks[number]
 
 
-class _Told(Prepared):
+class _Marked(Prepared):
     """A call whose turns tell a timeline how far it has come."""
 
     def __init__(self, call: Prepared, timeline: Timeline) -> None:
         vars(self).update(vars(call))
-        self._told, self._timeline = call, timeline
+        self._call, self._timeline = call, timeline
 
     def turns(self, workspace: Workspace) -> tuple[Turns, Turns]:
         """See `Prepared`."""
-        found, program = self._told.turns(workspace), self.program
+        found, program = self._call.turns(workspace), self.program
         return tuple(  # type: ignore[return-value]
             [self._timeline.turn(*both) for both in zip(turns, said, strict=True)]
             for turns, said in zip(found, (program.forward, program.backward), strict=True)

@@ -216,7 +216,7 @@ def test_what_is_refused_and_what_is_left_behind():
     inputs, _ = local(cp)
     with cp.profile() as profile:
         for other in (cp, cp.replace(mask=ra.full())):
-            with pytest.raises(RuntimeError, match="leave its `with` first"), other.profile():
+            with pytest.raises(ValueError, match="leave its `with` first"), other.profile():
                 pass
         with pytest.raises(RuntimeError, match="still open"):
             _ = profile.calls
@@ -228,6 +228,23 @@ def test_what_is_refused_and_what_is_left_behind():
         raise ArithmeticError
     assert profile.calls == () and profile.exposed == 0.0 and cp.link.timeline is None
     assert "0.0 % of 0.000 ms in 0 calls" in profile.table()
+
+
+def test_what_one_rank_refuses_the_others_hear():
+    def one_rank(transport):
+        cp = context(transport)
+        inputs, _ = local(cp)
+        if transport.rank == 0:  # the others need no profile
+            with cp.profile() as profile:
+                with pytest.raises(ValueError, match="leave its `with` first"), cp.profile():
+                    pass
+                ra.attention(*inputs, cp=cp)
+            return len(profile.calls)
+        with pytest.raises(ValueError, match=r"rank 0.*profile"):
+            ra.attention(*inputs, cp=cp)
+        return ra.attention(*inputs, cp=cp).isfinite().all()
+
+    assert all(ra.Loopback(3, timeout=20).run(one_rank))
 
 
 def test_calls_run_eagerly_between_replays():
