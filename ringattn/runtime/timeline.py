@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -157,12 +156,7 @@ class Timeline:
     # -- as a link ------------------------------------------------------------------------------
 
     def begin(
-        self,
-        name: str,
-        signature: Hashable,
-        facts: Callable[[], dict[str, str]],
-        device: str,
-        own: Mapping[str, str] = MappingProxyType({}),
+        self, name: str, signature: Hashable, facts: Callable[[], dict[str, str]], device: str, *own: Any, **how: Any
     ) -> None:
         """See `Link`."""
         known = self._facts.get((name, signature))
@@ -170,7 +164,7 @@ class Timeline:
             known = self._facts[name, signature] = facts()
         self._call = _Call(name, known, self._clock(device))
         self._enter("begin", WAIT)
-        self.link.begin(name, signature, facts, device, own)
+        self.link.begin(name, signature, facts, device, *own, **how)
         self._leave()
 
     def finish(self, device: str, needed: bool = True) -> None:
