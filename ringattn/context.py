@@ -6,7 +6,7 @@ the buffers and the counters of the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -30,7 +30,7 @@ from ringattn.runtime.profile import Profile
 from ringattn.runtime.settings import ContextSettings, Load, Options
 from ringattn.runtime.sharding import position_ids, shard, unshard
 from ringattn.runtime.timeline import profiled
-from ringattn.validation import check_link, checked_context
+from ringattn.validation import check_link, checked_context, checked_ranks
 
 
 class ContextParallel:
@@ -82,6 +82,7 @@ class ContextParallel:
         kernel: str = "auto",
         options: Options = Options(),  # noqa: B008 - frozen
         _shared: Shared | None = None,
+        _whole: Shared | None = None,
     ) -> None:
         given = dict(
             seqlen=seqlen, mask=mask, kv_seqlen=kv_seqlen, q_offset=q_offset, layout=layout, schedule=schedule,
@@ -92,6 +93,7 @@ class ContextParallel:
             return checked_context({**given, "ulysses": split_of(group_or_mesh, ulysses)})
 
         self._shared = join(group_or_mesh, lambda: checked()["options"]) if _shared is None else _shared
+        self._whole = _whole or self._shared  # of all ranks
         with told(self.link.transport, "a new context"):  # what one rank refuses, all of them refuse
             self._settings = checked()
             self._settle(**self._settings)
@@ -107,7 +109,7 @@ class ContextParallel:
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         settings = ContextSettings(
             seqlen, mask, self.kv_seqlen, q_offset, layout, schedule, kernel, options, shape, self._shared.device,
-            kv_layout, ulysses, self._shared.nodes,
+            kv_layout, ulysses, self._shared.nodes, self._shared.among,
         )  # fmt: skip
         check_link(settings, self.link, self_attention=kv_seqlen is None and q_offset == 0)
         self.binding = self._shared.bind(settings)
@@ -126,11 +128,37 @@ class ContextParallel:
 
         Shares transport, buffers and counters with this one; both stay usable.
         """
-        with told(self.link.transport, "replace()"):
+        return self._with(changes, self._shared, "replace()")
+
+    def _with(self, changes: dict[str, Any], shared: Shared, asked: str) -> ContextParallel:
+        with told(shared.link.transport, asked):
             unknown = sorted(set(changes) - set(self._settings))
             if unknown:
-                raise ValueError(f"replace() cannot change {', '.join(unknown)}; it can: {', '.join(self._settings)}")
-        return ContextParallel(None, **{**self._settings, **changes}, _shared=self._shared)
+                raise ValueError(f"{asked} cannot change {', '.join(unknown)}; it can: {', '.join(self._settings)}")
+        return ContextParallel(None, **{**self._settings, **changes}, _shared=shared, _whole=self._whole)
+
+    def on(self, ranks: Iterable[int], **changes: Any) -> ContextParallel:
+        """The context of some of the ranks, which attend together in calls of their own, over the connections that are
+        there: for micro-batches of which each takes other ranks, of any number. No group, connection or buffer is made,
+        and nothing is sent.
+
+        Each of the ``ranks`` calls it, with the same ones; the others make calls of other subsets, or none. They count
+        as in the first context's group, from whichever context it is called, and as error texts count them; ``rank`` of
+        the new context counts among them. Contexts of the same ranks count their calls together. What fails on a rank
+        fails on all of the group: those in other subsets are told at once.
+
+        Args:
+            ranks: numbers of the group, this rank's among them, in any order.
+            changes: any argument of the constructor but the group, replaced, as in :meth:`replace`.
+
+        Raises:
+            ValueError: a rank that the group does not have, or named twice; this rank is not among them; and what the
+                constructor refuses, such as more ranks than tokens.
+        """
+        with told(self.link.transport, "on()"):
+            whole = self._whole.link.transport
+            members = checked_ranks(ranks, whole.rank, whole.world_size)
+        return self._with(changes, self._whole.on(members), "on()")
 
     # -- what a rank holds ----------------------------------------------------------------------
 
@@ -210,12 +238,12 @@ class ContextParallel:
         Read behind the ``with``: ``print(p.table())``, ``p.exposed``, ``p.save("trace.json")`` (a Chrome trace),
         ``p.calls``. When a message has arrived is not seen before it is waited for, so what a transfer took is an upper
         bound. On a CUDA device the times are those of the stream; calls then run eagerly, and no CUDA graph is captured
-        or replayed. A call that fails is not kept.
+        or replayed. A call that fails is not kept. Contexts of other ranks (:meth:`on`) have profiles of their own.
 
         Raises:
             ValueError: a profile of this context, or of one with which it shares its link, is open already.
         """
-        return profiled(self.link)
+        return profiled(self.link, self._whole.link.transport.rank)
 
     def __repr__(self) -> str:
         return (

@@ -174,7 +174,9 @@ def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
     """Carries it out. Messages have the tokens in front, ``[tokens, ...]``."""
     link, routes = way.link.timeline or way.link, way.routes
     with together(link.transport, way.name):
-        link.begin(way.name, tuple(way.facts.items()), lambda: way.facts, local.device.type)
+        facts = way.facts
+        sort = way.name, facts["shapes"], facts["gradient"]
+        link.begin(way.name, tuple(facts.items()), lambda: facts, local.device.type, sort=sort)
         leaving, arriving, here_from, here_to = (
             rows.to(local.device) for rows in (routes.leaving.rows, routes.arriving.rows, *routes.here)
         )

@@ -13,7 +13,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from ringattn.arguments.tensors import FLOATS, plain
-from ringattn.arguments.values import flag, integer, listed, number, seed_of, shown
+from ringattn.arguments.values import flag, integer, integers, listed, number, seed_of, shown
 from ringattn.geometry.layouts import NAMED, Layout, named
 from ringattn.geometry.masks import Expression
 from ringattn.kernels import KERNELS
@@ -54,6 +54,22 @@ def checked_context(given: dict[str, Any]) -> dict[str, Any]:
     for mask in masks:
         mask.bind(lengths["seqlen"], lengths["kv_seqlen"] or lengths["seqlen"], lengths["q_offset"])
     return {**given, **lengths, "mask": masks}
+
+
+def checked_ranks(ranks: Iterable[int], rank: int, world_size: int) -> tuple[int, ...]:
+    """Some ranks of a group, rising."""
+    members = tuple(sorted(integers("ranks", ranks)))
+    outside = [member for member in members if member >= world_size]
+    if outside or not members:
+        raise ValueError(f"ranks={list(members)}: must be some of the group's, 0 to {world_size - 1}")
+    if len(set(members)) < len(members):
+        raise ValueError(f"ranks={list(members)}: must name each rank once")
+    if rank not in members:
+        raise ValueError(
+            f"ranks={list(members)} on rank {rank}, which is not among them: only they make calls of this subset; pass "
+            "each rank the ranks that it attends with"
+        )
+    return members
 
 
 def _lengths(seqlen: Any, kv_seqlen: Any, q_offset: Any) -> dict[str, Any]:

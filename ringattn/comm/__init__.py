@@ -6,12 +6,14 @@
 from typing import TYPE_CHECKING
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.calls import TORN, CallLog, CallMismatch, Kind, Label, PeerError, together, told
+from ringattn.comm.calls import TORN, CallLog, CallMismatch, PeerError, together, told
+from ringattn.comm.label import Kind, Label
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.meeting import Meeting
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
+from ringattn.comm.subset import Subset
 from ringattn.comm.transport import Allocator, Homeward, Pending, Solo, Transport, empty
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ProcessGroupTransport",
     "SharedMemoryTransport",
     "Solo",
+    "Subset",
     "Transport",
     "agree",
     "empty",

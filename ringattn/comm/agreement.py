@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ringattn.comm.calls import CallMismatch, PeerError
+from ringattn.comm.subset import Subset
 from ringattn.comm.transport import Voters, name_ranks
 
 AGREED = json.dumps("agreed")
@@ -108,13 +109,18 @@ class _Ballot:
 
     def _missing(self) -> str:
         absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.board.lookup(key) is None]
-        late = name_ranks(absent) if absent else "the last rank"  # which came since
+        late = self._named(absent) if absent else "the last rank"  # which came since
         if not self.transport.timeout:
-            return f"call {self.call}: rank {self.transport.rank} was interrupted before {late} came"
+            return f"call {self.call}: {self._named([self.transport.rank])} was interrupted before {late} came"
         return (
             f"call {self.call}: {late} of {self.transport.world_size} did not come within "
             f"{self.transport.timeout} s; every rank must make the same calls in the same order, and be alive"
         )
+
+    def _named(self, ranks: list[int]) -> str:
+        """As errors name them."""
+        voters = self.transport
+        return name_ranks([voters.members[rank] for rank in ranks] if isinstance(voters, Subset) else ranks)
 
     def _differences(self) -> tuple[str, bool]:
         """Who differs in what, and whether in the kind of call."""
@@ -126,6 +132,6 @@ class _Ballot:
             for rank, of_rank in enumerate(facts):
                 holders.setdefault(of_rank.get(name, "(absent)"), []).append(rank)
             if len(holders) > 1:
-                values = "; ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in holders.items())
+                values = "; ".join(f"{value} on {self._named(ranks)}" for value, ranks in holders.items())
                 lines.append(f"  {name}: {values}")
         return "\n".join(lines), len({of_rank.get("call") for of_rank in facts}) > 1

@@ -5,33 +5,30 @@ rank counts them in a `CallLog` and keeps a running digest of them, and every me
 a message never fills the tensor of another call: where two calls meet, both ranks raise. An exception that escapes a
 call ends its *epoch*: all ranks are told, raise, and begin the next one with the call that they start together,
 whose first act is an agreement; what is left of the epoch before is dropped by its number.
+
+Some of the ranks may make calls of their own, over the same connections. Each such set of ranks is a `Course`, with a
+count and a digest for itself; epochs are those of all ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
-import zlib
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from enum import IntEnum
-from functools import lru_cache
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
+from ringattn.comm.course import Course
+from ringattn.comm.label import Kind, Label, mark
 from ringattn.comm.shield import shield
 
 if TYPE_CHECKING:
     from ringattn.comm.transport import Transport
 
-LABEL_BYTES = 2048  # a label with its text
-RECENT = 64  # calls whose texts are kept
 # Calls that all ranks make; what is refused on the way to one may be refused on one rank alone.
 CALLS = ("attention forward", "attention backward", "unshard", "backward of unshard", "backward of shard", "roll",
          "backward of roll")  # fmt: skip
@@ -52,50 +49,6 @@ class CallMismatch(PeerError, ValueError):
         self.apart = apart
 
 
-class Kind(IntEnum):
-    """What a label is about: tensors, or nothing but itself: that its rank has raised its text, or that it waits in
-    its epoch's agreement number ``chain``, having begun ``number`` calls."""
-
-    TENSORS = 0
-    FAILURE = 1
-    AGREEMENT = 2
-
-
-class Label(NamedTuple):
-    """What a message says about itself: the epoch and number of its call, the digest of that call and those before
-    it, and the batch within the call."""
-
-    epoch: int
-    number: int
-    chain: int
-    mark: int
-    rank: int
-    kind: Kind
-    text: str
-
-    def pack(self) -> bytes:
-        """At most `LABEL_BYTES`; a longer text is cut."""
-        numbers = _NUMBERS.pack(*self[:-1])
-        return numbers + self.text.encode(errors="replace")[: LABEL_BYTES - len(numbers)]
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Label:
-        """What `pack` has packed, zeros behind it allowed."""
-        text = packed[_NUMBERS.size :].rstrip(b"\0").decode(errors="ignore")
-        epoch, number, chain, mark, rank, kind = _NUMBERS.unpack_from(packed)
-        return cls(epoch, number, chain, mark, rank, Kind(kind), text)
-
-    @property
-    def call(self) -> str:
-        """The kind of its call."""
-        return self.text.split("; ")[0].partition(" of ")[2]
-
-    def fits(self, other: Label) -> bool:
-        """Whether the two ends of a transfer belong together."""
-        return self[:4] == other[:4]
-
-
-_NUMBERS = struct.Struct("<qqQIiB")
 # What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
 _APART = "CallMismatch apart"
 _REFUSALS: dict[str, type[Exception]] = {
@@ -106,30 +59,48 @@ _REFUSALS[_APART] = CallMismatch
 
 class CallLog:
     """Which call one rank is at. ``broken`` until the epoch after is begun, ``warned`` once this rank has told the
-    others. ``made`` counts all calls, ``number`` those of the epoch, ``ballots`` its agreements, ``posted`` the
-    unlabelled batches of the call under way; ``current`` is the number of the call that this rank is in, begun or
-    not; ``finished``: that it has done its part of that call. ``apart``: an epoch failed because ranks were at
-    different places of the program; ``torn``: a connection can move no more messages."""
+    others. ``posted`` counts the unlabelled batches of the call under way; ``finished``: this rank has done its part of
+    that call. ``course``: that of the call under way, of all ranks between calls. ``apart``: an epoch failed because
+    ranks were at different places of the program; ``torn``: a connection can move no more messages."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._process = os.getpid()
         self._caller: int | None = None
-        self.epoch = self.made = self.posted = 0
+        self.epoch = self.posted = 0
         self.labelled = True
         self.apart = self.torn = False
         self.lost: str | None = None  # why no call can be made any more
         self.group_lost = False  # nor one of another transport of the same group
         self.failed = ""  # which kind of call, when an epoch was broken
+        self.course = self._all = Course()
+        self._some: dict[str, Course] = {}  # of some of the ranks, by the name of their transport
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self.number = self.chain = self.ballots = self.current = 0
+        for course in (self._all, *self._some.values()):
+            course.restart()
         self.broken = self.warned = self.finished = False
         self.text = "no call"
-        self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
+
+    def open(self, name: str, course: Course) -> None:
+        """From now on calls over the transport of this name, of some of the ranks, are those of a course of theirs."""
+        self._some.setdefault(name, course)
+
+    def course_of(self, name: str) -> Course:
+        """That of the calls over a transport."""
+        return self._some.get(name, self._all)
+
+    def of_some(self, name: str) -> bool:
+        """Whether a transport is of some of the ranks."""
+        return name in self._some
+
+    @property
+    def number(self) -> int:
+        """Calls of the course that this epoch has begun."""
+        return self.course.number
 
     @property
     def in_child(self) -> bool:
@@ -151,11 +122,9 @@ class CallLog:
 
     @property
     def place(self) -> str | None:
-        """Where the next call will be, in words; None while something is amiss with the one before."""
-        sound = not (self.broken or self.lost or self.apart or self.epoch in self._heard)
-        return (
-            f"call {self.number + 1} of epoch {self.epoch} after {self.made}, digest {self.chain:x}" if sound else None
-        )
+        """Where the next call of all ranks will be, in words; None while something is amiss with the one before."""
+        sound, at = not (self.broken or self.lost or self.apart or self.epoch in self._heard), self._all
+        return f"call {at.number + 1} of epoch {self.epoch} after {at.made}, digest {at.chain:x}" if sound else None
 
     def renew(self) -> None:
         """Leaves a broken epoch."""
@@ -166,7 +135,7 @@ class CallLog:
 
     def approach(self, what: str) -> None:
         """This rank is at its next call, which has not begun yet."""
-        self.text, self.current, self.finished = what, self.number + 1, False
+        self.text, self.course.current, self.finished = what, self.number + 1, False
         if torch._C._current_graph_task_id() == -1:  # else it may be autograd's thread of some device
             self._caller = get_ident()
 
@@ -178,25 +147,21 @@ class CallLog:
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
         ``labelled`` or not."""
-        self.number += 1
-        self.made += 1
+        self.text = self.course.begin(text, digest)
         self.posted, self.labelled, self.finished = 0, labelled, False
-        digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
-        self.chain = int.from_bytes(digest, "little")
-        self.text = text
-        self.recent.append((self.number, text))
 
     def ballot(self) -> str:
-        """The name of the next agreement, the same on all ranks."""
-        self.ballots += 1
-        return f"{self.epoch}.{self.ballots}"
+        """The name of the next agreement, the same on all ranks of the course."""
+        course = self.course
+        course.ballots += 1
+        return f"{self.epoch}.{course.ballots}{course.said}"
 
     def label(self, what: str) -> Label:
         """That of the next batch of the call under way. Outside of any call, batches are told apart by their order
         alone."""
         self.posted += not self.labelled
-        mark = _mark(what) if self.number else 0
-        return Label(self.epoch, self.number, self.chain, mark, self.rank, Kind.TENSORS, f"{what} of {self.text}")
+        batch = mark(what) if self.number else 0
+        return self._label(self.number, batch, Kind.TENSORS, f"{what} of {self.text}")
 
     def failure(self, error: BaseException, what: str = "", number: int = 0) -> Label:
         """What the others are told of an error in call ``number``, a ``what`` (the current one); of one that this rank
@@ -206,13 +171,16 @@ class CallLog:
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
         kind = _APART if getattr(error, "apart", False) else kind
         text = f"{kind}\n{what or self.text}\n{_text(error)}"
-        return Label(self.epoch, number or self.current, self.chain, 0, self.rank, Kind.FAILURE, text)
+        return self._label(number or self.course.current, 0, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
         """What the others are told by a rank that waits for them in an agreement."""
         name = facts.get("call", "a comparison")
         text = "; ".join([f"a first comparison of {name}", *(f"{fact} {value:.100}" for fact, value in facts.items())])
-        return Label(self.epoch, self.number, self.ballots, 0, self.rank, Kind.AGREEMENT, text)
+        return self._label(self.number, 0, Kind.AGREEMENT, text)._replace(chain=self.course.ballots)
+
+    def _label(self, number: int, batch: int, kind: Kind, text: str) -> Label:
+        return Label(self.epoch, self.course.ident, number, self.course.chain, batch, self.rank, kind, text)
 
     def hear(self, label: Label) -> None:
         """Takes in what a rank has told."""
@@ -231,13 +199,24 @@ class CallLog:
         if self.broken or not (self._heard or self._waiting):
             return
         failure = self._heard.get(self.epoch)
-        if failure is not None and failure.number <= self.current:  # a call before the one that failed is still right
+        if failure is not None and self._reaches(failure):
             self.broken = True
-            self.apart |= not self.same_call(failure)
+            self.apart |= self._here(failure) and not self.same_call(failure)
             self._raise(failure)
+        courses = {course.ident: course for course in (self._all, *self._some.values())}
         for label in self._waiting.values():
-            if label.epoch == self.epoch and label.number < self.number and label.chain > self.ballots:
+            course = courses.get(label.course)
+            if label.epoch == self.epoch and course is not None and course.passed(label.number, label.chain):
                 raise self.mismatch(self.label("messages"), label._replace(number=label.number + 1))
+
+    def _here(self, label: Label) -> bool:
+        """Whether it is of the same ranks' calls as the one under way."""
+        return label.course == self.course.ident
+
+    def _reaches(self, failure: Label) -> bool:
+        """Whether a failure is one of the call under way: one before the call that failed is still right. Calls of
+        other ranks have no order; theirs are failures of all."""
+        return not self._here(failure) or failure.number <= self.course.current
 
     def _raise(self, label: Label) -> NoReturn:
         kind, call, text = [*label.text.split("\n", 2), "", ""][:3]
@@ -258,11 +237,6 @@ class CallLog:
         ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
         rule = "every rank must make the same calls, with the same settings, in the same order"
         return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
-
-
-@lru_cache(maxsize=1024)
-def _mark(what: str) -> int:
-    return zlib.crc32(what.encode())
 
 
 def _kind(text: str) -> str:
@@ -290,25 +264,39 @@ def _beside(one: Label, other: Label) -> str:
 def together(transport: Transport, what: str) -> AbstractContextManager[object]:
     """What raises in here on one rank raises on all of them. The first to be entered after that begins an epoch.
     ``what`` names what has not begun yet in error texts."""
-    return nullcontext() if transport.world_size == 1 else _Together(transport, what)
+    return nullcontext() if _nobody_else(transport) else _Together(transport, what)
+
+
+def _nobody_else(transport: Transport) -> bool:
+    """Whether there is no other rank that could be told."""
+    return transport.world_size == 1 and not transport.log.of_some(transport.name)
 
 
 class _Together:
     """No generator: one that is dropped would raise in its `with`, and later."""
 
     def __init__(self, transport: Transport, what: str) -> None:
-        self.transport, self.what, self.made = transport, what, transport.log.made
+        self.transport, self.what, log = transport, what, transport.log
+        self.course, self.before = log.course_of(transport.name), log.course
+        self.made = self.course.made
 
     def __enter__(self) -> None:
+        self.transport.log.course = self.course
         try:
             self._approach()
         except BaseException as error:
-            self._tell(error)
+            self._leave(error)
             raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self._tell(error)
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        try:
+            if error is not None:
+                self._tell(error)
+        finally:
+            self.transport.log.course = self.before
 
     def _approach(self) -> None:
         log = self.transport.log
@@ -343,15 +331,19 @@ class told:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         log = self.transport.log
-        if error is None or log.broken or self.transport.world_size == 1:
+        if error is None or log.broken or _nobody_else(self.transport):
             return
         if log.in_another_thread:  # it cannot be put at one place of the program: all ranks are told in the next call
             thread = f"in a thread of rank {log.rank} that makes no calls"
             text = f"{self.what} was refused {thread}: {type(error).__name__}: {_text(error)}"
             log.hear(log.failure(CallMismatch(text, apart=True), self.what, log.number + 1))
             return
-        log.text, log.current = self.what, log.number + 1
-        _tell(self.transport, error, log.made)
+        before, log.course = log.course, log.course_of(self.transport.name)
+        log.text, log.course.current = self.what, log.number + 1
+        try:
+            _tell(self.transport, error, log.course.made)
+        finally:
+            log.course = before
 
 
 def _tell(transport: Transport, error: BaseException, made: int) -> None:
@@ -369,7 +361,7 @@ def _tell(transport: Transport, error: BaseException, made: int) -> None:
         if not log.warned:
             log.warned = True
             log.failed = _kind(log.failure(error).text.split("\n", 2)[1])
-            log.made = max(log.made, made + 1)  # a call that is refused before it begins is one, too
+            log.course.made = max(log.course.made, made + 1)  # a call that is refused before it begins is one, too
             with suppress(Exception):  # the error itself matters more
                 transport.warn(log.failure(error))
 

@@ -23,8 +23,9 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 
-from ringattn.comm.calls import LABEL_BYTES, TORN, CallLog, Label, PeerError
+from ringattn.comm.calls import TORN, CallLog, PeerError
 from ringattn.comm.ends import whole
+from ringattn.comm.label import LABEL_BYTES, Label
 from ringattn.comm.shared_block import SharedBlock, map_block
 
 TENSORS_OF_A_NOTE = 1000  # notes must fit a socket's buffer
@@ -214,7 +215,7 @@ class Connection:
         """The label of what has come first, where it is of another call of the same number, whether or not this rank
         expects anything of the peer."""
         found = self._arrived[0].label if self._arrived else label
-        return found if found[:2] == label[:2] and found.chain != label.chain else None
+        return found if found.rivals(label) else None
 
     @whole
     def read(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ringattn.arguments.values import deadline, integer
-from ringattn.comm.calls import CallLog, Kind, Label, PeerError
+from ringattn.comm.calls import CallLog, PeerError
+from ringattn.comm.label import Kind, Label
 from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, name_ranks
 
 RANKS = 4096  # threads that a process bears

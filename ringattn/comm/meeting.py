@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from ringattn.comm.agreement import agree
 from ringattn.comm.board import GroupBoard
-from ringattn.comm.calls import CallLog, CallMismatch, Label, PeerError
+from ringattn.comm.calls import CallLog, CallMismatch, PeerError
+from ringattn.comm.label import Label
 from ringattn.comm.shared_memory import transport_over
 from ringattn.comm.transport import Transport
 

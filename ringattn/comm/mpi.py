@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ringattn.arguments.values import deadline, shown
 from ringattn.comm.board import StoreBoard
-from ringattn.comm.calls import CallLog, Label, PeerError
+from ringattn.comm.calls import CallLog, PeerError
 from ringattn.comm.deaths import Deaths, neighbourhood
+from ringattn.comm.label import Label
 from ringattn.comm.shared_memory import AWAKE, machine
 from ringattn.comm.transport import Done, Parcels, Pending, by_peer, check_batch, in_vain
 

@@ -20,8 +20,9 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from ringattn.comm.calls import TORN, CallLog, Kind, Label, PeerError
+from ringattn.comm.calls import TORN, CallLog, PeerError
 from ringattn.comm.ends import whole
+from ringattn.comm.label import Kind, Label
 
 NOTES, TENSORS = 0, 1  # tags
 _INTEGER = struct.Struct("<q")
@@ -125,7 +126,7 @@ class MPIPeer:
         """The label of what was announced first, where it is of another call of the same number, whether or not this
         rank expects anything of the peer."""
         found = self._announced[0].label if self._announced else label
-        return found if found[:2] == label[:2] and found.chain != label.chain else None
+        return found if found.rivals(label) else None
 
     @whole
     def leave_old_epochs(self) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import NoReturn
 
 from ringattn.arguments.values import deadline, integer, shown
-from ringattn.comm.calls import CallLog, Label
+from ringattn.comm.calls import CallLog
+from ringattn.comm.label import Label
 from ringattn.comm.transport import Done, Parcels, Pending
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ringattn.arguments.values import deadline
 from ringattn.comm.board import GroupBoard
-from ringattn.comm.calls import LABEL_BYTES, CallLog, Kind, Label, PeerError
+from ringattn.comm.calls import CallLog, PeerError
+from ringattn.comm.label import LABEL_BYTES, Kind, Label
 from ringattn.comm.lanes import Fused, Lane, Tensors, group_lane, open_lanes
 from ringattn.comm.transport import Done, Homeward, Parcels, Pending, by_peer, check_batch, check_device, in_vain
 
@@ -61,7 +62,8 @@ class ProcessGroupTransport(GroupBoard):
         self.timeout = deadline("timeout", timeout)
         self.log = CallLog(self.rank)
         self._devices = _devices(group)
-        self.blind = frozenset(self._devices) - {"cpu"}
+        # Only between CPUs; where the group moves none of their tensors, there too.
+        self.blind = frozenset(self._devices) ^ {"cpu"}
         # What gloo may still read or write, of calls that have failed too.
         self._under_way: list[_Batch] = []
         self._kept: list[_Transfer] = []
@@ -283,7 +285,7 @@ class _Labelled:
     def start(self) -> None:
         """Starts all of them, those of a broken connection in vain."""
         group, label = self.transport.group, self.label
-        labels, tensors = self.transport.tag(label.epoch), self.transport.tag(label.epoch, label.chain)
+        labels, tensors = self.transport.tag(label.epoch), self.transport.tag(label.epoch, label.course, label.chain)
         for peer in self.peers:
             try:
                 self.transport.expect_label(peer)

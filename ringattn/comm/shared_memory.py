@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.board import GroupBoard
-from ringattn.comm.calls import Label
 from ringattn.comm.connection import Connection
 from ringattn.comm.handshake import connect
+from ringattn.comm.label import Label
 from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_block import SharedBlock
 from ringattn.comm.transport import Done, Parcels, Pending, Transport, by_peer, check_batch, check_device, in_vain

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ringattn.comm.calls import CallLog, Label, PeerError
+from ringattn.comm.calls import CallLog, PeerError
+from ringattn.comm.label import Label
 
 Parcels = Sequence[tuple[Tensor, int]]  # tensors with the group rank each goes to or comes from
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,15 @@ class Topology:
         if world_size % ranks:
             return f"its {world_size} ranks are not whole nodes of {ranks}"
         return ""
+
+    def among(self, members: Sequence[int]) -> Topology:
+        """The links between some of the ranks, which rise. Where these are not as many neighbours on each node, all are
+        as far from each other as nodes are."""
+        if self.ranks_per_node is None:
+            return self
+        nodes = [rank // self.ranks_per_node for rank in members]
+        counts = {nodes.count(node) for node in nodes}
+        return replace(self, ranks_per_node=counts.pop()) if len(counts) == 1 else Topology(self.links[1])
 
     def level(self, src: Ints, dst: Ints) -> Ints:
         """The slowest level that a transfer from rank to rank crosses: 0 inside of a node, 1 between nodes."""

@@ -38,22 +38,40 @@ from ringattn.runtime.splits import split_offers
 from ringattn.runtime.wire import Kind
 
 KINDS = 64  # kinds of calls that a context keeps prepared
+SUBSETS = 16  # of a group, whose plans and graphs are kept
 RECENT = 32  # bindings kept alive for compiled graphs whose backward is still to come, and for masks that return
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What a context and its replacements have in common. ``device``, ``nodes``: see :class:`ContextSettings`."""
+    """What a context and its replacements have in common. ``device``, ``nodes``, ``among``: see
+    :class:`ContextSettings`."""
 
     link: Link
     device: str = "cpu"
     nodes: Nodes | None = None
+    among: tuple[int, ...] | None = None
     graphs: Graphs = field(init=False)
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
+    links: dict[tuple[int, ...], Link] = field(default_factory=dict)  # of subsets: they hold what these have compared
+    subsets: OrderedDict[tuple[int, ...], Shared] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "graphs", Graphs(self.link))
+
+    def on(self, members: tuple[int, ...]) -> Shared:
+        """The same for contexts of some of these ranks, or of all. The last ones' plans and graphs are kept."""
+        if len(members) == self.link.transport.world_size:
+            return self
+        if members not in self.links:
+            self.links[members] = self.link.among(members)
+        if members not in self.subsets:
+            self.subsets[members] = Shared(self.links[members], self.device, self.nodes, members)
+        self.subsets.move_to_end(members)
+        if len(self.subsets) > SUBSETS:
+            self.subsets.popitem(last=False)
+        return self.subsets[members]
 
     def bind(self, settings: ContextSettings) -> Binding:
         """The binding of these settings, a known one if there is one."""

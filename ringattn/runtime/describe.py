@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from ringattn.comm.transport import name_ranks
 from ringattn.geometry.masks import Expression
 from ringattn.geometry.spans import Ints
 from ringattn.kernels import Selection
@@ -39,7 +40,7 @@ def describe(binding: Binding) -> str:
     sizes = binding.held.q.sizes
     lines = [
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
-        f"({_between(sizes)} a rank), this is rank {binding.rank}",
+        f"({_between(sizes)} a rank), this is rank {binding.rank}{_among(settings, binding.rank)}",
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
@@ -53,6 +54,13 @@ def describe(binding: Binding) -> str:
     for mask in settings.masks:
         lines += _describe_mask(binding, mask, programs[mask])
     return "\n".join(lines)
+
+
+def _among(settings: ContextSettings, rank: int) -> str:
+    """Of which ranks of the group, where it is not all of them."""
+    if settings.among is None:
+        return ""
+    return f": rank {settings.among[rank]} of the group, with {name_ranks(settings.among)}"
 
 
 def _program(binding: Binding, mask: Expression) -> Program | str:

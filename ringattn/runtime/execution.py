@@ -164,7 +164,10 @@ class Execution:
             self.sinks is not None,
             self.grad,
         )
-        link.begin(name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own)
+        link.begin(
+            name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
+            sort=(self.call.asked, extras),
+        )  # fmt: skip
         return link
 
     def _facts(self, extras: Extras) -> dict[str, str]:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Transport, agree, empty
+from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Subset, Transport, agree, empty
 from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
 
 if TYPE_CHECKING:
     from ringattn.runtime.timeline import Timeline
 
-REMEMBERED = 4096  # kinds of calls that the ranks have compared
+REMEMBERED, OF_A_SUBSET = 4096, 64  # kinds of calls that all ranks, or some, have compared
 
 
 class Moved(NamedTuple):
@@ -91,7 +91,16 @@ class _Common:
 
     epoch: int = 0
     known: OrderedDict[Hashable, _Known] = field(default_factory=OrderedDict)
+    sorts: set[Hashable] = field(default_factory=set)  # of calls, of which the ranks have compared one
+    fresh: bool = False  # the call under way is the first of its signature
     draws: int = 0
+
+    def remember(self, signature: Hashable, known: _Known, sort: Hashable, most: int) -> None:
+        """Keeps what was compared; of the signatures the last."""
+        self.known[signature] = known
+        self.sorts |= {sort} - {None}
+        if len(self.known) > most:
+            self.known.popitem(last=False)
 
 
 @dataclass
@@ -111,6 +120,12 @@ class Link:
     def __post_init__(self) -> None:
         transport = self.transport
         self.workspace = Workspace(transport.allocate if isinstance(transport, Allocator) else empty)
+
+    def among(self, members: Sequence[int]) -> Link:
+        """What contexts of some of the ranks share. Buffers and the count of what moved are those of all."""
+        link = Link(Subset(self.transport, members), self.compare_every, self.communicators, self.traffic)
+        link.workspace = self.workspace
+        return link
 
     def post(self, batch: Batch) -> Pending | None:
         """See :class:`Messages`."""
@@ -132,12 +147,16 @@ class Link:
         facts: Callable[[], dict[str, str]],
         device: str,
         own: Mapping[str, str] = MappingProxyType({}),
+        sort: Hashable = None,
     ) -> None:
         """Begins a call on all ranks.
 
-        At the first call of a signature the ranks compare the facts that it stands for; what is remembered of that
-        follows from the order of calls alone, which is the same on all ranks. Each later one is compared by the
-        messages, which carry a digest of the facts, of the ``name`` and of what is this call's ``own`` (a seed).
+        At the first call of a ``sort`` (shapes and dtypes, whatever the lengths, masks and layouts) the ranks compare
+        on their board the facts that the call's signature stands for. Every later one is compared by its messages,
+        which carry a digest of the facts, of the ``name`` and of what is this call's ``own`` (a seed); the first of
+        a signature ends on all ranks together, so that there is a message in it. So new lengths and documents cost no
+        word on the board, which is one for all ranks; nor do calls of a subset, of which there may be many. What is
+        remembered follows from the order of calls alone, which is the same on all ranks.
 
         Raises:
             CallMismatch: (a ValueError) the facts differ between ranks.
@@ -148,24 +167,31 @@ class Link:
             return
         log, known = transport.log, common.known.pop(signature, None)
         log.check_process()
+        blind, common.fresh = device in transport.blind, known is None
+        by_messages = self._by_messages(sort, blind)
         if known is None:
             made = facts()
             if log.epoch and not log.number:
                 self._resume()
-            agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", "call": name, **own, **made})
+            if not by_messages:
+                agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", "call": name, **own, **made})
             known = _Known(_listed(made), hashlib.sha256(json.dumps(made, sort_keys=True).encode()).digest())
-        common.known[signature] = known
-        if len(common.known) > REMEMBERED:
-            common.known.popitem(last=False)
-        blind = device in transport.blind
+        common.remember(signature, known, sort, OF_A_SUBSET if isinstance(transport, Subset) else REMEMBERED)
         log.begin(f"{name}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
+        if blind and common.fresh and by_messages:
+            self._meet("begin")  # between CPUs, where messages have labels
         if blind and log.number % self.compare_every == 0:
-            calls = {f"call {number}": text for number, text in log.recent}
+            calls = {f"call {number}": text for number, text in log.course.recent}
             try:
-                agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.chain:x}"})
+                agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.course.chain:x}"})
             except CallMismatch as error:
                 error.apart = True  # calls since the last comparison have met others
                 raise
+
+    def _by_messages(self, sort: Hashable, blind: bool) -> bool:
+        """Whether the first call of a signature is compared by its messages alone."""
+        labelled = not (blind and "cpu" in self.transport.blind)
+        return labelled and (isinstance(self.transport, Subset) or sort in self._common.sorts)
 
     def _resume(self) -> None:
         """After a call that failed, the ranks go on if it was the same one for all, and their connections are whole:
@@ -177,7 +203,7 @@ class Link:
         left = {"messages left of the call that failed": f"of {log.posted} batches"} if blind else {}
         failed = f"{log.failed}{', and ranks were at others' if log.apart else ''}"
         connections = TORN if log.torn else "whole"
-        alike = {"calls made": str(log.made), "call that failed": failed, "connections": connections, **left}
+        alike = {"calls made": str(log.course.made), "call that failed": failed, "connections": connections, **left}
         try:
             agree(self.transport, log.ballot(), alike)
             if log.torn:
@@ -201,16 +227,17 @@ class Link:
         """
         transport, log = self.transport, self.transport.log
         if device not in transport.blind:
-            self._end_together() if needed else transport.heed()
+            self._meet("end") if needed or self._common.fresh else transport.heed()
         log.posted, log.finished = 0, True
 
-    def _end_together(self) -> None:
+    def _meet(self, where: str) -> None:
+        """Waits until every rank is at this place of the call."""
         transport, (token, got) = self.transport, self._tokens
         rank, world = transport.rank, transport.world_size
         away = 1
         while away < world:
             to, source = (rank + away) % world, (rank - away) % world
-            transport.post([(token, to)], [(got, source)], f"end, {away} ranks away").wait()
+            transport.post([(token, to)], [(got, source)], f"{where}, {away} ranks away").wait()
             away *= 2
 
     @cached_property
@@ -223,7 +250,7 @@ class Link:
         """The next number of a counter that counts alike on all ranks, mixed with ``start``."""
         common = self.common()
         common.draws += 1
-        drawn = f"{start} {common.epoch} {common.draws - 1}"
+        drawn = f"{start} {common.epoch} {common.draws - 1}{self.transport.log.course_of(self.transport.name).said}"
         return int.from_bytes(hashlib.blake2b(drawn.encode(), digest_size=8).digest(), "little") >> 2
 
     def common(self) -> _Common:

@@ -108,8 +108,8 @@ class Options:
 
 @dataclass(frozen=True)
 class ContextSettings:
-    """The arguments of a context, the ``device`` whose rates are its defaults: "cpu", or a GPU's name; and the
-    ``nodes`` of its ranks, if their launcher has told."""
+    """The arguments of a context, the ``device`` whose rates are its defaults: "cpu", or a GPU's name; the
+    ``nodes`` of its ranks, if their launcher has told; and ``among`` which of them it is, if not all."""
 
     seqlen: int
     masks: tuple[Expression, ...]
@@ -124,6 +124,7 @@ class ContextSettings:
     kv_layout: str | Layout | None = None
     ulysses: int | str = 1
     nodes: Nodes | None = None
+    among: tuple[int, ...] | None = None
 
     def split(self, members: int) -> ContextSettings:
         """The same with so many ranks of the head axis."""
@@ -157,8 +158,9 @@ class ContextSettings:
     def known(self) -> Hardware:
         """The device, with what the options say of it in place of what is known."""
         known, options = hardware(self.device), self.options
-        links = self.nodes.of(known.topology) if self.nodes else known.topology
-        return replace(known, topology=options.topology or links, rates=options.rates or known.rates)
+        links = options.topology or (self.nodes.of(known.topology) if self.nodes else known.topology)
+        links = links if self.among is None else links.among(self.among)
+        return replace(known, topology=links, rates=options.rates or known.rates)
 
     @property
     def by_nodes(self) -> bool:

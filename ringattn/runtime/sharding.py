@@ -6,6 +6,7 @@ so that gradients equal one process's on every rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
     transport = link.transport
     with together(transport, name):
         calls, mine = link.timeline or link, local.movedim(dim, 0).resolve_conj().resolve_neg().contiguous()
-        what = (layout.digest, tuple(mine.shape[1:]), mine.dtype, dim)
-        calls.begin(name, what, lambda: dict(zip(_FACTS, map(str, what), strict=True)), mine.device.type)
+        what = (layout.digest, *(sort := (tuple(mine.shape[1:]), mine.dtype, dim)))
+        facts = partial(_facts, what)
+        calls.begin(name, what, facts, mine.device.type, sort=(name, sort))
         others = [r for r in range(transport.world_size) if r != transport.rank]
         parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
         sends, recvs = (
@@ -98,7 +100,8 @@ def _assembled(parts: dict[int, Tensor], layout: Layout) -> Tensor:
     return whole
 
 
-_FACTS = ("layout", "shape of a token", "dtype", "dim of the tokens")
+def _facts(what: tuple[object, ...]) -> dict[str, str]:
+    return dict(zip(("layout", "shape of a token", "dtype", "dim of the tokens"), map(str, what), strict=True))
 
 
 class _Shard(torch.autograd.Function):

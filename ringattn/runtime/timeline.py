@@ -27,8 +27,8 @@ from ringattn.runtime.workspace import Workspace
 
 
 @contextmanager
-def profiled(link: Link) -> Iterator[Profile]:
-    """Writes down the calls that are made through a link.
+def profiled(link: Link, rank: int) -> Iterator[Profile]:
+    """Writes down the calls that are made through a link. ``rank``: what this one is called by those who look at it.
 
     Raises:
         ValueError: a profile of the link is open already.
@@ -40,7 +40,7 @@ def profiled(link: Link) -> Iterator[Profile]:
                 "`with` first"
             )
         timeline = link.timeline = Timeline(link)
-    profile = Profile(link.transport.rank)
+    profile = Profile(rank)
     try:
         yield profile
     finally:

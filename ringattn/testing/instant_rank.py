@@ -7,7 +7,8 @@ import torch
 
 from ringattn.arguments.values import deadline, integer
 from ringattn.comm.agreement import AGREED
-from ringattn.comm.calls import CallLog, Label
+from ringattn.comm.calls import CallLog
+from ringattn.comm.label import Label
 from ringattn.comm.transport import Done, Parcels, Pending, check_batch
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np
 
-from ringattn.comm.calls import CallLog, Label
+from ringattn.comm.calls import CallLog
+from ringattn.comm.label import Label
 from ringattn.comm.transport import Board, Parcels, Pending, Transport
 from ringattn.planning.topology import Topology
 

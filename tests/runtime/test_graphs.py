@@ -282,7 +282,7 @@ def test_traffic_and_the_log_are_those_of_eager_calls():
             step(cp, number)
         traffic = cp.traffic()
         assert (traffic.pop("wait_seconds") > 0) and len(set(posted)) == 2 and min(posted) > 0, posted
-        return traffic, posted, transport.log.number, transport.log.chain, len(captured(cp))
+        return traffic, posted, transport.log.number, transport.log.course.chain, len(captured(cp))
 
     replayed, eager = (ra.Loopback(3, timeout=10).run(lambda t, o=option: count(t, o)) for option in ("on", "off"))
     assert [one[:-1] for one in replayed] == [one[:-1] for one in eager]

@@ -247,6 +247,20 @@ def test_what_one_rank_refuses_the_others_hear():
     assert all(ra.Loopback(3, timeout=20).run(one_rank))
 
 
+def test_contexts_of_some_ranks_have_profiles_of_their_own(tmp_path):
+    def one_rank(transport):
+        cp = context(transport)
+        some = cp.on({0: (0, 2), 1: (1,), 2: (0, 2)}[transport.rank])
+        with cp.profile() as whole, some.profile() as part:
+            step(some)
+            step(cp)
+        assert len(whole.calls) == len(part.calls) == 2
+        assert [piece.turn for piece in part.calls[0].turns] == list(some.program(MASK).forward)
+        return part.save(tmp_path / "part.json").name
+
+    assert ra.Loopback(3, timeout=20).run(one_rank) == [f"part.rank{rank}.json" for rank in range(3)]
+
+
 def test_calls_run_eagerly_between_replays():
     cp = taped(context(None, kernel="reference", options=ra.Options(graphs="on")))
     plain, _, _ = (step(cp) for _ in range(3))

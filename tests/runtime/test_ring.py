@@ -298,7 +298,7 @@ def test_two_contexts_made_on_one_transport_count_their_calls_together():
         for _ in range(2):
             for cp in contexts:
                 ra.attention(*map(cp.shard, (q, k, v)), cp=cp)
-        return transport.log.number, transport.log.ballots
+        return transport.log.number, transport.log.course.ballots
 
     assert ra.Loopback(2).run(one_rank) == [(4, 2), (4, 2)]
 

@@ -21,7 +21,7 @@ def test_it_moves_what_the_rank_of_a_real_ring_moves(schedule: str) -> None:
             cp.unshard(q.detach())
         traffic = cp.traffic()
         del traffic["wait_seconds"]
-        return traffic, cp.program(MASK).calls, transport.log.made, transport.log.ballots
+        return traffic, cp.program(MASK).calls, transport.log.course.made, transport.log.course.ballots
 
     for rank, real in enumerate(ra.Loopback(WORLD).run(one_rank)):
         assert one_rank(InstantRank(rank, WORLD)) == real
