@@ -3,7 +3,8 @@
 ``causal``: the ideal is the same rank's work as raw operator calls without communication or merges, on
 tensors that lie in memory as the operator likes them: one causal call and one rectangle, or either split
 into smaller calls, whichever is fastest here. ringattn is given tensors that lie the same way, and, for
-comparison, token-major ones.
+comparison, token-major ones. ``exposed_wait``: the part of the seconds inside of its calls in which a rank waits, of
+the rank where it is larger, by calls of their own in the same rounds, which are profiled.
 ``local+global``: useful GFLOP/s by exact area against one causal operator call on 8,192 tokens.
 
     python -m benchmarks.ring
@@ -11,6 +12,7 @@ comparison, token-major ones.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -81,13 +83,33 @@ def ring_call(
     return run, cp
 
 
+class Profiled:
+    """A case whose calls are profiled."""
+
+    def __init__(self, call: Callable[[], object], cp: ringattn.ContextParallel) -> None:
+        self.call, self.cp, self.parts = call, cp, list[float]()
+
+    def __call__(self) -> None:
+        with self.cp.profile() as profile:
+            self.call()
+        self.parts.append(profile.exposed)
+
+    def exposed(self) -> float:
+        """The median over the rounds but the first, each of the rank that waited for the larger part of its calls."""
+        parts = torch.tensor(self.parts[1:])
+        dist.all_reduce(parts, dist.ReduceOp.MAX)
+        return statistics.median(parts.tolist())
+
+
 def causal(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
     half = seqlen // 2
     nq, nk = (half // 2, half) if rank == 0 else (half, half // 2)
     ours, cp = ring_call(seqlen, ringattn.causal(), head_major=True)
+    profiled = Profiled(ours, cp)
     cases = {
         "ringattn": ours,
         "ringattn, inputs token-major": ring_call(seqlen, ringattn.causal())[0],
+        "ringattn, profiled": profiled,
         "ideal: causal + rectangle": together([operator_call(half, half, True), operator_call(nq, nk, False)]),
         "ideal: diagonal split to 256 + rectangle": together([*split_causal(half), operator_call(nq, nk, False)]),
         "ideal: all split to 2,048": together([*split_causal(half, 2048), *split_rectangle(nq, nk)]),
@@ -104,6 +126,7 @@ def causal(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
         "fastest": ideal,
         "of_ideal": ratio(seconds, ideal, "ringattn"),
         "of_ideal_token_major": ratio(seconds, ideal, "ringattn, inputs token-major"),
+        "exposed_wait": profiled.exposed(),
     }
 
 
@@ -139,7 +162,7 @@ def main(rounds: int = 9, json: str = "ring-cpu") -> None:
         result["causal"].append(case)
         print(
             f"causal {seqlen:>6}: {case['of_ideal']:.3f} of ideal, {case['of_ideal_token_major']:.3f} with token-major "
-            f"inputs  ({case['layout']}, {case['schedule']})"
+            f"inputs  ({case['layout']}, {case['schedule']}); exposed wait {100 * case['exposed_wait']:.2f} %"
         )
         for name, seconds in case["seconds"].items():
             print(f"    {name:42} {1000 * seconds:9.1f} ms")

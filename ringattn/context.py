@@ -7,6 +7,7 @@ the buffers and the counters of the first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -25,8 +26,10 @@ from ringattn.runtime.binding import Shared
 from ringattn.runtime.describe import describe
 from ringattn.runtime.joining import Group, join, split_of
 from ringattn.runtime.link import Link
+from ringattn.runtime.profile import Profile
 from ringattn.runtime.settings import ContextSettings, Load, Options
 from ringattn.runtime.sharding import position_ids, shard, unshard
+from ringattn.runtime.timeline import profiled
 from ringattn.validation import check_link, checked_context, checked_ranks
 
 
@@ -226,6 +229,21 @@ class ContextParallel:
             "received": dict(traffic.received),
             "wait_seconds": traffic.wait_seconds,
         }
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """``with cp.profile() as p:`` writes down where this rank's seconds go in the calls made inside, forward and
+        backward, of this context and its replacements: by turn of the program what copies, posts, kernels, the exposed
+        wait and sums take, and the bytes; by call, too, its all-to-alls, its begin and its end, and shards gathered.
+
+        Read behind the ``with``: ``print(p.table())``, ``p.exposed``, ``p.save("trace.json")`` (a Chrome trace),
+        ``p.calls``. When a message has arrived is not seen before it is waited for, so what a transfer took is an upper
+        bound. On a CUDA device the times are those of the stream; calls then run eagerly, and no CUDA graph is captured
+        or replayed. A call that fails is not kept. Contexts of other ranks (:meth:`on`) have profiles of their own.
+
+        Raises:
+            ValueError: a profile of this context, or of one with which it shares its link, is open already.
+        """
+        return profiled(self.link, self._whole.link.transport.rank)
 
     def __repr__(self) -> str:
         return (

@@ -172,7 +172,7 @@ class _Way:
 
 def _move(local: Tensor, way: _Way, dim: int, fill: float) -> Tensor:
     """Carries it out. Messages have the tokens in front, ``[tokens, ...]``."""
-    link, routes = way.link, way.routes
+    link, routes = way.link.timeline or way.link, way.routes
     with together(link.transport, way.name):
         facts = way.facts
         sort = way.name, facts["shapes"], facts["gradient"]

@@ -17,7 +17,9 @@ from ringattn.kernels.scores import RULES, Rule, Scores
 from ringattn.runtime import heads, loops
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.capture import Inputs, Loop, Walk
+from ringattn.runtime.link import Link, Messages
 from ringattn.runtime.prepared import Prepared
+from ringattn.runtime.timeline import Timeline
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
 
@@ -42,15 +44,14 @@ class Execution:
             return self._forward(q, k, v)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        binding, link = self.binding, self.binding.link
-        self._begin(FORWARD)
-        if binding.settings.options.check_nan:
-            _check_finite(binding, q=q, k=k, v=v)
+        link = self._begin(FORWARD)
+        if self.binding.settings.options.check_nan:
+            _check_finite(self.binding, q=q, k=k, v=v)
         swap = self.call.seat.swap
         if swap is None:
             out, lse = self._attend(q, k, v, self.sinks, self.scores)
         else:
-            out, lse = self._attend_together(q, k, v)
+            out, lse = self._attend_together(link, q, k, v)
         link.finish(q.device.type, needed=self._needed)
         return out, lse
 
@@ -61,23 +62,23 @@ class Execution:
         out, lse = self._walk(loops.forward, (q, k, v, sinks), scores, (self.call.kind.dtype, self.call.wide))
         return out, lse
 
-    def _attend_together(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_together(self, link: Messages, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The same of this rank's tokens, whose heads are computed by its team, or by chunks."""
         homes = heads.homes_of_results(q, v, self.call.wide)
         for part in self.call.parts:
             assert part.seat.swap is not None, "heads are swapped in all parts"
             given = q, k, v, self.sinks, self.scores
-            part.seat.swap.forward(self.binding.link, given, replace(self, call=part)._attend, homes)
+            part.seat.swap.forward(link, given, replace(self, call=part)._attend, homes)
         return homes[0], heads.row(homes[1]).contiguous()
 
-    def _differentiate_together(self, swap: heads.HeadSwap, saved: heads.Saved) -> tuple[Tensor, ...]:
+    def _differentiate_together(self, link: Messages, swap: heads.HeadSwap, saved: heads.Saved) -> tuple[Tensor, ...]:
         if saved[6] is None and self.call.kernels.call.dlse:  # other ranks' lse may have one, and all move the same
             saved = (*saved[:6], torch.zeros_like(saved[4]))
         homes = heads.homes_of_gradients(swap, *saved[:3], self.call.wide)
         for part in self.call.parts:
             assert part.seat.swap is not None, "heads are swapped in all parts"
             differentiate = replace(self, call=part)._differentiate
-            part.seat.swap.backward(self.binding.link, saved, self.scores, differentiate, homes)
+            part.seat.swap.backward(link, saved, self.scores, differentiate, homes)
         return tuple(home.to(x.dtype) for home, x in zip(homes, saved[:3], strict=True))
 
     @property
@@ -92,18 +93,18 @@ class Execution:
         """``dq, dk, dv``, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is there to be added to;
         and ``dsinks``, where wanted."""
         with together(self.binding.link.transport, BACKWARD):
-            self._begin(BACKWARD)
+            link = self._begin(BACKWARD)
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
             swap, saved = self.call.seat.swap, (q, k, v, out, lse, dout, dlse)
             if swap is None:
                 grads = self._differentiate(saved, self.scores, (self.call.kind.dtype,) * 3)
             else:
-                grads = self._differentiate_together(swap, saved)
+                grads = self._differentiate_together(link, swap, saved)
             dsinks = None
             if wants_dsinks and self.sinks is not None:
                 dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
             bias, dbias = self.scores.bias, self.scores.dbias
-            self.binding.link.finish(q.device.type, needed=self._needed)
+            link.finish(q.device.type, needed=self._needed)
             return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
 
     def _differentiate(self, saved: heads.Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
@@ -118,8 +119,10 @@ class Execution:
     def _walk(self, loop: Loop, inputs: Inputs, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
         """What a loop finds, in these dtypes: the call's own tensors, whether it ran or a graph of it was replayed."""
         call, binding, replayed = self.call, self.binding, False
-        walk = Walk(loop, inputs, call, scores)
-        if call.eager is None:
+        walk, timeline = Walk(loop, inputs, call, scores), binding.link.timeline
+        if timeline is not None:
+            found = timeline.walk(walk)
+        elif call.eager is None:
             found, replayed = binding.graphs.run(walk, must=binding.settings.options.graphs == "on")
         else:
             found = walk(binding.link)
@@ -142,11 +145,12 @@ class Execution:
         rule = None if rule_params is None else RULES[self.rule](rule_params)
         return replace(self, sinks=sinks, scores=replace(self.scores, bias=bias, dbias=dbias, rule=rule))
 
-    def _begin(self, name: str) -> None:
-        """Begins the call on all ranks, which compare what they are about to do."""
+    def _begin(self, name: str) -> Link | Timeline:
+        """Begins the call on all ranks, which compare what they are about to do; what it is made through."""
         binding, scores, device = self.binding, self.scores, self.call.kind.device.type
-        if binding.world_size == 1:
-            return
+        link = binding.link.timeline or binding.link
+        if link is binding.link and binding.world_size == 1:
+            return link
         rule, bias, dropout = scores.rule, scores.bias, scores.dropout
         own = {}
         if dropout is not None:
@@ -161,10 +165,11 @@ class Execution:
             self.sinks is not None,
             self.grad,
         )
-        binding.link.begin(
+        link.begin(
             name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
             sort=(self.call.asked, extras), label=self.label,
         )  # fmt: skip
+        return link
 
     def _facts(self, extras: Extras) -> dict[str, str]:
         kind, s, scores, program = self.call.asked, self.binding.settings, self.scores, self.call.program

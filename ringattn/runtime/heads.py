@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ringattn.kernels.scores import Scores
 from ringattn.planning.heads import HeadShare, Split, head_chunks, head_shares
-from ringattn.runtime.link import Expected, Link, Moved
+from ringattn.runtime.link import Expected, Messages, Moved
 from ringattn.runtime.wire import Kind
 
 ALIGNED = 64  # numbers: where tensors that share a block begin
@@ -81,7 +81,7 @@ class HeadSwap:
         """That of a bias, whose heads are the queries', or one for all of them."""
         return self.queries if heads > 1 else Axis(_runs(self.sizes[0]), (slice(0, 1),) * self.split.ulysses, True)
 
-    def forward(self, link: Link, given: Given, attend: Attend, homes: Sequence[Tensor]) -> None:
+    def forward(self, link: Messages, given: Given, attend: Attend, homes: Sequence[Tensor]) -> None:
         """``out`` and ``lse`` of the own tokens and the chunk's heads, with what ``attend`` finds for the team's tokens
         and the own heads. ``homes``: where they belong, the lse as one column."""
         q, k, v, sinks, scores = given
@@ -92,7 +92,7 @@ class HeadSwap:
         self.scatter(link, "forward", [(out, self.queries, homes[0]), (column(lse), self.queries, homes[1])])
 
     def backward(
-        self, link: Link, saved: Saved, scores: Scores, differentiate: Differentiate, homes: Sequence[Tensor]
+        self, link: Messages, saved: Saved, scores: Scores, differentiate: Differentiate, homes: Sequence[Tensor]
     ) -> None:
         """Their gradients, written to ``homes``, or added where several members or chunks find a part: those of dq, dk
         and dv, and of the bias in ``scores`` where it has one."""
@@ -112,7 +112,7 @@ class HeadSwap:
         self.scatter(link, "backward", found)
 
     def _team(
-        self, link: Link, what: str, axes: Sequence[tuple[Tensor, Axis]], scores: Scores
+        self, link: Messages, what: str, axes: Sequence[tuple[Tensor, Axis]], scores: Scores
     ) -> tuple[list[Tensor], Scores]:
         """The team's tokens, and scores for them."""
         if scores.bias is None:
@@ -142,7 +142,7 @@ class HeadSwap:
         """Of each KV head how many query heads need it."""
         return sorted(Counter(self.share.of or ()).items())
 
-    def gather(self, link: Link, what: str, given: Sequence[tuple[Tensor, Axis]]) -> list[Tensor]:
+    def gather(self, link: Messages, what: str, given: Sequence[tuple[Tensor, Axis]]) -> list[Tensor]:
         """Tensors ``[batch, own tokens, all heads, width]`` as ``[batch, the team's tokens, own heads, width]``, in
         buffers that the next call uses again."""
         batch, own_parts = self._batch(what, "in"), []
@@ -162,7 +162,7 @@ class HeadSwap:
             _bring_home(own_parts)
         return [whole.transpose(0, 1) for whole in wholes]
 
-    def scatter(self, link: Link, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> None:
+    def scatter(self, link: Messages, what: str, computed: Sequence[tuple[Tensor, Axis, Tensor]]) -> None:
         """The way back: each tensor comes with its home, of the own tokens and all heads, which is written to, or added
         to."""
         batch, others, own = self._batch(what, "out"), [], self.split.member
@@ -247,7 +247,7 @@ def homes_of_gradients(swap: HeadSwap, q: Tensor, k: Tensor, v: Tensor, wide: to
 
 
 @contextmanager
-def _exchanged(link: Link, batch: Batch, what: str) -> Iterator[None]:
+def _exchanged(link: Messages, batch: Batch, what: str) -> Iterator[None]:
     """Messages that are under way while something else is done."""
     sends, recvs = ([entry for entry in side if entry[0].numel()] for side in (batch.sends, batch.recvs))
     pending = link.post(Batch(batch.what, sends, recvs, [Moved.of(f"{what} heads", sends, recvs)]))
@@ -262,7 +262,7 @@ def _bring_home(parts: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
         home.add_(found) if sums else home.copy_(found)
 
 
-def _buffers(link: Link, slot: str, wanted: Sequence[tuple[Sequence[int], Tensor]]) -> list[Tensor]:
+def _buffers(link: Messages, slot: str, wanted: Sequence[tuple[Sequence[int], Tensor]]) -> list[Tensor]:
     """Memory for tensors of these shapes, of the dtypes of others, side by side in one block for each dtype."""
     sizes = [-(-torch.Size(shape).numel() // ALIGNED) * ALIGNED for shape, _ in wanted]
     totals: Counter[torch.dtype] = Counter()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Silence, Subse
 from ringattn.geometry.spans import Ints, in_words
 from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
+
+if TYPE_CHECKING:
+    from ringattn.runtime.timeline import Timeline
 
 REMEMBERED, OF_A_SUBSET = 4096, 64  # kinds of calls that all ranks, or some, have compared
 
@@ -118,13 +121,15 @@ class _Common:
 @dataclass
 class Link:
     """What contexts share that follow each other. ``compare_every``: calls between two comparisons of all calls so far,
-    where messages carry no label. ``communicators``: what `Options` asked for when the transport was made."""
+    where messages carry no label. ``communicators``: what `Options` asked for when the transport was made.
+    ``timeline``: what calls take in this link's place while a profile of it is open."""
 
     transport: Transport
     compare_every: int = 64
     communicators: int = 0
     workspace: Workspace = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
+    timeline: Timeline | None = None
     _common: _Common = field(default_factory=_Common)
     _posted: Batch | None = None
 

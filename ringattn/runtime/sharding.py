@@ -70,10 +70,10 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
     """Every rank's shard put in global order, the sequence moved to the front for the wire."""
     transport = link.transport
     with together(transport, name):
-        mine = local.movedim(dim, 0).resolve_conj().resolve_neg().contiguous()
+        calls, mine = link.timeline or link, local.movedim(dim, 0).resolve_conj().resolve_neg().contiguous()
         what = (layout.digest, *(sort := (tuple(mine.shape[1:]), mine.dtype, dim)))
         facts = partial(_facts, what)
-        link.begin(name, what, facts, mine.device.type, sort=(name, sort))
+        calls.begin(name, what, facts, mine.device.type, sort=(name, sort))
         others = [r for r in range(transport.world_size) if r != transport.rank]
         parts = {r: mine.new_empty((int(layout.sizes[r]), *mine.shape[1:])) for r in others}
         sends, recvs = (
@@ -81,9 +81,9 @@ def _gather(local: Tensor, link: Link, layout: Layout, dim: int, name: str) -> T
             [(parts[r], r) for r in others if parts[r].numel()],
         )
         link.traffic.count([Moved.of("unshard", sends, recvs)])
-        link.wait(transport.post(sends, recvs, "all shards"))
+        calls.wait(transport.post(sends, recvs, "all shards"))
         whole = _assembled({**parts, transport.rank: mine}, layout)
-        link.finish(mine.device.type)
+        calls.finish(mine.device.type)
     return whole.movedim(0, dim)
 
 
