@@ -15,6 +15,7 @@ from ringattn.comm.process_group import ProcessGroupTransport
 from ringattn.comm.shared_memory import SharedMemoryTransport, transport_over
 from ringattn.comm.subset import Subset
 from ringattn.comm.transport import Allocator, Homeward, Pending, Solo, Transport, empty
+from ringattn.comm.watch import Unwaited, Watch, Watching
 
 __all__ = [
     "TORN",
@@ -36,6 +37,9 @@ __all__ = [
     "Solo",
     "Subset",
     "Transport",
+    "Unwaited",
+    "Watch",
+    "Watching",
     "agree",
     "empty",
     "together",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ringattn.comm.calls import CallLog, PeerError
 from ringattn.comm.label import LABEL_BYTES, Kind, Label
 from ringattn.comm.lanes import Fused, Lane, Tensors, group_lane, open_lanes
 from ringattn.comm.transport import Done, Homeward, Parcels, Pending, by_peer, check_batch, check_device, in_vain
+from ringattn.comm.watch import Watch
 
 PAUSE = 0.1  # seconds between two looks at what others have told
 _CPU = torch.device("cpu")
@@ -41,7 +43,8 @@ class ProcessGroupTransport(GroupBoard):
     silent; at a missed deadline gloo closes the group's connections, and the group stays failed. Over NCCL
     a wait only orders the current CUDA stream behind the transfer and returns at once, without a host
     synchronisation: there the deadline is the group's own watchdog (`timeout=` of `init_process_group` or
-    `new_group`), which ends the process. Nor do its transfers carry labels (`blind`).
+    `new_group`), which ends the process; shortly before `timeout` seconds a thread says on stderr which transfer of
+    which call is in vain (`watch`). Nor do its transfers carry labels (`blind`).
 
     The group is not kept alive: what the transport holds ends with it.
 
@@ -76,6 +79,9 @@ class ProcessGroupTransport(GroupBoard):
         for held in (self._under_way, self._kept, self._labels):
             self.at_end(held.clear)
         self.lanes: list[Lane] = [group_lane]
+        self.watch = Watch(self.timeout)
+        self.at_end(self.watch.close)
+        weakref.finalize(self, self.watch.close).atexit = False
         if communicators and self.blind:
             self.open_lanes(communicators, self._devices["cuda"])
 
@@ -252,6 +258,11 @@ class _Batch:
             texts = {peer: self._transport.lose(peer, error) for peer, error in errors.items()}
             raise in_vain(self._who, start, timeout, texts) from next(iter(errors.values()))
         self._parts = []
+
+    @property
+    def works(self) -> list[dist.Work]:
+        """Those for which no host waits."""
+        return [work for part in self._parts if isinstance(part, Fused) for work in part.works]
 
 
 class _Transfer:

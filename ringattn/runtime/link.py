@@ -9,14 +9,27 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ringattn.comm import TORN, Allocator, CallMismatch, Pending, Silence, Subset, Transport, agree, empty
+from ringattn.comm import (
+    TORN,
+    Allocator,
+    CallMismatch,
+    Pending,
+    Silence,
+    Subset,
+    Transport,
+    Unwaited,
+    Watch,
+    Watching,
+    agree,
+    empty,
+)
 from ringattn.geometry.spans import Ints, in_words
 from ringattn.runtime.workspace import Workspace
 from ringattn.version import VERSION
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
 REMEMBERED, OF_A_SUBSET = 4096, 64  # kinds of calls that all ranks, or some, have compared
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 WIDEST = 90  # characters of a fact in a text
 
 
@@ -132,15 +146,17 @@ class Link:
     timeline: Timeline | None = None
     _common: _Common = field(default_factory=_Common)
     _posted: Batch | None = None
+    _watch: Watch | None = None  # of transfers for which no host waits
 
     def __post_init__(self) -> None:
         transport = self.transport
         self.workspace = Workspace(transport.allocate if isinstance(transport, Allocator) else empty)
+        self._watch = transport.watch if isinstance(transport, Watching) and transport.blind else None
 
     def among(self, members: Sequence[int]) -> Link:
         """What contexts of some of the ranks share. Buffers and the count of what moved are those of all."""
         link = Link(Subset(self.transport, members), self.compare_every, self.communicators, self.traffic)
-        link.workspace = self.workspace
+        link.workspace, link._watch = self.workspace, self._watch
         return link
 
     def post(self, batch: Batch) -> Pending | None:
@@ -149,7 +165,10 @@ class Link:
             return None
         self.traffic.count(batch.moved)
         self._posted = batch
-        return self.transport.post(batch.sends, batch.recvs, batch.what)
+        pending = self.transport.post(batch.sends, batch.recvs, batch.what)
+        if self._watch is not None and isinstance(pending, Unwaited):
+            self._watch.add(pending.works, partial(self._in_vain, batch, self._call))
+        return pending
 
     def wait(self, pending: Pending) -> None:
         """See :class:`Messages`. Its time counts as the host's."""
@@ -157,18 +176,23 @@ class Link:
         try:
             pending.wait()
         except Silence as error:
-            error.args = (f"{error}{self._in_vain()}",)
+            error.args = (f"{error}; {self._in_vain(self._posted, self._call)}",)
             raise
         self.traffic.wait_seconds += time.perf_counter() - start
 
-    def _in_vain(self) -> str:
+    @property
+    def _call(self) -> str:
+        return f"call {self.transport.log.number}, {self.transport.log.text}"
+
+    def _in_vain(self, batch: Batch | None, call: str) -> str:
         """In which call, and for what, this rank waits."""
         named = self.transport.members if isinstance(self.transport, Subset) else range(self.transport.world_size)
-        expected = self._posted.expected if self._posted is not None else ()
+        expected = batch.expected if batch is not None else ()
         parts = [f"{kind} of {in_words(spans)} from rank {named[peer]}" for peer, kind, spans in expected[:4]]
         more = [f"{len(expected) - 4} more messages"] if len(expected) > 4 else []
-        what = f"; expected: {', '.join(parts + more)}" if parts else ""
-        return f"{what}; in call {self.transport.log.number}, {self.transport.log.text:.300}"
+        what = f" expects {', '.join(parts + more)}" if parts else ""
+        turn = f"{batch.what} of " if batch is not None else ""
+        return f"rank {named[self.transport.rank]}{what} in {turn}{call:.300}"
 
     def begin(
         self,
@@ -176,7 +200,8 @@ class Link:
         signature: Hashable,
         facts: Callable[[], dict[str, str]],
         device: str,
-        own: Mapping[str, str] = MappingProxyType({}),
+        own: Mapping[str, str] = NOTHING,
+        *,
         sort: Hashable = None,
         label: str = "",
     ) -> None:

@@ -19,7 +19,7 @@ import torch
 from ringattn.comm import Pending, told
 from ringattn.planning import program as planned
 from ringattn.runtime.capture import Walk
-from ringattn.runtime.link import Batch, Link
+from ringattn.runtime.link import NOTHING, Batch, Link
 from ringattn.runtime.prepared import Prepared, Turn, Turns
 from ringattn.runtime.profile import ADDS, COMPUTE, COPIES, POST, WAIT, Piece, Profile, ProfiledCall, Stretch
 from ringattn.runtime.wire import Own
@@ -156,8 +156,8 @@ class Timeline:
     # -- as a link ------------------------------------------------------------------------------
 
     def begin(
-        self, name: str, signature: Hashable, facts: Callable[[], dict[str, str]], device: str, *own: Any,
-        label: str = "", **how: Any,
+        self, name: str, signature: Hashable, facts: Callable[[], dict[str, str]], device: str,
+        own: Mapping[str, str] = NOTHING, *, sort: Hashable = None, label: str = "",
     ) -> None:  # fmt: skip
         """See `Link`."""
         known = self._facts.get((name, signature))
@@ -165,7 +165,7 @@ class Timeline:
             known = self._facts[name, signature] = facts()
         self._call = _Call(name, {"label": label, **known} if label else known, self._clock(device))
         self._enter("begin", WAIT)
-        self.link.begin(name, signature, facts, device, *own, label=label, **how)
+        self.link.begin(name, signature, facts, device, own, sort=sort, label=label)
         self._leave()
 
     def finish(self, device: str, needed: bool = True) -> None:

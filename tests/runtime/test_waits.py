@@ -1,5 +1,6 @@
 """No wait without a name: what a rank says that has waited in vain."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, transport_over
+from ringattn.comm import Loopback, PeerError, ProcessGroupTransport, Transport, Watch, transport_over
 from ringattn.geometry.spans import in_words
 from ringattn.testing import run_processes
 from tests.support.grids import mostly_slow
+from tests.support.lanes import unlabelled_transport
 
 S, DEADLINE = 24, 0.7
 KEYS = "kv of 8-15 from rank 1"
@@ -53,7 +55,7 @@ def test_it_says_the_layer_the_way_the_turn_the_peer_and_the_positions(backward:
     assert waited, texts
     for text in waited:
         assert KEYS in text
-        assert f"attention {way}; layer 7; mask full()" in text and f"in call {4 if backward else 3}," in text
+        assert f"in {way} step 1 of call {4 if backward else 3}, attention {way}; layer 7; mask full()" in text
 
 
 def over_gloo() -> Transport:
@@ -74,6 +76,56 @@ def test_processes_are_told_the_same(make: Callable[[], Transport]) -> None:
     found = run_processes(in_processes, 3, make)
     assert any(KEYS in text and "layer 7" in text for text, _ in found), found
     assert all("rank 1" in text for text, _ in found), found
+
+
+def leave_a_transfer(rank: int, world: int) -> list[str]:
+    """What the watch says where rank 1 comes too late to a batch without labels."""
+    transport, told = unlabelled_transport(DEADLINE), list[str]()
+    transport.watch.tell = told.append
+    cp = ra.ContextParallel(transport, S, mask=ra.full(), layout="contiguous", schedule="ring")
+    q = torch.randn(1, cp.local_seqlen, 1, 8)
+    ra.attention(q, q, q, cp=cp)
+    post = transport.post
+
+    def late(sends: Any, recvs: Any, what: str) -> Any:
+        if rank == 1 and what == "forward step 1":
+            time.sleep(2 * DEADLINE)
+        return post(sends, recvs, what)
+
+    transport.post = late  # type: ignore[method-assign]
+    for label in ("layer 7", "layer 8"):
+        ra.attention(q, q, q, cp=cp, label=label)
+    transport.watch.close()
+    return told
+
+
+def test_a_transfer_that_no_host_waits_for_is_told_when_it_is_overdue() -> None:
+    first, late = run_processes(leave_a_transfer, 2)
+    assert late == [] and len(first) == 2
+    for label, text in zip(("layer 7", "layer 8"), first, strict=True):
+        assert "rank 0 expects kv of 12-23 from rank 1 in forward step 1 of call" in text and label in text
+        assert "it has been under way for" in text
+
+
+def test_the_watch_ends_with_its_transport() -> None:
+    def threads() -> int:
+        return sum(thread.name == "ringattn watch" for thread in threading.enumerate())
+
+    class Never:
+        def is_completed(self) -> bool:
+            return False
+
+    watch, told = Watch(0.05), list[str]()
+    watch.tell = told.append
+    watch.add([Never()], lambda: "a transfer")  # type: ignore[list-item]
+    assert threads() == 1
+    while not told:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(told) == 1
+    watch.close()
+    while threads():
+        time.sleep(0.01)
 
 
 def test_positions_in_words() -> None:
