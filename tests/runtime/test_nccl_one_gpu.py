@@ -2,6 +2,7 @@
 processes take their time to come up. The same bodies run over gloo where there is no GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,22 +50,50 @@ def messages(transport: Any) -> None:
         assert (x == before + part / 2).all()
 
 
-def schedules(first: ra.ContextParallel) -> None:
-    """Every schedule, layout and mask: results and gradients of the whole, on every rank."""
+def attend(first: ra.ContextParallel, every: list[dict[str, Any]]) -> None:
+    """Each of these settings, with each mask: results and gradients of the whole, on every rank."""
     for dtype, kernel, bound in KERNELS:
         q, k, v, dout, dlse = inputs(dtype)
         for mask in MASKS:
             expected = dense_results(q, k, v, mask.dense(S, S).to(q.device), dout, dlse)
-            for schedule in ("ring", "exchange", "gather"):
-                cp = first.replace(mask=mask, schedule=schedule, kernel=kernel, layout="zigzag")
+            for settings in every:
+                cp = first.replace(mask=mask, kernel=kernel, layout="zigzag", **settings)
                 leaves = [x.clone().requires_grad_() for x in (q, k, v)]
                 out, lse = ra.attention(*map(cp.shard, leaves), cp=cp, return_lse=True)
                 whole = cp.unshard(out), cp.unshard(lse, dim=2)
                 ((whole[0] * dout).sum() + (whole[1] * dlse).sum()).backward()
                 found = [x.detach() for x in whole] + [leaf.grad for leaf in leaves]
                 for name, a, b in zip(expected._fields, found, expected, strict=True):
-                    message = f"{name} of {mask} by {schedule} in {dtype}"
+                    message = f"{name} of {mask} with {settings} in {dtype}"
                     torch.testing.assert_close(a, b, rtol=bound, atol=bound, msg=lambda said, m=message: f"{m}: {said}")
+
+
+def schedules(first: ra.ContextParallel) -> None:
+    """One ring of all ranks."""
+    attend(first, [{"schedule": schedule} for schedule in ("ring", "exchange", "gather")])
+
+
+def split_heads(first: ra.ContextParallel) -> None:
+    """Heads over two ranks, or over all of them, and in chunks."""
+    chunks = replace(first.options, head_chunks=2)
+    splits = [{"ulysses": u, "schedule": "ring"} for u in sorted({2, min(first.world_size, HEADS[0])})]
+    attend(first, [*splits, {"ulysses": 2, "options": chunks}])
+
+
+def nodes(first: ra.ContextParallel) -> None:
+    """A ring of nodes around rings inside of them."""
+    if first.world_size == 4:
+        two = ra.Topology(ra.Link(1e10), ra.Link(1e9), ranks_per_node=2)
+        attend(first, [{"schedule": "double_ring", "options": replace(first.options, topology=two)}])
+
+
+def subsets(first: ra.ContextParallel) -> None:
+    """Some of the ranks attend together, then others, over the communicator of all."""
+    last = first.world_size - 1
+    for ranks in ([0, last], list(range(last)), [last]):
+        if first.rank in ranks:
+            attend(first.on(ranks), [{"schedule": "ring"}])
+    attend(first, [{"schedule": "ring"}])
 
 
 def moved(first: ra.ContextParallel) -> None:
@@ -135,7 +164,9 @@ def checks(rank: int, world: int) -> str:
     transport = ProcessGroupTransport(dist.group.WORLD, DEADLINE)
     messages(transport)
     first = ra.ContextParallel(transport, S, options=ra.Options(compare_every=2))
-    steps: tuple[Callable[[ra.ContextParallel], None], ...] = (moved, schedules, disagreement, sharded_parameters)
+    steps: tuple[Callable[[ra.ContextParallel], None], ...] = (
+        moved, schedules, split_heads, nodes, subsets, disagreement, sharded_parameters,
+    )  # fmt: skip
     for step in steps:
         step(first)
     return dist.get_backend()
