@@ -93,8 +93,11 @@ def _teams(binding: Binding) -> list[str]:
     counts = _between(np.array([share.queries.stop - share.queries.start for share in shares]))
     return [
         *lines,
-        f"{split.ulysses} ranks compute the heads of one shard: rings of {split.ring_size}, {counts} query heads a "
-        f"rank (this is rank {split.ring_rank} of ring {split.member}; plans, tiles and tokens below are a ring's)",
+        f"{split.ulysses} ranks compute the heads of one shard: rings of {split.ring_size}, "
+        f"{counts} query head{'' if counts == '1' else 's'} a rank (this is rank {split.ring_rank} of ring "
+        f"{split.member}; plans, tiles and tokens below are a ring's)",
+        f"all-to-alls of a call, forward and backward: {binding.offers[0].swapped.received:,} bytes received by the "
+        f"rank with most heads, {_time(binding.offers[0].swapping / len(binding.settings.masks))} by these figures",
     ]
 
 

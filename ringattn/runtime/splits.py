@@ -26,10 +26,16 @@ class SplitOffer:
     @cached_property
     def swapping(self) -> float:
         """Seconds of the all-to-alls of all masks, forward and backward."""
-        settings, known = self.settings, self.settings.known
+        known = self.settings.known
+        one = self.swapped.seconds(known.topology, known.rates, self.settings.members)
+        return len(self.settings.masks) * one
+
+    @cached_property
+    def swapped(self) -> Swapped:
+        """What those of one mask move."""
+        settings = self.settings
         tokens = -(-settings.seqlen // self.world_size), -(-settings.kv_seqlen // self.world_size)
-        one = Swapped.of(settings.shape or TYPICAL, settings.members, tokens)
-        return len(settings.masks) * one.seconds(known.topology, known.rates, settings.members)
+        return Swapped.of(settings.shape or TYPICAL, settings.members, tokens)
 
     @cached_property
     def seconds(self) -> float:

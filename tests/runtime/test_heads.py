@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn as ra
-from ringattn.comm import PlanningRank
+from ringattn.comm import PlanningRank, Transport
 from ringattn.geometry.layouts import contiguous
 from ringattn.planning.heads import head_shares
 from ringattn.testing import dense_attention, dense_results, results, run_processes
@@ -313,3 +313,19 @@ def test_ranks_that_split_otherwise_are_told():
             ra.attention(*(cp.shard(t) for t in tensors()[:3]), cp=cp)
 
     ra.Loopback(2).run(one_rank)
+
+
+@pytest.mark.parametrize(("world", "heads", "kv_heads"), [(2, 4, 2), (4, 4, 2), (4, 6, 3)])
+def test_describe_says_what_the_all_to_alls_move(world: int, heads: int, kv_heads: int) -> None:
+    shape = ra.Shape(heads, kv_heads, 8, dtype="float32")
+
+    def one_rank(transport: Transport) -> tuple[int, str]:
+        cp = ra.ContextParallel(transport, 16 * world, ulysses=world, shape=shape)
+        q, k, v = (torch.randn(1, 16, n, 8, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+        ra.attention(q, k, v, cp=cp).sum().backward()
+        received = cp.traffic()["received"]
+        return received["forward heads"] + received["backward heads"], cp.describe()
+
+    found = ra.Loopback(world, timeout=20).run(one_rank)
+    assert f"{found[0][0]:,} bytes received by the rank with most heads" in found[0][1]
+    assert ("1 query head a rank" in found[0][1]) == (heads == world)
