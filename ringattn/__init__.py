@@ -22,6 +22,8 @@ from ringattn.masks import (
     strided,
 )
 from ringattn.packing import Packing, pack
+from ringattn.planning.assign import assign
+from ringattn.planning.assignment import Assignment
 from ringattn.planning.rates import Rates
 from ringattn.planning.shape import Shape
 from ringattn.planning.topology import Link, Topology
@@ -29,6 +31,7 @@ from ringattn.rolling import roll
 from ringattn.runtime.settings import Options
 
 __all__ = [
+    "Assignment",
     "ContextParallel",
     "Layout",
     "Link",
@@ -41,6 +44,7 @@ __all__ = [
     "Shape",
     "Topology",
     "alibi",
+    "assign",
     "attention",
     "bigbird",
     "causal",

@@ -82,21 +82,20 @@ def _home(copy: Copy, t: int) -> Hashable:
 
 
 def _marked(turn: Turn, t: int, targets: dict[Hashable, _Target]) -> Turn:
-    def first(work: Work, launch: Launch, side: str) -> bool:
-        names = [name for name, rows in _sides(work, t).items() if rows == side]
-        return any(not targets[name].zeros and launch in targets[name].fresh for name in names)
+    def marked(work: Work) -> Work:
+        kept = [(targets[name].fresh, rows) for name, rows in _sides(work, t).items() if not targets[name].zeros]
+        first = {side: [fresh for fresh, rows in kept if rows == side] for side in ("q", "k")}
+        return replace(work, launches=tuple(_mark(launch, first["q"], first["k"]) for launch in work.launches))
 
     def zeros(buffer: Buffer) -> bool:
         return targets[buffer.slot, t].zeros
 
-    works = tuple(
-        replace(
-            work,
-            launches=tuple(
-                replace(launch, fresh=first(work, launch, "q"), fresh_keys=first(work, launch, "k"))
-                for launch in work.launches
-            ),
-        )
-        for work in turn.work
-    )
-    return replace(turn, zeros=tuple(filter(zeros, turn.zeros)), work=works)
+    return replace(turn, zeros=tuple(filter(zeros, turn.zeros)), work=tuple(map(marked, turn.work)))
+
+
+def _mark(launch: Launch, queries: Sequence[set[Launch]], keys: Sequence[set[Launch]]) -> Launch:
+    """The launch with what it is the first to write, if that is not what it says already."""
+    fresh, fresh_keys = (any(launch in first for first in sides) for sides in (queries, keys))
+    if (fresh, fresh_keys) == (launch.fresh, launch.fresh_keys):
+        return launch
+    return replace(launch, fresh=fresh, fresh_keys=fresh_keys)

@@ -22,11 +22,18 @@ from tests.support.ring import S, check, on_ranks, single_process, tensors
 
 NODES = ((4, 2), (6, 2), (6, 3), (8, 2), (8, 4))  # ranks, and ranks of a node
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")
-GRID = [(name, layout, nodes) for name in cases.ALL for layout in LAYOUTS for nodes in NODES]
 FAST = [
     ("causal", "zigzag", (4, 2)), ("dilated", "striped", (6, 3)), ("documents_window_globals", "balanced", (4, 2)),
     ("full", "contiguous", (8, 4)),
 ]  # fmt: skip
+# every mask on all nodes, and on all layouts; every layout on all nodes: two layouts in turn for a mask and nodes
+TURNS = [
+    (name, LAYOUTS[(mask + number + turn) % 4], nodes)
+    for mask, name in enumerate(cases.ALL)
+    for number, nodes in enumerate(NODES)
+    for turn in (0, 2)
+]
+GRID = list(dict.fromkeys([*FAST, *TURNS]))
 HIDING = ra.Rates(6e10, 6e10)  # of a device that computes while messages move
 
 
