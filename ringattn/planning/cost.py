@@ -16,7 +16,7 @@ from ringattn.planning.launches import Stacking
 from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
 from ringattn.planning.rates import Rates
-from ringattn.planning.schedules import Schedule, by_name, room_of
+from ringattn.planning.schedules import Flow, Schedule, by_name, room_of
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 from ringattn.planning.travel import worthwhile
@@ -66,6 +66,7 @@ class Cost:
     calls: int  # kernel calls of a forward pass
     balance: float  # largest over mean work
     fits: bool  # whether `Terms.shards` are room enough for the schedule's buffers
+    moved: tuple[int, int]  # bytes that travel to a rank inside of its node and from others, forward and backward
 
 
 def cheaper(plan: Plan, schedules: Sequence[str], terms: Terms) -> Plan:
@@ -95,21 +96,25 @@ def costs(plan: Plan, names: Sequence[str], terms: Terms) -> list[Cost]:
     work, most = plan.work, int(plan.received.max(initial=0))
     mean = float(work.mean())
     balance = int(work.max()) / mean if mean else 1.0
-    return [
-        Cost(float(_seconds(plan, s, cut, one, terms).max()), most, int(one.calls.max()), balance, fits)
-        for s, (cut, fits), one in zip(schedules, cuts, made, strict=True)
-    ]
+    found = []
+    for schedule, (cut, fits), one in zip(schedules, cuts, made, strict=True):
+        flow = schedule.flow(plan, cut)
+        seconds = _seconds(plan, flow, cut if schedule.by_heads else 1, one, terms)
+        tokens = terms.topology.received(flow.moved, plan.world_size)
+        inside, between = (int(terms.token.sum()) * many for many in tokens)
+        found.append(Cost(float(seconds.max()), most, int(one.calls.max()), balance, fits, (inside, between)))
+    return found
 
 
-def _seconds(plan: Plan, schedule: Schedule, cut: int, made: Estimate, terms: Terms) -> Seconds:
-    """Of each rank, forward and backward."""
-    flow, shape, seconds = schedule.flow(plan, cut), terms.shape, np.zeros(1)
+def _seconds(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -> Seconds:
+    """Of each rank, forward and backward. ``parts``: in which a token travels, by its heads."""
+    shape, seconds = terms.shape, np.zeros(1)
     merged = np.maximum(made.rows - plan.q_layout.sizes, 0)
     all_work = terms.work(plan.work_by_kind)
     own_work = terms.work(plan.own_work) if flow.hider == "own" else all_work
     arrive, wait = terms.topology.seconds(flow.moved, plan.world_size)
     visit, pause = terms.topology.seconds(plan.visits_made, plan.world_size)
-    late = (cut if schedule.by_heads else 1) * wait + 2 * pause
+    late = parts * wait + 2 * pause
     calls, steps = terms.rates.call * made.calls, terms.rates.step * flow.steps + late
     for number, one in enumerate((shape.forward, shape.backward)):
         beside = terms.rates.merge * (one.row * merged + one.copied * flow.copied)

@@ -81,6 +81,7 @@ class Offer:
     balance: float
     received: int
     calls: int
+    moved: tuple[int, int]
     out: str = ""
 
     @staticmethod
@@ -92,7 +93,8 @@ class Offer:
         elif shards is not None and not any(c.fits for c in costs):
             out = f"its buffers do not fit the room of {'two' if shards == 2 else shards} shards"
         most = max(c.received for c in costs)
-        return Offer(schedule, seconds, max(c.balance for c in costs), most, calls, out)
+        inside, between = (sum(c.moved[level] for c in costs) for level in range(2))
+        return Offer(schedule, seconds, max(c.balance for c in costs), most, calls, (inside, between), out)
 
 
 @dataclass(frozen=True, eq=False)

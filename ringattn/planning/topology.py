@@ -99,6 +99,13 @@ class Topology:
         """Seconds that a byte takes at least."""
         return 1.0 / max(link.bytes_per_second for link in self.links)
 
+    def received(self, moved: Ints, world_size: int) -> tuple[int, int]:
+        """The most that a rank receives inside of its node and from others, of messages (src, dst, amount)."""
+        src, dst, amount = moved.T
+        apart = self.level(src, dst)
+        inside, between = (np.bincount(dst, amount * part, world_size).max(initial=0) for part in (1 - apart, apart))
+        return int(inside), int(between)
+
     def seconds(self, moved: Ints, world_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """What messages (src, dst, amount) take each rank, by their bytes, one for each unit of the amount, and by
         their latencies: those that it receives or those that it sends, whichever take longer."""

@@ -45,8 +45,9 @@ def describe(binding: Binding) -> str:
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
         *_left_out(binding),
-        "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens and "
-        "calls of the mask with the most; auto takes a simpler layout within 2 %)",
+        "    (estimates: the time of one forward and backward of all masks, beside the line taken; balance, tokens "
+        "and calls of the mask with the most, bytes that travel to a rank for all masks; auto takes a simpler layout "
+        "within 2 %)",
         *_teams(binding),
         *_kernels(binding),
         f"graphs {settings.options.graphs}{GRAPHS[settings.options.graphs]}",
@@ -188,9 +189,16 @@ def _rows(line: Line, best: float, schedules: Collection[str] = ()) -> list[str]
         open_ &= not taken
         rows.append(
             f"    {line.layout:11} {offer.schedule:11} {offer.seconds / best:.2f} x the time ({_time(offer.seconds)}), "
-            f"balance {offer.balance:.2f}, needs {offer.received:,} tokens, {_count(offer.calls, 'call')}{note}"
+            f"balance {offer.balance:.2f}, needs {offer.received:,} tokens, {_moved(offer.moved)}, "
+            f"{_count(offer.calls, 'call')}{note}"
         )
     return rows
+
+
+def _moved(moved: tuple[int, int]) -> str:
+    """Bytes by the links that they take."""
+    inside, between = (f"{number / 1e6:,.1f} MB" for number in moved)
+    return f"{inside} inside a node and {between} between nodes" if moved[1] else inside
 
 
 def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -> list[str]:

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import ringattn as ra
-from ringattn.comm import PlanningRank
+from ringattn.comm import PlanningRank, Transport
 from ringattn.geometry.layouts import contiguous, zigzag
 from ringattn.planning.cost import Terms, cost
 from ringattn.planning.hardware import HOPPER
@@ -167,3 +168,27 @@ def test_of_all_splits_those_with_several_nodes_are_weighed():
     assert cp.plan.ranks_per_node in (2, 4, 8) and cp.plan.world_size == 2 * cp.plan.ranks_per_node
     with pytest.raises(ValueError, match=r"double_ring.* its 8 ranks are on one node"):
         context(8, options=ra.Options(topology=ETHERNET))
+
+
+@pytest.mark.parametrize("schedule", ["ring", "exchange", "gather", "double_ring"])
+def test_bytes_of_each_level_are_those_that_move(schedule: str) -> None:
+    shape = ra.Shape(4, 2, 8, dtype="float32")
+    options = ra.Options(topology=ra.Topology(ra.Link(1e10), ra.Link(1e9), ranks_per_node=2))
+
+    def one_rank(transport: Transport) -> tuple[int, tuple[int, int]]:
+        cp = ra.ContextParallel(
+            transport, 64, mask=ra.full(), schedule=schedule, shape=shape, layout="contiguous", options=options
+        )
+        q, k, v = (torch.randn(1, 16, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+        ra.attention(q, k, v, cp=cp).sum().backward()
+        offer = cp.binding.choice.taken.offers[0]
+        assert f"{offer.moved[1] / 1e6:,.1f} MB between nodes" in cp.describe()
+        return sum(cp.traffic()["received"].values()), offer.moved
+
+    found = ra.Loopback(4, timeout=20).run(one_rank)
+    inside, between = found[0][1]
+    one = 16 * 2 * 16 * 4 * 3  # a shard of K/V in both passes, and its gradients
+    crossing = {"ring": 3, "exchange": 2, "gather": 2, "double_ring": 1}[schedule]
+    assert between == crossing * one
+    if schedule in ("exchange", "gather"):
+        assert inside == one and {received for received, _ in found} == {inside + between}
