@@ -138,9 +138,8 @@ def test_nodes_bring_the_double_ring(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "fails"),
     [
-        ("wrong_factor", {"kernel blockwise"}),
-        ("swapped_rows", MESSAGES | KERNELS),
-        ("raises", {"kernel blockwise"}),
+        ("wrong_kernels", {"kernel blockwise", "kernel reference"}),
+        ("swapped_rows", KERNELS | MESSAGES),
     ],
 )
 def test_planted_faults_are_found(fault: str, fails: set[str], tmp_path: Path) -> None:
@@ -149,8 +148,10 @@ def test_planted_faults_are_found(fault: str, fails: set[str], tmp_path: Path) -
     assert [code for code, _ in ranks] == [1, 1], ranks
     assert of_status(found, FAILS) == fails, ranks[0][1]
     assert json.loads(found.read_text())["exit_status"] == 1 and "see what fails" in ranks[0][1]
-    if fault == "raises":
-        assert "KeyError: 'planted'" in findings(found)["kernel blockwise"]["said"]
+    if fault == "wrong_kernels":
+        assert "rank 1 raised KeyError: 'planted'" in findings(found)["kernel blockwise"]["said"]
+        worst = findings(found)["kernel reference"]["ranks"][1]["figures"]
+        assert worst["error"] > 1e-6 > worst["allowed"]
 
 
 @pytest.mark.slow

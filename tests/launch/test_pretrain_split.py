@@ -26,7 +26,6 @@ def trained(rank: int, world_size: int, config: Config, run: Path, a_node: int) 
     ("world", "a_node", "changes", "words"),
     [
         (4, 4, {"ulysses": 2}, "4 ranks: 1 x 4 (data x context), heads split over 2 neighbours"),
-        (4, 4, {"ulysses": 2, "data_parallel": 2}, "4 ranks: 2 x 2 (data x context), heads split over 2 neighbours"),
         (2, 2, {"ulysses": "auto"}, "2 ranks: 1 x 2 (data x context)"),
         (4, 2, {"schedule": "double_ring"}, "schedule double_ring"),
     ],
@@ -34,9 +33,8 @@ def trained(rank: int, world_size: int, config: Config, run: Path, a_node: int) 
 def test_the_job_trains_as_one_process(
     world: int, a_node: int, changes: dict[str, Any], words: str, text: Path, tmp_path: Path
 ) -> None:
-    replicas = changes.get("data_parallel", 1)
     alone, run = tmp_path / "alone", tmp_path / "run"
-    trained(0, 1, tiny(text, steps=3, accumulate=replicas), alone, 1)
+    trained(0, 1, tiny(text, steps=3), alone, 1)
     (said, *_) = run_processes(trained, world, tiny(text, steps=3, **changes), run, a_node)
     assert words in said, said
     assert ("with what heads travel" in said) == ("ulysses" in changes)

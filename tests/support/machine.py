@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ringattn.comm import SharedMemoryTransport
 from ringattn.kernels.blockwise import Blockwise
+from ringattn.kernels.reference import Reference
 
 
 def checked(rank: int, world: int, found: Path, fault: str = "", a_node: int = 0, *options: str) -> tuple[int, str]:
@@ -50,13 +51,19 @@ def _wrapped(kind: type, name: str, wrap: Callable[..., Any]) -> None:
     setattr(kind, name, lambda self, *args: wrap(known, self, *args))
 
 
-def wrong_factor(rank: int) -> None:
-    """Logits of one kernel are off by a factor, on one rank."""
+def wrong_kernels(rank: int) -> None:
+    """On rank 1 the logits of one kernel are off by a factor, and another one raises."""
 
-    def forward(known, self, q, k, v, calls, acc):
-        known(self, 1.001 * q if rank else q, k, v, calls, acc)
+    def scaled(known, self, q, *args):
+        known(self, 1.001 * q if rank else q, *args)
 
-    _wrapped(Blockwise, "forward", forward)
+    def raising(known, self, *args):
+        if rank:
+            raise KeyError("planted")
+        known(self, *args)
+
+    _wrapped(Reference, "forward", scaled)
+    _wrapped(Blockwise, "forward", raising)
 
 
 def swapped_rows(rank: int) -> None:
@@ -68,17 +75,6 @@ def swapped_rows(rank: int) -> None:
         return known(self, sends, recvs, what)
 
     _wrapped(SharedMemoryTransport, "post", post)
-
-
-def raises(rank: int) -> None:
-    """A kernel that fails on rank 1."""
-
-    def forward(known, self, *args):
-        if rank:
-            raise KeyError("planted")
-        known(self, *args)
-
-    _wrapped(Blockwise, "forward", forward)
 
 
 def dies(rank: int) -> None:
