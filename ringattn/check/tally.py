@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+PATIENCE = 3  # deadlines for which others wait for rank 0: that of its own call, that of its answers, and one more
 PARTING = timedelta(seconds=10)  # that rank 0, which may host the store, waits for others to have read its last word
 
 
@@ -40,7 +41,7 @@ class Tally:
         try:
             self.store.set(f"{key} of {self.rank}", json.dumps(answer))
             if self.rank:
-                self.store.wait([f"{key} judged"], 2 * timedelta(seconds=self.timeout))
+                self.store.wait([f"{key} judged"], PATIENCE * timedelta(seconds=self.timeout))
                 return json.loads(self.store.get(f"{key} judged"))
         except RuntimeError:  # torch's, of a store that is gone, or a wait that was too long
             raise RankLost(f"rank {self.rank}: rank 0 gives no answer: it has died, or hangs") from None
@@ -65,7 +66,7 @@ class Tally:
         heard = [f"heard by {rank}" for rank in range(1, self.size) if rank not in self._lost]
         try:
             if self.rank:
-                self.store.wait(["last word"], 2 * timedelta(seconds=self.timeout))
+                self.store.wait(["last word"], PATIENCE * timedelta(seconds=self.timeout))
                 last = json.loads(self.store.get("last word"))
                 self.store.set(f"heard by {self.rank}", "")
             else:

@@ -155,6 +155,12 @@ def test_planted_faults_are_found(fault: str, fails: set[str], tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_what_ranks_are_refused_for_is_said_once(tmp_path: Path) -> None:
+    (first, said), (second, nothing) = run_processes(checked, 2, tmp_path / "found.json", "no_gpu_on_one")
+    assert (first, second, nothing) == (2, 2, "") and "ranks 1 see no GPU and the others do" in said
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_is_named_and_the_others_end(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     first, _, last = run_processes(checked, 3, found, "dies", 0, "--timeout", "4", casualties=[1])

@@ -5,12 +5,14 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ringattn.check import place
 from ringattn.comm import SharedMemoryTransport
 from ringattn.kernels.blockwise import Blockwise
 from ringattn.kernels.reference import Reference
@@ -49,6 +51,12 @@ def _free_port() -> int:
 def _wrapped(kind: type, name: str, wrap: Callable[..., Any]) -> None:
     known = getattr(kind, name)
     setattr(kind, name, lambda self, *args: wrap(known, self, *args))
+
+
+def no_gpu_on_one(rank: int) -> None:
+    """Rank 0 says that it has a GPU."""
+    known = place._seen
+    place._seen = lambda *args: replace(known(*args), number="" if rank else "uuid")
 
 
 def wrong_kernels(rank: int) -> None:
