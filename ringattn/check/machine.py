@@ -164,7 +164,7 @@ class _Machine:
 
     def _context(self, group: Group) -> ContextParallel:
         masks, options = tuple(self.exact.masks.values()), Options(timeout=self.place.timeout)
-        return ContextParallel(group, self.exact.seqlen, mask=masks, options=options)
+        return ContextParallel(group, self.exact.seqlen, mask=masks, layout="zigzag", options=options)
 
     def _ranks(self) -> Answer:
         everyone = self.place.everyone
@@ -200,7 +200,7 @@ class _Machine:
         if name == "double_ring" and not 1 < self.ranks_per_node < self.place.size:
             nodes = f"{self.place.size} ranks with {self.ranks_per_node} a node"
             return Answer(SKIPPED, f"it is for several nodes of several ranks each, and here are {nodes}")
-        return self._exactly(layout="zigzag", schedule=name)
+        return self._exactly(schedule=name)
 
     def _splits(self) -> Iterator[Item]:
         heads, size = self.exact.sizes.heads, self.place.size
