@@ -167,6 +167,7 @@ class _Machine:
         return ContextParallel(group, self.exact.seqlen, mask=masks, layout="zigzag", options=options)
 
     def _ranks(self) -> Answer:
+        """Those that were started, of which rank 0 knows all: its answer has the weight."""
         everyone = self.place.everyone
         hosts = len({seen.host for seen in everyone})
         number = f"{len(everyone)} on {hosts} host{'s' if hosts > 1 else ''}" if len(everyone) > 1 else "1"

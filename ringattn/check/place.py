@@ -19,6 +19,8 @@ from ringattn.check.tally import Tally
 from ringattn.comm.started import translate
 from ringattn.version import VERSION
 
+PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun names them; of one rank alone
+
 
 class HeardByAll(CheckError):
     """What every rank raises alike, and one has to say."""
@@ -80,7 +82,7 @@ def enter(timeout: float) -> Place:
         translate()
     except ValueError as error:
         raise CheckError(str(error)) from None
-    rank, size, local = (int(os.environ.get(key, least)) for key, least in _PLACES)
+    rank, size, local = (int(os.environ.get(key, alone)) for key, alone in PLACES)
     device = own_device(local)
     if size == 1:
         return Place(0, 1, device, (_seen(0, local, device),), None, Tally(None, 0, 1, timeout))
@@ -105,9 +107,6 @@ def enter(timeout: float) -> Place:
     except RuntimeError as error:
         raise CheckError(f"rank {rank}: the {size} ranks make no group: {error}") from None
     return Place(rank, size, device, tuple(everyone) or (seen,), dist.group.WORLD, tally)
-
-
-_PLACES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _begin_group(store: dist.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> None:
