@@ -73,6 +73,11 @@ JOB = {
     "loss_chunks": integer(1, COUNT, 8),
     "token_chunks": integer(1, COUNT, 8),
     "timeout": number(1, 10**6, 300.0),
+    "ulysses": Rule(
+        lambda ranks: ranks == "auto" or (type(ranks) is int and 1 <= ranks <= SIZE),
+        f'a whole number from 1 to {SIZE}, or "auto"',
+        1,
+    ),
     "masks": Rule(lambda masks: len(masks) <= 10_000, "a list of at most 10,000 masks", ["causal()"]),
 }
 
@@ -177,6 +182,9 @@ class Config:
     masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
     document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
+    layout, schedule, ulysses, kernel: of the context (`ringattn.ContextParallel`): how a sequence lies over its ranks,
+    how K/V travels (double_ring where the launcher tells of several nodes), over how many neighbours heads are split
+    ("auto": by cost), and what computes.
     transport: what attention's messages go over, auto (shared memory, gloo or NCCL) or mpi, where mpiexec has started
     the ranks; all else goes over gloo or NCCL. data_parallel: replicas of the context; the other ranks share each
     sequence. accumulate: samples of a replica in a step. loss_chunks: the logits of a shard are computed in so many
@@ -210,6 +218,7 @@ class Config:
     share_gpus: bool = False
     layout: str = "auto"
     schedule: str = "auto"
+    ulysses: int | str = 1
     transport: str = "auto"
     kernel: str = "auto"
     save_every: int = 0
@@ -246,6 +255,8 @@ class Config:
                 f"recall.pairs {self.recall.pairs} take {4 * self.recall.pairs} tokens of {self.seqlen}; set fewer, or "
                 "a larger seqlen"
             )
+        if self.model is not None:
+            check_heads(self.ulysses, self.model.num_heads)
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         self._check_how()
@@ -276,6 +287,15 @@ class Config:
 
 def _values(settings: Any) -> dict[str, Any]:
     return {entry.name: getattr(settings, entry.name) for entry in fields(settings)}
+
+
+def check_heads(ulysses: int | str, heads: int) -> None:
+    """Raises ValueError where a rank would have no head to compute."""
+    if isinstance(ulysses, int) and ulysses > heads:
+        raise ValueError(
+            f"ulysses is {ulysses} and the model has {heads} query heads, of which each rank computes some; set at "
+            f'most {heads}, or "auto"'
+        )
 
 
 def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
@@ -364,8 +384,9 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None: TOML has no None, so a value is an X
-        hint = typing.get_args(hint)[0]
+    if isinstance(hint, types.UnionType):  # X | None: TOML has no None, so a value is an X; or X | Y
+        kinds = typing.get_args(hint)
+        hint = type(value) if type(value) in kinds else kinds[0]
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {shown(value)}; it must be a table: write [{where}] and its keys below it")

@@ -13,9 +13,9 @@ from launch.config import Config, find_config, load
 from launch.processes import REFUSALS, World, join, meet
 from launch.rules import shown
 from launch.run import Job, prepare, start, train
-from launch.started import by_mpi
 from launch.stopping import StopSignal
 from launch.verify import verify
+from ringattn.comm.started import by_mpi
 
 BAD_INPUT, DIFFERENT, NOT_FINITE = 2, 3, 4
 

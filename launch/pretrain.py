@@ -15,10 +15,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from launch.started import end_all, translate
 from launch.stopping import StopSignal
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# how many ranks a launcher has started, in the words of torchrun, Open MPI, MPICH and Slurm
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 @app.command(help="Train a small decoder on text, its context sharded over all processes that are started together.")
@@ -37,13 +38,15 @@ def main(
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""
+    # before torch is loaded: a rank that is left says whom it has lost
+    stop = StopSignal(threads=True) if any(os.environ.get(name, "1") != "1" for name in SIZES) else None
+    from launch.job import Request, perform
+    from ringattn.comm.started import translate
+
     try:
         translate()
     except ValueError as error:
         refuse(str(error))
-    # before torch is loaded: a rank that is left says whom it has lost
-    stop = StopSignal(threads=True) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    from launch.job import Request, perform
 
     changes = {
         **{"steps": steps, "engine": engine, "transport": transport},
@@ -59,6 +62,8 @@ def run() -> None:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's, whatever module its classes live in
+            from ringattn.comm.started import end_all
+
             end_all()
             raise
         refuse(f"{error.format_message()}; --help lists all options")

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from launch.board import ALONE, DONE, Attempt, Board, connect, find_attempt, new_store
-from launch.started import part_of_mpi, ranks_of_mpi
 from launch.stopping import StopSignal
+from ringattn.comm.started import part_of_mpi, ranks_of_mpi
 from ringattn.context import Group
 from ringattn.integrations.fsdp import data_context_mesh
 from ringattn.testing import share_gpus

@@ -12,7 +12,7 @@ import torch
 
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
-from launch.config import Config, dump
+from launch.config import Config, check_heads, dump
 from launch.data import Sample
 from launch.engine import distribute
 from launch.language import Language, Objective
@@ -86,6 +86,7 @@ def build(config: Config) -> Language:
         language = huggingface.decoder(Path(config.hf), config.recompute)
         if dtype == torch.float64:
             huggingface.allow_double(language.model)
+    check_heads(config.ulysses, language.shape.num_heads)
     language.model.to(dtype)
     return language
 
@@ -144,6 +145,11 @@ def start(job: Job, world: World) -> Trainer:
         raise ValueError(
             f"the first sequences have {shortest} tokens for {context} ranks; start fewer, or set data_parallel or "
             "recall.pairs higher"
+        )
+    if isinstance(config.ulysses, int) and context % config.ulysses:
+        raise ValueError(
+            f"ulysses is {config.ulysses} and a sequence has {context} ranks, which it does not divide; set a divisor "
+            'of them, or "auto"'
         )
     world.at("looking for a checkpoint")
     saved = resume.point(job, world)
@@ -224,7 +230,8 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
     world.at("counting bytes")
     report = Report(job.run, config, job.task.baseline(tokens), job.progress["step"])
     if world.size > 1:
-        report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context)")
+        heads = f", heads split over {trainer.cp.ulysses} neighbours" if trainer.cp.ulysses > 1 else ""
+        report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context){heads}")
     if config.hf:
         report.say(f"{type(trainer.model).__name__} of {config.hf}: masks are the model's own")
     report.say(trainer.cp.describe())

@@ -26,6 +26,7 @@ def make_context(config: Config, world: World, language: Language) -> ringattn.C
         mask=language.distinct,
         layout=config.layout,
         schedule=config.schedule,
+        ulysses=config.ulysses if world.size > 1 else 1,  # the one rank that `verify` compares with has no neighbours
         kernel=config.kernel,
         shape=attention_shape(config, language),
         options=ringattn.Options(timeout=config.timeout),
@@ -152,16 +153,22 @@ class Trainer:
         return self.cp, masks
 
     def _flop(self, masks: Masks) -> int:
-        """The model's FLOP of this rank's part of one row."""
-        pairs = sum(int(self.cp.plans[mask].work[self.cp.rank]) for mask in masks)
+        """The model's FLOP of this rank's part of one row, the heads of a split counted as if they were even."""
+        pairs = sum(int(self.cp.plans[mask].work[self._place]) for mask in masks) // self.cp.ulysses
         return model_flop(self.language, self.cp.local_seqlen, pairs)
+
+    @property
+    def _place(self) -> int:
+        """Of this rank in its ring, whose ranks plans count."""
+        return self.cp.rank // self.cp.ulysses
 
     def _least_bytes(self, masks: Masks) -> int:
         """Bytes this rank must move for one row: the K/V its queries need from other ranks once in forward and once
-        in backward, and the gradients of that K/V sent home."""
+        in backward, and the gradients of that K/V sent home; where heads are split, this rank's part of what those
+        need that compute with the same tokens."""
         shape = attention_shape(self.config, self.language)
-        tokens = sum(int(self.cp.plans[mask].received[self.cp.rank]) for mask in masks)
-        return tokens * (shape.forward.token + shape.backward.token)
+        tokens = sum(int(self.cp.plans[mask].received[self._place]) for mask in masks)
+        return tokens * (shape.forward.token + shape.backward.token) // self.cp.ulysses
 
     def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""

@@ -43,6 +43,13 @@ def measure_links(group_or_mesh: Group, *, ranks_per_node: int | None = None) ->
         ValueError: ``ranks_per_node`` does not divide the ranks, or differs between them; a group of one rank.
         PeerError: a rank did not come.
     """
+    return measure_each(group_or_mesh, ranks_per_node)[0]
+
+
+def measure_each(group_or_mesh: Group, ranks_per_node: int | None) -> tuple[Topology, tuple[Wire | None, Wire | None]]:
+    """:func:`measure_links`, and what this rank alone has measured inside of its node and to the next one, None where
+    there is no such link. A rank has at most two neighbours on each level, so the time does not grow with the ranks,
+    but for the comparison at the end, of as many exchanges as their number has binary digits."""
     shared = join(group_or_mesh, Options)
     link, world = shared.link, shared.link.transport.world_size
     with told(link.transport, "measure_links"):
@@ -62,10 +69,11 @@ def measure_links(group_or_mesh: Group, *, ranks_per_node: int | None = None) ->
         found = [_level(link, level, device) for level in _levels(link.transport.rank, world, size)]
         slowest = _slowest(link, torch.tensor(found, dtype=torch.float64, device=device))
         link.finish(device)
+    own = _wire(found[0]) if size > 1 else None, _wire(found[1]) if size < world else None
     inside, between = map(_wire, slowest)
     if size in (1, world):
-        return Topology(between if size == 1 else inside, None, size if size == 1 else None)
-    return Topology(inside, between, size)
+        return Topology(between if size == 1 else inside, None, size if size == 1 else None), own
+    return Topology(inside, between, size), own
 
 
 def _device(link: Link) -> str:

@@ -1,4 +1,5 @@
-"""Checks a user's own sharded model against one process, on the CPU: what ``ringattn check`` runs.
+"""Checks a user's own sharded model against one process, on the CPU: what ``ringattn check --model`` runs. (Without a
+model it runs :mod:`ringattn.check.machine`.)
 
 The subject is a factory, named ``module:function`` and called on every rank with that rank's context, and in one more
 process with a context of one rank::

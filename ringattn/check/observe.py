@@ -80,10 +80,10 @@ def layer_masks(stack: Stack, settings: Settings) -> tuple[Mask, ...]:
     return tuple(mask & packed for mask in stack.masks)
 
 
-def _context(settings: Settings, stack: Stack, layout: str = "auto", kernel: str = "auto") -> ContextParallel:
+def _context(settings: Settings, stack: Stack, **how: Any) -> ContextParallel:
     masks = tuple(dict.fromkeys(layer_masks(stack, settings)))
     options = Options(timeout=settings.timeout)
-    return ContextParallel(dist.group.WORLD, settings.seqlen, mask=masks, layout=layout, kernel=kernel, options=options)
+    return ContextParallel(dist.group.WORLD, settings.seqlen, mask=masks, options=options, **how)
 
 
 def observe_single(rank: int, world_size: int, settings: Settings) -> Truth:
@@ -123,7 +123,7 @@ def _shake(model: nn.Module, settings: Settings) -> None:
 
 def observe_sharded(rank: int, world_size: int, settings: Settings, stack: Stack, vocab: int, weights: bytes) -> View:
     """One rank's view of the sharded run, with the weights of the single one."""
-    cp = _context(settings, stack, layout=settings.layout)
+    cp = _context(settings, stack, layout=settings.layout, ulysses=settings.ulysses)
     subject = make(load_factory(settings.model), cp, settings.seed)
     subject.model.to(DTYPES[settings.dtype])
     subject.model.load_state_dict(torch.load(io.BytesIO(weights)))

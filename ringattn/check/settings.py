@@ -25,7 +25,7 @@ class Settings:
     ranks: processes the sequence is sharded over. seqlen: tokens of a row. documents: of unequal length, packed into
     each row. layout: of the sharded context. batch: rows. vocab: of the token ids; None asks the model. seed: of
     weights and tokens. dtype: of the sharded run; the single process computes in float64. timeout: seconds for each
-    of the two runs.
+    of the two runs. ulysses: ranks of the sharded context's head axis.
 
     Raises ``ValueError`` for a value outside its range.
     """
@@ -40,6 +40,7 @@ class Settings:
     seed: int = 0
     dtype: str = "float64"
     timeout: float = 120.0
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         if self.model.count(":") != 1 or not all(self.model.split(":")):
@@ -49,6 +50,8 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
         if self.vocab is not None and self.vocab < 2:
             raise ValueError(f"--vocab {self.vocab}: must be at least 2, or one token could not become another")
+        if self.ulysses < 1 or self.ranks % self.ulysses:
+            raise ValueError(f"--ulysses {self.ulysses}: must divide the {self.ranks} ranks")
         least = max(2 * self.ranks, 4 * self.documents)
         if self.seqlen < least:
             raise ValueError(

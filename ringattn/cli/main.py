@@ -10,44 +10,90 @@ import typer
 from rich.console import Console
 
 from ringattn.check import CheckError, Settings, check
+from ringattn.cli.machine import check_here
 from ringattn.cli.rates import write_rates
 from ringattn.cli.table import show
+from ringattn.version import VERSION
 
-app = typer.Typer(add_completion=False, no_args_is_help=True)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+OF_MACHINES = ("json", "timeout", "model")  # options that a check without a model knows
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"ringattn {VERSION}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
     """Exact attention over sequences that do not fit one device."""
 
 
 @app.command("check")
 def check_command(
-    model: Annotated[str, typer.Option(help="module:function, your factory: called with a context, returns a model")],
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="module:function, your factory: called with a context, returns a model")
+    ] = None,
     ranks: Annotated[int, typer.Option(help="processes that the sequence is sharded over")] = 2,
     seqlen: Annotated[int, typer.Option(help="tokens of a row")] = 96,
     documents: Annotated[int, typer.Option(help="documents packed into a row")] = 3,
     layout: Annotated[str, typer.Option(help="auto, balanced, contiguous, zigzag, striped, cyclic")] = "auto",
+    ulysses: Annotated[int, typer.Option(help="ranks of the head axis; divides --ranks")] = 1,
     batch: Annotated[int, typer.Option(help="rows")] = 1,
     vocab: Annotated[int | None, typer.Option(help="token ids; default: what the model says")] = None,
     seed: Annotated[int, typer.Option(help="of weights and tokens")] = 0,
     dtype: Annotated[str, typer.Option(help="of the sharded run: float64, float32")] = "float64",
-    timeout: Annotated[float, typer.Option(help="seconds for each of the two runs")] = 120.0,
+    timeout: Annotated[
+        float, typer.Option(help="seconds for each of the two runs; for any wait of a machine's")
+    ] = 120.0,
+    json: Annotated[Path | None, typer.Option(help="a file for all that the ranks of a machine's check found")] = None,
 ) -> None:
-    """Compare your own sharded model and training step with one process, on the CPU.
+    """Check the machine you are on or, with --model, your own sharded model and training step on the CPU.
 
-    Exit code 0: all agrees; 1: a finding; 2: the check could not be made.
+    The machine: links, and exactness of every schedule, head split and kernel, on all ranks that are started:
+
+    \b
+        ringattn check
+        torchrun --nproc-per-node 8 -m ringattn.cli check --json found.json
+        mpiexec -n 8 ringattn check
+
+    A model: compared on two processes with one.
+
+    \b
+        ringattn check --model training.models:make
+
+    Exit code 0: all agrees; 1: a finding; 2: the check could not be made. (torchrun itself ends with 1 for either.)
     """
     console = Console()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["ringattn.check"])  # one import for all ranks
     try:
-        settings = Settings(model, ranks, seqlen, documents, layout, batch, vocab, seed, dtype, timeout)
+        if model is None:
+            others = [f"--{name}" for name in context.params if name not in OF_MACHINES and _given(context, name)]
+            if others:
+                raise ValueError(f"{', '.join(others)}: of a model's check; give --model module:function too")
+            if not timeout > 0:
+                raise ValueError(f"--timeout {timeout}: must be a positive number of seconds")
+            raise typer.Exit(check_here(timeout, json, console))
+        if json is not None:
+            raise ValueError("--json: of a machine's check; leave out --model, or --json")
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["ringattn.check"])  # one import for all
+        settings = Settings(model, ranks, seqlen, documents, layout, batch, vocab, seed, dtype, timeout, ulysses)
         report = check(settings)
     except (ValueError, CheckError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     show(report, console)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command("calibrate")
@@ -58,7 +104,10 @@ def calibrate_command(
 ) -> None:
     """Measure what each kernel does on this machine's GPU, for kernel="auto" to choose by.
 
-    Contexts read the file where it is written by default, or where Options(kernel_rates=...) says. Exit code 2: no GPU.
+    Contexts read the file where it is written by default, ~/.cache/ringattn/DEVICE.json (DEVICE: the GPU's name, as
+    h200), or where Options(kernel_rates=...) says. 15 kinds of tiles are timed for each kernel, both ways, for a tenth
+    of a second or five runs each, and some kernels compile first: reckon with minutes (it has never run on a GPU).
+    Exit code 2: no GPU.
     """
     console = Console()
     try:

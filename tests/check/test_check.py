@@ -48,6 +48,7 @@ def failed(found):
         ("windowed", {"documents": 1}),
         ("short_sighted", {"ranks": 4, "seqlen": 63, "layout": "striped"}),
         ("correct", {"dtype": "float32"}),
+        pytest.param("correct", {"ulysses": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_right_models_pass(name, settings):
@@ -294,3 +295,9 @@ def test_a_run_in_which_no_rank_needs_another_does_not_pass(seen):
     still = replace(truth, view=replace(truth.view, moved=torch.zeros_like(truth.view.moved)))
     found = compare_influence(settings, still, views)[-1]
     assert not found.ok and "--layout zigzag" in found.remedy
+
+
+@pytest.mark.slow
+def test_heads_are_split_as_asked():
+    with pytest.raises(CheckError, match="ulysses"):
+        report("correct", ranks=5, ulysses=5)  # of a model with four heads

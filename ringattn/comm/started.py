@@ -1,6 +1,7 @@
 """What has started this process. torchrun says so in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which
-everything here reads; mpiexec and srun have variables of their own, which are translated into these. It imports
-nothing heavy, as it comes before all else."""
+commands and jobs read; mpiexec and srun have variables of their own, which are translated into these."""
+
+from __future__ import annotations
 
 import os
 import re
@@ -95,7 +96,7 @@ def _agreed_address() -> tuple[str, int]:
     except ImportError as error:
         raise ValueError(
             f"mpiexec does not say where rank 0 listens, and MPI cannot be asked ({error}); set MASTER_ADDR and "
-            "MASTER_PORT, the same for all ranks, or install mpi4py (pip install -e '.[launch,mpi]')"
+            "MASTER_PORT, the same for all ranks, or install mpi4py (pip install 'ringattn[mpi]')"
         ) from None
     address = None
     if comm.rank == 0:
@@ -107,7 +108,7 @@ def _agreed_address() -> tuple[str, int]:
     return told
 
 
-def ranks_of_mpi(size: int) -> "MPI.Intracomm":
+def ranks_of_mpi(size: int) -> MPI.Intracomm:
     """All ranks of the job as MPI knows them. Raises ValueError where that is another number."""
     from mpi4py import MPI
 
@@ -121,7 +122,7 @@ def ranks_of_mpi(size: int) -> "MPI.Intracomm":
     return comm
 
 
-def part_of_mpi(size: int, part: int, rank: int) -> "MPI.Intracomm":
+def part_of_mpi(size: int, part: int, rank: int) -> MPI.Intracomm:
     """The ranks of all that name the same part, in the order of their ranks. Collective."""
     return cast("MPI.Intracomm", ranks_of_mpi(size).Split(part, rank))
 
