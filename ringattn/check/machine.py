@@ -153,6 +153,7 @@ class _Machine:
             yield Item(f"links over {_name(transport)}", partial(self._links, transport))
             yield from (Item(f"schedule {name}", partial(self._schedule, name)) for name in SCHEDULES)
             yield from self._splits()
+            yield Item("subsets of ranks", self._subsets)
             yield from self._other_transports()
         yield from (Item(f"kernel {kernel.name}", partial(self._kernel, kernel)) for kernel in KERNELS)
 
@@ -210,6 +211,13 @@ class _Machine:
         if not numbers:
             none = f"no number from 2 to {heads}, of its heads, divides {size} ranks"
             yield Item("ulysses", partial(Answer, SKIPPED, none))
+
+    def _subsets(self) -> Answer:
+        """Even and odd ranks apart, at the same time, over the connections of all."""
+        if self.place.size < 3:
+            return Answer(SKIPPED, "of two ranks each would be alone")
+        mine = range(self.place.rank % 2, self.place.size, 2)
+        return self._compared(self.cp.on(mine, schedule="ring"))
 
     def _other_transports(self) -> Iterator[Item]:
         """Those that users name, beside the one that contexts take by themselves."""

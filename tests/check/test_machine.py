@@ -129,7 +129,7 @@ def test_two_ranks_under_mpiexec(tmp_path: Path) -> None:
 def test_nodes_bring_the_double_ring(tmp_path: Path) -> None:
     found = tmp_path / "found.json"
     assert [code for code, _ in run_processes(checked, 4, found, "", 2)] == [0] * 4
-    assert MESSAGES | {"schedule double_ring", "ulysses=4"} <= of_status(found, OK)
+    assert MESSAGES | {"schedule double_ring", "ulysses=4", "subsets of ranks"} <= of_status(found, OK)
     links = findings(found)["links over shared memory"]["ranks"]
     assert all(answer["figures"].keys() == {"inside", "between"} for answer in links)
 
