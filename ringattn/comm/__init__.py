@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING
 
 from ringattn.comm.agreement import agree
-from ringattn.comm.calls import TORN, CallLog, CallMismatch, PeerError, Silence, together, told
+from ringattn.comm.calls import TORN, CallLog, CallMismatch, PeerError, together, told
 from ringattn.comm.label import Kind, Label
 from ringattn.comm.loopback import Loopback, LoopbackTransport
 from ringattn.comm.meeting import Meeting
@@ -33,7 +33,6 @@ __all__ = [
     "PlanningRank",
     "ProcessGroupTransport",
     "SharedMemoryTransport",
-    "Silence",
     "Solo",
     "Subset",
     "Transport",

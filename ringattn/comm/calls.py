@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
@@ -37,11 +37,16 @@ TORN = "torn, by an exception in the middle of a transfer"
 
 class PeerError(RuntimeError):
     """A peer did not do its part in time: it died, failed, or is somewhere else. The text names the ranks
-    waited for, the step, and the seconds."""
+    waited for, the step, and the seconds. ``waited``: this rank itself waited for messages in vain."""
 
+    waited = False
 
-class Silence(PeerError):
-    """This rank itself waited in vain: a peer is dead or silent."""
+    @classmethod
+    def of_wait(cls, text: str) -> Self:
+        """That of a rank that has waited itself."""
+        error = cls(text)
+        error.waited = True
+        return error
 
 
 class CallMismatch(PeerError, ValueError):
@@ -78,28 +83,24 @@ class CallLog:
         self.group_lost = False  # nor one of another transport of the same group
         self.failed = ""  # which kind of call, when an epoch was broken
         self.course = self._all = Course()
-        self._some: dict[str, Course] = {}  # of some of the ranks, by the name of their transport
+        self.subsets: dict[str, Course] = {}  # of some of the ranks each, by the name of their transport
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        for course in (self._all, *self._some.values()):
+        for course in (self._all, *self.subsets.values()):
             course.restart()
         self.broken = self.warned = self.finished = False
         self.text = "no call"
 
     def open(self, name: str, course: Course) -> None:
         """From now on calls over the transport of this name, of some of the ranks, are those of a course of theirs."""
-        self._some.setdefault(name, course)
+        self.subsets.setdefault(name, course)
 
     def course_of(self, name: str) -> Course:
         """That of the calls over a transport."""
-        return self._some.get(name, self._all)
-
-    def of_some(self, name: str) -> bool:
-        """Whether a transport is of some of the ranks."""
-        return name in self._some
+        return self.subsets.get(name, self._all)
 
     @property
     def number(self) -> int:
@@ -207,7 +208,7 @@ class CallLog:
             self.broken = True
             self.apart |= self._here(failure) and not self.same_call(failure)
             self._raise(failure)
-        courses = {course.ident: course for course in (self._all, *self._some.values())}
+        courses = {course.ident: course for course in (self._all, *self.subsets.values())}
         for label in self._waiting.values():
             course = courses.get(label.course)
             if label.epoch == self.epoch and course is not None and course.passed(label.number, label.chain):
@@ -268,12 +269,8 @@ def _beside(one: Label, other: Label) -> str:
 def together(transport: Transport, what: str) -> AbstractContextManager[object]:
     """What raises in here on one rank raises on all of them. The first to be entered after that begins an epoch.
     ``what`` names what has not begun yet in error texts."""
-    return nullcontext() if _nobody_else(transport) else _Together(transport, what)
-
-
-def _nobody_else(transport: Transport) -> bool:
-    """Whether there is no other rank that could be told."""
-    return transport.world_size == 1 and not transport.log.of_some(transport.name)
+    nobody_else = transport.world_size == 1 and transport.name not in transport.log.subsets
+    return nullcontext() if nobody_else else _Together(transport, what)
 
 
 class _Together:
@@ -335,7 +332,7 @@ class told:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         log = self.transport.log
-        if error is None or log.broken or _nobody_else(self.transport):
+        if error is None or log.broken or (self.transport.world_size == 1 and self.transport.name not in log.subsets):
             return
         if log.in_another_thread:  # it cannot be put at one place of the program: all ranks are told in the next call
             thread = f"in a thread of rank {log.rank} that makes no calls"

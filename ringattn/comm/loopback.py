@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ringattn.arguments.values import deadline, integer
-from ringattn.comm.calls import CallLog, PeerError, Silence
+from ringattn.comm.calls import CallLog, PeerError
 from ringattn.comm.label import Kind, Label
 from ringattn.comm.transport import Parcels, Pending, Transport, check_batch, name_ranks
 
@@ -292,5 +292,5 @@ class _Receives:
         self._transport._heed()
         world.check_failure(who)
         if peer in world.left:
-            raise Silence(f"{who}: rank {peer} has returned without sending it")
-        raise Silence(f"{who}: nothing came within {world.timeout} s")
+            raise PeerError.of_wait(f"{who}: rank {peer} has returned without sending it")
+        raise PeerError.of_wait(f"{who}: nothing came within {world.timeout} s")

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ringattn.comm.calls import CallLog, Silence
+from ringattn.comm.calls import CallLog, PeerError
 from ringattn.comm.label import Label
 
 Parcels = Sequence[tuple[Tensor, int]]  # tensors with the group rank each goes to or comes from
@@ -163,10 +163,10 @@ def name_ranks(ranks: Sequence[int]) -> str:
     return f"{noun} {', '.join('-'.join(map(str, run)) for run in runs)}"
 
 
-def in_vain(who: str, start: float, timeout: float, reasons: dict[int, str]) -> Silence:
+def in_vain(who: str, start: float, timeout: float, reasons: dict[int, str]) -> PeerError:
     """The error of a rank that has waited since `start` (`time.monotonic`) for the ranks in `reasons`."""
     texts = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(reasons.items()))
-    return Silence(
+    return PeerError.of_wait(
         f"{who} waited {time.monotonic() - start:.1f} s (deadline {timeout} s) for {name_ranks(list(reasons))} in vain "
         f"({texts})"
     )

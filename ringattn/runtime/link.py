@@ -20,8 +20,8 @@ from ringattn.comm import (
     TORN,
     Allocator,
     CallMismatch,
+    PeerError,
     Pending,
-    Silence,
     Subset,
     Transport,
     Unwaited,
@@ -175,8 +175,9 @@ class Link:
         start = time.perf_counter()
         try:
             pending.wait()
-        except Silence as error:
-            error.args = (f"{error}; {self._in_vain(self._posted, self._call)}",)
+        except PeerError as error:
+            if error.waited:
+                error.args = (f"{error}; {self._in_vain(self._posted, self._call)}",)
             raise
         self.traffic.wait_seconds += time.perf_counter() - start
 
