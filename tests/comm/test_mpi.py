@@ -51,44 +51,39 @@ def largest_errors(comm: Any, dtype: torch.dtype) -> list[float]:
     return errors
 
 
-def exchange_and_attend(comm: Any) -> tuple[str, list[float]]:
-    return exchanges.all_exchanges(comm.rank, comm.size, over_mpi), largest_errors(comm, torch.float64)
+def exchange_and_attend(comm: Any) -> tuple[str, list[float], list[float]]:
+    errors = [largest_errors(comm, dtype) for dtype in (torch.float64, torch.bfloat16)]
+    return exchanges.all_exchanges(comm.rank, comm.size, over_mpi), *errors
 
 
 @pytest.mark.parametrize("world_size", mostly_slow([2, 3], [2]))
 def test_exchanges_and_attention(world_size: int) -> None:
     results = on_ranks(exchange_and_attend, world_size)
-    assert len({name for name, _ in results}) == 1
-    assert all(error < 1e-13 for _, errors in results for error in errors), results
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_attention_in_bf16(world_size: int) -> None:
-    for errors in on_ranks(largest_errors, world_size, torch.bfloat16):
-        assert all(error < 2**-6 for error in errors), errors
+    assert len({name for name, *_ in results}) == 1
+    for _, exact, rounded in results:
+        assert all(error < 1e-13 for error in exact), results
+        assert all(error < 2**-6 for error in rounded), results
 
 
 # Calls
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_fault_at_every_message_is_one_on_all_ranks(world: int) -> None:
-    found = on_ranks(in_group, world, calls.fail_everywhere, over_mpi, world - 1, timeout=100.0)
-    calls.check_faults(found, world)
+def fail_differ_and_refuse(comm: Any) -> tuple[Any, ...]:
+    """One after the other, each over a transport of its own: most of a job's time is its start."""
+    last = comm.size - 1
+    return tuple(
+        in_group(comm, *call)
+        for call in ((calls.fail_everywhere, over_mpi, last), (calls.differ, over_mpi), (calls.refuse, over_mpi))
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_that_differ_are_told_at_once(world: int) -> None:
-    calls.check_differences(on_ranks(in_group, world, calls.differ, over_mpi, timeout=100.0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_what_one_rank_refuses_is_refused_by_all(world: int) -> None:
-    calls.check_refusals(on_ranks(in_group, world, calls.refuse, over_mpi, timeout=100.0), world)
+def test_what_fails_differs_or_is_refused_on_one_rank_is_told_to_all(world: int) -> None:
+    failed, differed, refused = map(list, zip(*on_ranks(fail_differ_and_refuse, world, timeout=100.0), strict=True))
+    calls.check_faults(failed, world)
+    calls.check_differences(differed)
+    calls.check_refusals(refused, world)
 
 
 def fail_with_much_under_way(comm: Any) -> tuple[list[str], list[int]]:
@@ -164,7 +159,15 @@ def test_a_context_that_one_rank_refuses_is_refused_by_all() -> None:
 # What is refused
 
 
+class OnGpu:
+    """What the check sees of a tensor."""
+
+    device = torch.device("cuda", 0)
+
+
 def send_strange_tensors(comm: Any) -> str:
+    with pytest.raises(ValueError, match="CUDA tensors over an MPI that is not CUDA-aware"):
+        over_mpi()._check_devices([OnGpu()], "step 1")  # type: ignore[attr-defined]
     transport, peer = over_mpi(), 1 - comm.rank
     with pytest.raises(ValueError, match=r"step 1: the tensors are on 'meta'.*\['cpu'\] only"):
         transport.post([(torch.empty(2, device="meta"), peer)], [], "step 1")
@@ -177,22 +180,10 @@ def send_strange_tensors(comm: Any) -> str:
     return str(caught.value)
 
 
-class OnGpu:
-    """What the check sees of a tensor."""
-
-    device = torch.device("cuda", 0)
-
-
-def refuse_gpus(comm: Any) -> None:
-    with pytest.raises(ValueError, match="CUDA tensors over an MPI that is not CUDA-aware"):
-        over_mpi()._check_devices([OnGpu()], "step 1")  # type: ignore[attr-defined]
-
-
 @pytest.mark.slow
 def test_tensors_that_do_not_fit_are_refused() -> None:
     said = on_ranks(send_strange_tensors, 2)[0]
     assert "rank 1: it sent 16 bytes where 12 were expected" in said
-    on_ranks(refuse_gpus, 2)
 
 
 @pytest.mark.slow

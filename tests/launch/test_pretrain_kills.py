@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from launch.config import dump
+from ringattn.testing import run_processes
+from tests.support.clock import patience
 from tests.support.launched import TIMEOUT, Launched, hit
-from tests.support.pretrain import TINY, records_of
+from tests.support.pretrain import TINY, records_of, run_until
 
 CONFIG = dataclasses.replace(TINY, save_every=2, timeout=TIMEOUT, dtype="float32", accumulate=2)
+NEVER = -1  # a step that no run comes to
 # what a victim is waited for to be at; the first means any moment from when the ranks listen
 PHASES = (
     "any moment",
@@ -30,15 +33,16 @@ PHASES = (
 )
 
 
-def disturb(folder: Path, text: Path, ranks: int, hits: list[tuple[str, int]], seed: int, *arguments: str) -> list[str]:
-    """A run with so many hits, against one without. Returns what was hit."""
+def disturb(folder: Path, text: Path, ranks: int, engine: str, hits: list[tuple[str, int]], seed: int) -> list[str]:
+    """A run under torchrun with so many hits, against one without, in processes of ours. Returns what was hit."""
     draw = random.Random(seed)
     file = folder / "job.toml"
     steps = 40 + 10 * len(hits)  # the last attempt still has some before it
-    file.write_text(dump(dataclasses.replace(CONFIG, steps=steps, data=(str(text),))))
-    whole = Launched(ranks, folder / "whole", ["--config", str(file), *arguments])
-    whole.finish()
-    job = Launched(ranks, folder / "hit", ["--config", str(file), "--overwrite", *arguments], restarts=len(hits))
+    config = dataclasses.replace(CONFIG, steps=steps, data=(str(text),), engine=engine)
+    file.write_text(dump(config))
+    whole = run_processes(run_until, ranks, config, folder / "whole", False, NEVER, timeout=patience(180))
+    assert whole == [True] * ranks
+    job = Launched(ranks, folder / "hit", ["--config", str(file), "--overwrite"], restarts=len(hits))
     found = []
     try:
         for attempt, (phase, number) in enumerate(hits):
@@ -62,7 +66,7 @@ def disturb(folder: Path, text: Path, ranks: int, hits: list[tuple[str, int]], s
 @pytest.mark.timeout(200)
 def test_a_killed_rank_is_named_and_the_next_attempt_goes_on(tmp_path: Path, text: Path) -> None:
     hits = [("saving after step [4-9]", signal.SIGKILL)]
-    disturb(tmp_path, text, 2, hits, 0)
+    disturb(tmp_path, text, 2, "ddp", hits, 0)
 
 
 # by ranks and engine: how many hits, how many in a soak, and the phase of the first; together they meet all phases
@@ -77,5 +81,5 @@ def test_hits_change_nothing(ranks: int, engine: str, tmp_path: Path, text: Path
     count = many if soak else few
     numbers = [signal.SIGSTOP if index % 5 == 4 else signal.SIGKILL for index in range(count)]
     phases = [PHASES[(index + first) % len(PHASES)] for index in range(count)]
-    for line in disturb(tmp_path, text, ranks, list(zip(phases, numbers, strict=True)), ranks, "--engine", engine):
+    for line in disturb(tmp_path, text, ranks, engine, list(zip(phases, numbers, strict=True)), ranks):
         print(line)

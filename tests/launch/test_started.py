@@ -20,14 +20,24 @@ def launched(ranks: int, text: Path, run: Path, *arguments: str, **environment: 
     return mpiexec(ranks, job, 100.0, **environment)
 
 
+def by_script(ranks: int, text: Path, run: Path, *arguments: str) -> str:
+    """The same through `launch/mpi.sh`, from another folder."""
+    config = config_file(run.parent, "", "", tiny(text))
+    command = [str(ROOT / "launch" / "mpi.sh"), "--config", str(config), "--out", str(run), *arguments]
+    environment = os.environ | {"PYTHON": sys.executable, "NPROC": str(ranks)}
+    done = subprocess.run(command, env=environment, cwd=run.parent, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @MPI
 @pytest.mark.slow
-def test_the_job_trains_alike_over_gloo_and_mpi(text: Path, tmp_path: Path) -> None:
-    losses = []
-    for transport in ("auto", "mpi"):
-        ended = launched(2, text, tmp_path / transport, "--transport", transport, "--verify")
-        assert ended.code == 0 and "sharded and single-rank step are equal" in ended.said, ended.said
-        losses.append([record["loss"] for record in records_of(tmp_path / transport)])
+def test_the_job_trains_alike_over_gloo_by_the_script_and_over_mpi(text: Path, tmp_path: Path) -> None:
+    said = by_script(2, text, tmp_path / "auto", "--transport", "auto", "--verify")
+    ended = launched(2, text, tmp_path / "mpi", "--transport", "mpi", "--verify")
+    assert ended.code == 0
+    assert all("sharded and single-rank step are equal" in words for words in (said, ended.said)), (said, ended.said)
+    losses = [[record["loss"] for record in records_of(tmp_path / name)] for name in ("auto", "mpi")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12) and len(losses[0]) == 6
 
 
@@ -80,13 +90,3 @@ def test_mpi_under_torchrun_is_refused(text: Path, tmp_path: Path) -> None:
     command = [*torchrun, "launch.pretrain", "--config", str(config), "--out", str(NOWHERE), "--transport", "mpi"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode and "the job has 2 ranks and MPI" in done.stderr and "launch/mpi.sh" in done.stderr
-
-
-@MPI
-@pytest.mark.slow
-def test_the_script_starts_it(text: Path, tmp_path: Path) -> None:
-    config = config_file(tmp_path, "", "", tiny(text))
-    command = [str(ROOT / "launch" / "mpi.sh"), "--config", str(config), "--out", str(tmp_path / "run"), "--steps", "2"]
-    environment = os.environ | {"PYTHON": sys.executable, "NPROC": "2"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and len(records_of(tmp_path / "run")) == 2, done.stdout + done.stderr
