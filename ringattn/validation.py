@@ -167,7 +167,14 @@ def _splits(settings: ContextSettings, world: int) -> list[int]:
 
 
 def _check_nodes(settings: ContextSettings, world: int, members: list[int]) -> None:
-    """That a schedule for several nodes is given some."""
+    """That the nodes told of fit the ranks, and that a schedule for several nodes is given some."""
+    asked = settings.options.topology
+    size = None if asked is None or settings.among is not None else asked.ranks_per_node
+    if size is not None and size < world and world % size:
+        raise ValueError(
+            f"Options.topology with ranks_per_node={size}: its {world} ranks are not whole nodes of {size}; give one "
+            "that divides them, or, where nodes have unequal numbers, Topology(inter) alone"
+        )
     flat = [settings.flat(world, n) for n in members] if settings.by_nodes else []
     if flat and all(flat):
         told = f"; {settings.nodes}" if settings.nodes and settings.options.topology is None else ""
