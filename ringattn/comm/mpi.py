@@ -93,6 +93,7 @@ class MPITransport(StoreBoard):
         self._comm = self._duplicate(comm)
         cards, self._store = self._meet()
         self.name: str = cards[0]["name"]
+        self.machines = tuple(card["machine"] for card in cards)  # by rank
         self._peers = {
             rank: MPIPeer(self._comm, rank, self.log) for rank in range(self.world_size) if rank != self.rank
         }

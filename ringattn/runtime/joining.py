@@ -17,7 +17,7 @@ from ringattn.comm import Meeting, PlanningRank, Solo, Transport, told
 from ringattn.comm.shield import shield
 from ringattn.runtime.binding import Shared
 from ringattn.runtime.link import Link
-from ringattn.runtime.nodes import Nodes, told_nodes
+from ringattn.runtime.nodes import Nodes, regular, told_nodes
 from ringattn.runtime.settings import Options
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _device(transport: Transport) -> str:
 def _link(group_or_mesh: Group, options: Callable[[], Options]) -> tuple[Link, Nodes | None]:
     """What a first context moves messages with, and between which nodes, if a launcher has told."""
     if _is_communicator(group_or_mesh):
-        return _over_mpi(group_or_mesh, options), None
+        return _over_mpi(group_or_mesh, options)
     group = _group(group_or_mesh)
     if group is None:
         asked = options()
@@ -82,9 +82,9 @@ def _link(group_or_mesh: Group, options: Callable[[], Options]) -> tuple[Link, N
         return Link(group, options().compare_every), None
 
 
-def _over_mpi(comm: MPI.Intracomm, options: Callable[[], Options]) -> Link:
-    """The link of a communicator's contexts, which share a transport. What one rank refuses, the others hear of in
-    their next call."""
+def _over_mpi(comm: MPI.Intracomm, options: Callable[[], Options]) -> tuple[Link, Nodes]:
+    """The link of a communicator's contexts, which share a transport, and the nodes of its ranks, who have seen each
+    other's machines. What one rank refuses, the others hear of in their next call."""
     from ringattn.comm.mpi import transport_of
 
     try:
@@ -92,7 +92,8 @@ def _over_mpi(comm: MPI.Intracomm, options: Callable[[], Options]) -> Link:
     except BaseException:
         with told(transport_of(comm, DEADLINE), "a new context"):
             raise
-    return Link(transport_of(comm, asked.timeout or DEADLINE), asked.compare_every)
+    transport = transport_of(comm, asked.timeout or DEADLINE)
+    return Link(transport, asked.compare_every), regular("MPI", transport.machines)
 
 
 def _is_communicator(group: object) -> TypeGuard[MPI.Intracomm]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -43,12 +43,14 @@ def told_nodes(environ: Mapping[str, str], ranks: Sequence[int], rank: int) -> N
     for name, *keys in LAUNCHERS:
         size, number, place = (environ.get(key, "") for key in keys)
         if size.isdecimal() and int(size) and number == str(rank) and place.isdecimal():
-            return _nodes(name, int(size), ranks, in_order=rank % int(size) == int(place))
+            nodes = [one // int(size) for one in ranks]
+            return regular(name, nodes, in_order=rank % int(size) == int(place))
     return None
 
 
-def _nodes(name: str, size: int, ranks: Sequence[int], in_order: bool) -> Nodes:
-    runs = [(node, len(list(run))) for node, run in groupby(rank // size for rank in ranks)]
+def regular(name: str, nodes: Sequence[Hashable], in_order: bool = True) -> Nodes:
+    """The nodes of ranks of which each is on one of these, as ``name`` says."""
+    runs = [(node, len(list(run))) for node, run in groupby(nodes)]
     counts = sorted({count for _, count in runs})
     if not in_order or len({node for node, _ in runs}) < len(runs):
         return Nodes(None, f"the ranks of a node are no neighbours, says {name}")

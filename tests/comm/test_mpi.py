@@ -142,6 +142,23 @@ def test_a_communicator_in_the_groups_place() -> None:
     on_ranks(share, 4)
 
 
+def on_two_machines(comm: Any) -> str:
+    """As far as ranks tell each other."""
+    from ringattn.comm import mpi
+
+    mpi.machine = lambda: f"machine {comm.rank // 2}"  # type: ignore[assignment]
+    cp = ra.ContextParallel(comm, S, schedule="double_ring")
+    assert "2 ranks a node, says MPI" in cp.describe() and step(cp, 0) == "right"
+    crossed = ra.ContextParallel(comm.Split(0, [0, 2, 1, 3][comm.rank]), S)
+    assert "the ranks of a node are no neighbours, says MPI" in crossed.describe()
+    return step(crossed, 1)
+
+
+@pytest.mark.slow
+def test_machines_that_ranks_see_are_nodes() -> None:
+    assert on_ranks(on_two_machines, 4) == ["right"] * 4
+
+
 def refuse_alone(comm: Any) -> tuple[str, str]:
     with pytest.raises(ValueError) as caught:
         cp = ra.ContextParallel(comm, -1 if comm.rank else S)
