@@ -151,7 +151,7 @@ class Report:
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield from self._utilisation(ranks, seconds)
         yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
-        split = "" if self.config.ulysses == 1 else ", with what heads travel,"
+        split = "" if self.config.ulysses == 1 else ", with what heads travel"
         yield "K/V and gradients received", f"{mebibytes(received)}{split}; the masks require {mebibytes(required)}"
         yield "attention waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"
         yield "written to", str(self.run)

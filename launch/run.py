@@ -148,8 +148,9 @@ def start(job: Job, world: World) -> Trainer:
         )
     if isinstance(config.ulysses, int) and context % config.ulysses:
         raise ValueError(
-            f"ulysses is {config.ulysses} and a sequence has {context} ranks, which it does not divide; set a divisor "
-            'of them, or "auto"'
+            f"ulysses is {config.ulysses} and a sequence has {context} rank{'s' if context > 1 else ''}, which it "
+            'does not divide; set a divisor of them, or "auto", in the config (of a run that is resumed: config.toml '
+            "in its folder)"
         )
     world.at("looking for a checkpoint")
     saved = resume.point(job, world)

@@ -238,7 +238,8 @@ class ContextParallel:
         Read behind the ``with``: ``print(p.table())``, ``p.exposed``, ``p.save("trace.json")`` (a Chrome trace),
         ``p.calls``. When a message has arrived is not seen before it is waited for, so what a transfer took is an upper
         bound. On a CUDA device the times are those of the stream; calls then run eagerly, and no CUDA graph is captured
-        or replayed. A call that fails is not kept. Contexts of other ranks (:meth:`on`) have profiles of their own.
+        or replayed. A call that fails is not kept. Calls of subsets of the ranks
+        (:meth:`on`) are written down too, whichever context was asked. Each rank saves its own, ``trace.rank0.json``.
 
         Raises:
             ValueError: a profile of this context, or of one with which it shares its link, is open already.
@@ -246,7 +247,9 @@ class ContextParallel:
         return profiled(self.link, self._whole.link.transport.rank)
 
     def __repr__(self) -> str:
+        among = self.binding.settings.among
+        of = f"ranks {list(among)}" if among else str(self.world_size)
         return (
-            f"ContextParallel(rank {self.rank} of {self.world_size}, seqlen={self.seqlen}, "
+            f"ContextParallel(rank {self.rank} of {of}, seqlen={self.seqlen}, "
             f"layout={self.q_layout.name}, schedule={self.schedule}, masks={list(self.masks)})"
         )

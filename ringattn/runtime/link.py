@@ -132,18 +132,18 @@ class _Common:
             self.known.popitem(last=False)
 
 
-@dataclass
+@dataclass(eq=False)
 class Link:
     """What contexts share that follow each other. ``compare_every``: calls between two comparisons of all calls so far,
     where messages carry no label. ``communicators``: what `Options` asked for when the transport was made.
-    ``timeline``: what calls take in this link's place while a profile of it is open."""
+    ``profiling``: the timeline of the profile that is open, if one is, for the links of all subsets."""
 
     transport: Transport
     compare_every: int = 64
     communicators: int = 0
     workspace: Workspace = field(init=False)
     traffic: Traffic = field(default_factory=Traffic)
-    timeline: Timeline | None = None
+    profiling: list[Timeline] = field(default_factory=list)
     _common: _Common = field(default_factory=_Common)
     _posted: Batch | None = None
     _watch: Watch | None = None  # of transfers for which no host waits
@@ -155,9 +155,15 @@ class Link:
 
     def among(self, members: Sequence[int]) -> Link:
         """What contexts of some of the ranks share. Buffers and the count of what moved are those of all."""
-        link = Link(Subset(self.transport, members), self.compare_every, self.communicators, self.traffic)
+        some = Subset(self.transport, members)
+        link = Link(some, self.compare_every, self.communicators, self.traffic, self.profiling)
         link.workspace, link._watch = self.workspace, self._watch
         return link
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """What calls take in this link's place while a profile is open."""
+        return self.profiling[0].at(self) if self.profiling else None
 
     def post(self, batch: Batch) -> Pending | None:
         """See :class:`Messages`."""

@@ -8,6 +8,7 @@ turn begins, adds and ends is told by what is put among its copies and adds.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,17 +35,18 @@ def profiled(link: Link, rank: int) -> Iterator[Profile]:
         ValueError: a profile of the link is open already.
     """
     with told(link.transport, "profile()"):
-        if link.timeline is not None:
+        if link.profiling:
             raise ValueError(
                 "a profile of this context, or of one with which it shares its link, is open already: leave its "
                 "`with` first"
             )
-        timeline = link.timeline = Timeline(link)
+        timeline = Timeline(link)
+        link.profiling.append(timeline)
     profile = Profile(rank)
     try:
         yield profile
     finally:
-        link.timeline = None
+        link.profiling.clear()
         profile.close(timeline.calls())
 
 
@@ -144,6 +146,7 @@ class Timeline:
         self._clocks: dict[int | None, Clock] = {}  # by CUDA device; None is the host's
         self._done: list[_Call] = []
         self._counted = (0, 0)
+        self._at: dict[Link, Timeline] = {link: self}
 
     def calls(self) -> list[ProfiledCall]:
         """Those that have ended. Waits for what devices still have to do for them."""
@@ -152,6 +155,13 @@ class Timeline:
 
     def _moments(self, clock: Clock) -> list[Any]:
         return [moment for call in self._done if call.clock is clock for moment in call.moments]
+
+    def at(self, link: Link) -> Timeline:
+        """The same in the place of a link of other ranks of the group."""
+        if link not in self._at:
+            self._at[link] = other = copy.copy(self)
+            other.link, other.workspace, other.transport = link, link.workspace, link.transport
+        return self._at[link]
 
     # -- as a link ------------------------------------------------------------------------------
 

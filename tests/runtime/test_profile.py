@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -247,16 +248,25 @@ def test_what_one_rank_refuses_the_others_hear():
     assert all(ra.Loopback(3, timeout=20).run(one_rank))
 
 
-def test_contexts_of_some_ranks_have_profiles_of_their_own(tmp_path):
+def test_calls_of_subsets_are_in_the_profile_of_all(tmp_path):
     def one_rank(transport):
         cp = context(transport)
         some = cp.on({0: (0, 2), 1: (1,), 2: (0, 2)}[transport.rank])
-        with cp.profile() as whole, some.profile() as part:
-            step(some)
-            step(cp)
-        assert len(whole.calls) == len(part.calls) == 2
-        assert [piece.turn for piece in part.calls[0].turns] == list(some.program(MASK).forward)
-        return part.save(tmp_path / "part.json").name
+        moved = []
+        for asked in (cp, some):
+            before = Counter(cp.traffic()["received"])
+            with asked.profile() as found:
+                step(some)
+                step(cp)
+                step(some)
+            moved.append(sum((Counter(cp.traffic()["received"]) - before).values()))
+            assert sum(piece.received for call in found.calls for piece in call.pieces) == moved[-1]
+            names = [call.name for call in found.calls]
+            assert names == (["attention forward", "attention backward"] * 3 if some.world_size > 1 else names)
+            turns = [[piece.turn for piece in call.turns] for call in found.calls]
+            for program in (some.program(MASK), cp.program(MASK)):
+                assert list(program.forward) in turns and list(program.backward) in turns
+        return found.save(tmp_path / "part.json").name
 
     assert ra.Loopback(3, timeout=20).run(one_rank) == [f"part.rank{rank}.json" for rank in range(3)]
 
