@@ -1,6 +1,7 @@
 """Groups that change: contexts of some of a group's ranks, over the connections that are there."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.comm import CallMismatch, Loopback, PlanningRank, Transport
+from ringattn.comm import CallMismatch, Loopback, PeerError, PlanningRank, Transport
 from ringattn.testing import dense_attention, run_processes
 from tests.support.clock import patience
 from tests.support.grids import mostly_slow
@@ -188,6 +189,47 @@ def test_what_fails_in_one_subset_fails_in_all_at_once(make: Callable[[], Transp
     assert {after for *_, after in found} == {"right"} or all("cannot go on" in after for *_, after in found), found
 
 
+def die_in_one(rank: int, world: int, make: Callable[[], Transport]) -> tuple[str, float]:
+    """Rank 0 is killed in a call with rank 1; the others are in calls of their own, and send neither of them anything."""
+    transport = make()
+    cp = ra.ContextParallel(transport, LONGEST)
+    some = cp.on([0, 1] if rank < 2 else [2, 3])
+    check(cp, 0)
+    check(some, 0)
+    start = time.monotonic()
+    if rank == 0:
+        transport.post = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    with pytest.raises(PeerError) as raised:
+        while time.monotonic() < start + 15:
+            check(some, 0)
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("make", mostly_slow([gloo, shared_memory], [gloo]))
+def test_a_rank_that_dies_in_one_subset_is_named_in_all(make: Callable[[], Transport]) -> None:
+    for text, waited in run_processes(die_in_one, 4, make, casualties=[0])[1:]:
+        assert "rank 0" in text and waited < patience(AT_ONCE) + 2
+
+
+def end_early(rank: int, world: int, make: Callable[[], Transport]) -> str:
+    """Rank 2 makes no calls any more and ends; the others go on, with calls in which they need each other and not."""
+    cp = ra.ContextParallel(make(), LONGEST)
+    check(cp, 0)
+    if rank == 2:
+        return "right"
+    time.sleep(0.5)
+    some = cp.on([0, 1], layout="contiguous")
+    border = int(some.q_layout.sizes[0])
+    for mask in 2 * [ra.causal(), ra.documents([0, border, LONGEST])]:
+        check(some.replace(mask=mask), 1)
+    return "right"
+
+
+@pytest.mark.parametrize("make", mostly_slow([gloo, shared_memory], [shared_memory]))
+def test_ranks_outside_of_a_subset_may_end(make: Callable[[], Transport]) -> None:
+    assert run_processes(end_early, 3, make) == ["right"] * 3
+
+
 def test_ranks_that_name_different_subsets_are_told() -> None:
     def one_rank(transport: Transport) -> str:
         cp = ra.ContextParallel(transport, LONGEST)
@@ -235,7 +277,11 @@ def change_often(rank: int, world: int, changes: int) -> tuple[list[int], list[i
 @pytest.mark.parametrize("changes", mostly_slow([60, 1000], [60]))
 def test_nothing_grows_with_changes_and_the_board_is_not_asked(changes: int) -> None:
     for before, after, asked in run_processes(change_often, 3, changes):
-        assert all(late <= soon for soon, late in zip(before, after, strict=True)) and asked == 0, (before, after, asked)
+        assert all(late <= soon for soon, late in zip(before, after, strict=True)) and asked == 0, (
+            before,
+            after,
+            asked,
+        )
 
 
 def test_dropout_differs_between_subsets_and_not_between_their_ranks() -> None:
