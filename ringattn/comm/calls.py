@@ -152,7 +152,7 @@ class CallLog:
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
         ``labelled`` or not."""
-        self.text = self.course.begin(text, digest)
+        self.text = self.course.begin(text, digest, labelled)
         self.posted, self.labelled, self.finished = 0, labelled, False
 
     def ballot(self) -> str:
