@@ -347,8 +347,11 @@ def _wrong_length(name: str, x: Tensor, local: int, whole: str, cp: ContextParal
         f"; its dims must be [batch, tokens, heads, head_dim], and dim 2 has {local}" if x.shape[2] == local else ""
     )
     layout, door = (cp.k_layout, "shard_kv") if name == "k" else (cp.q_layout, "shard")
+    who, among = f"rank {cp.rank} of {cp.world_size}", cp.binding.settings.among
+    if among is not None:
+        who = f"rank {among[cp.rank]} of the group, here {who},"
     return ValueError(
-        f"{name} has {int(x.shape[1])} tokens, but rank {cp.rank} of {cp.world_size} holds {local} of {whole} "
+        f"{name} has {int(x.shape[1])} tokens, but {who} holds {local} of {whole} "
         f"(layout {layout.name}); shard with cp.{door}(){turned}"
     )
 

@@ -51,11 +51,12 @@ class PeerError(RuntimeError):
 
 class CallMismatch(PeerError, ValueError):
     """The ranks are not at the same call. The text names the calls, or what differs between them. ``apart``: the calls
-    are of different kinds, so that the ranks are at different places of the program."""
+    are of different kinds, so that the ranks are at different places of the program. ``since``: the earlier of the two
+    calls, 0 where these are no calls of the same ranks."""
 
-    def __init__(self, text: str, apart: bool = False) -> None:
+    def __init__(self, text: str, apart: bool = False, since: int = 0) -> None:
         super().__init__(text)
-        self.apart = apart
+        self.apart, self.since = apart, since
 
 
 # What a rank refuses with is raised as the same on all ranks; what else befalls it is a PeerError there.
@@ -152,7 +153,7 @@ class CallLog:
     def begin(self, text: str, digest: bytes, labelled: bool) -> None:
         """Counts a call, whose ``digest`` is that of all that ranks must have alike, and whose messages are
         ``labelled`` or not."""
-        self.text = self.course.begin(text, digest)
+        self.text = self.course.begin(text, digest, labelled)
         self.posted, self.labelled, self.finished = 0, labelled, False
 
     def ballot(self) -> str:
@@ -176,7 +177,8 @@ class CallLog:
         kind = next((k.__name__ for k in type(error).__mro__ if k.__name__ in _REFUSALS), type(error).__name__)
         kind = _APART if getattr(error, "apart", False) else kind
         text = f"{kind}\n{what or self.text}\n{_text(error)}"
-        return self._label(number or self.course.current, 0, Kind.FAILURE, text)
+        since = number or getattr(error, "since", 0)  # peers still wait in the earlier of two calls that have met
+        return self._label(since or self.course.current, 0, Kind.FAILURE, text)
 
     def agreement(self, facts: Mapping[str, str]) -> Label:
         """What the others are told by a rank that waits for them in an agreement."""
@@ -241,7 +243,8 @@ class CallLog:
         hint = "; the calls before it differ" if same else ""
         ends = " but ".join(_beside(one, other) for one, other in ((mine, theirs), (theirs, mine)))
         rule = "every rank must make the same calls, with the same settings, in the same order"
-        return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call)
+        since = min(mine.number, theirs.number) if mine.course == theirs.course else 0
+        return CallMismatch(f"{ends}{hint}: {rule}", mine.number != theirs.number or mine.call != theirs.call, since)
 
 
 def _kind(text: str) -> str:

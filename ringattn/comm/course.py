@@ -27,14 +27,16 @@ class Course:
         self.chain = self.ident  # calls of other ranks have other digests, even if they are alike
         self.recent: deque[tuple[int, str]] = deque(maxlen=RECENT)
 
-    def begin(self, text: str, digest: bytes) -> str:
-        """Counts a call, whose ``digest`` is that of all that ranks must have alike; its text."""
+    def begin(self, text: str, digest: bytes, labelled: bool) -> str:
+        """Counts a call, whose ``digest`` is that of all that ranks must have alike; its text, which is kept where
+        messages are not ``labelled`` with it."""
         self.number += 1
         self.made += 1
         digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
         self.chain = int.from_bytes(digest, "little")
         text += self.said
-        self.recent.append((self.number, text))
+        if not labelled:
+            self.recent.append((self.number, text))
         return text
 
     def passed(self, number: int, ballot: int) -> bool:

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import takewhile
 from typing import TypeVar
 
@@ -182,8 +182,8 @@ class LoopbackTransport:
                 self._world.waiting[label.rank] = label
             self._world.changed.notify_all()
 
-    def heed(self) -> None:
-        """See `Transport`."""
+    def heed(self, among: Collection[int] | None = None) -> None:
+        """See `Transport`. Who has left is not looked for."""
         with self._world.lock:
             self._heed()
 

@@ -7,6 +7,7 @@ what one of them refuses before it comes, all do.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import TracebackType
 from weakref import WeakKeyDictionary
 
@@ -103,7 +104,7 @@ class Meeting(GroupBoard):
     def warn(self, label: Label) -> None:
         """Nobody has to be told that this rank waits: none can be at a later place."""
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """Raises what a rank has refused."""
         refused = self.lookup(self._refused)
         if refused is not None:

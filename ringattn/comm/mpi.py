@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -151,11 +151,12 @@ class MPITransport(StoreBoard):
         for peer in self._peers.values():
             peer.warn(label)
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """See `Transport`."""
         self.serve()
         self.log.check()
         gone = {rank: peer.why for rank, peer in self._peers.items() if peer.why is not None}
+        gone = {rank: why for rank, why in gone.items() if among is None or rank in among}
         if gone:
             raise in_vain(f"rank {self.rank} of group '{self.name}'", time.monotonic(), self.timeout, gone)
 

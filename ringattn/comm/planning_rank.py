@@ -3,6 +3,7 @@ move a tensor or compare anything with another rank says so at once."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NoReturn
 
 from ringattn.arguments.values import deadline, integer, shown
@@ -49,7 +50,7 @@ class PlanningRank:
     def warn(self, label: Label) -> None:
         """There is nobody to tell."""
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """There is nobody to listen to."""
 
     @property

@@ -13,7 +13,7 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 
 import torch
@@ -219,7 +219,7 @@ class ProcessGroupTransport(GroupBoard):
             self.expect_label(peer)
             self.log.check()
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """See `Transport`. Asks the store only now and then: it may be far, and serve many."""
         if time.monotonic() > self._look_after:
             packed = self.lookup(_failed(self.log.epoch))
@@ -227,8 +227,9 @@ class ProcessGroupTransport(GroupBoard):
             if packed is not None:
                 self.log.hear(Label.unpack(bytes.fromhex(packed)))
         self.log.check()
-        if self._gone:
-            raise in_vain(f"rank {self.rank} of group '{self.name}'", time.monotonic(), self.timeout, self._gone)
+        gone = {rank: why for rank, why in self._gone.items() if among is None or rank in among}
+        if gone:
+            raise in_vain(f"rank {self.rank} of group '{self.name}'", time.monotonic(), self.timeout, gone)
 
 
 class _Batch:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +109,12 @@ class SharedMemoryTransport:
         for peer in self._peers.values():
             peer.warn(label)
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """See `Transport`."""
         _serve([peer for peer in self._peers.values() if peer.why is None], 0.0)
         self.log.check()
         gone = {rank: peer.why for rank, peer in self._peers.items() if peer.why is not None}
+        gone = {rank: why for rank, why in gone.items() if among is None or rank in among}
         if gone:
             raise in_vain(f"rank {self.rank} of group '{self.name}'", time.monotonic(), self.timeout, gone)
 

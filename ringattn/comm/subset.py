@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ringattn.comm.course import Course
 from ringattn.comm.label import Label
@@ -39,9 +39,9 @@ class Subset:
         """See `Voters`."""
         self.whole.warn(label)
 
-    def heed(self) -> None:
-        """See `Voters`."""
-        self.whole.heed()
+    def heed(self, among: Collection[int] | None = None) -> None:
+        """See `Voters`. Ranks that make no calls of the subset may end."""
+        self.whole.heed([self.members[rank] for rank in (range(self.world_size) if among is None else among)])
 
     def check_open(self) -> None:
         """See `Transport`."""

@@ -79,8 +79,9 @@ class Voters(Protocol):
         """Tells every rank, without waiting, of a failure, or that this rank waits for them in an agreement: what waits
         there, in `wait()` or `agree()`, hears and checks it."""
 
-    def heed(self) -> None:
-        """Raises if a rank has warned of a failure of this epoch, or is known to be dead."""
+    def heed(self, among: Collection[int] | None = None) -> None:
+        """Raises if a rank has warned of a failure of this epoch, or one of these (None: of all) is known to be dead.
+        One that has ended well looks the same."""
 
 
 @runtime_checkable
@@ -202,7 +203,7 @@ class Solo:
     def warn(self, label: Label) -> None:
         """There is nobody to tell."""
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """There is nobody to listen to."""
 
     @property

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.comm import agree, together
+from ringattn.comm import CallMismatch, agree, together
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.operators import cast
 from ringattn.kernels.scores import RULES, Rule, Scores
@@ -22,6 +22,7 @@ from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.timeline import Timeline
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
+NOT_FINITE = "holds NaN or infinity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,9 @@ class Execution:
             return self._forward(q, k, v)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        link = self._begin(FORWARD)
         if self.binding.settings.options.check_nan:
             _check_finite(self.binding, q=q, k=k, v=v)
+        link = self._begin(FORWARD)
         swap = self.call.seat.swap
         if swap is None:
             out, lse = self._attend(q, k, v, self.sinks, self.scores)
@@ -224,14 +225,17 @@ def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 def _check_finite(binding: Binding, **tensors: Tensor) -> None:
-    """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another."""
+    """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another. Before the
+    call begins: ranks that do not check are then past this comparison, and are told."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    found = f"{' and '.join(bad)} holds NaN or infinity" if bad else "all finite"
+    found = f"{' and '.join(bad)} {NOT_FINITE}" if bad else "all finite"
     transport = binding.link.transport
     if transport.world_size > 1:
         try:
-            agree(transport, transport.log.ballot(), {"values of q, k and v": found})
-        except ValueError as error:
+            agree(transport, transport.log.ballot(), {"call": FORWARD, "values of q, k and v": found})
+        except CallMismatch as error:
+            if NOT_FINITE not in str(error):
+                raise
             raise FloatingPointError(f"{error} (Options.check_nan)") from None
     if bad:
         raise FloatingPointError(f"{found} (Options.check_nan)")

@@ -287,11 +287,16 @@ class Link:
     def finish(self, device: str, needed: bool = True) -> None:
         """Ends a call: waits until every rank has done its part, so that no rank goes on from a call that fails on
         another (a dissemination barrier: Hensgen, Finkel and Manber 1988). Not where messages carry no label. A call
-        in which no rank ``needed`` another waits for none, and looks what they have told.
+        in which no rank ``needed`` another waits for none, and looks what they have told; so does one of a subset,
+        whose messages tell of its own ranks alone.
         """
         transport, log = self.transport, self.transport.log
         if device not in transport.blind:
-            self._meet("end") if needed or self._common.fresh else transport.heed()
+            meets = needed or self._common.fresh
+            if not meets or isinstance(transport, Subset):
+                transport.heed()  # before all meet, so that what it raises is of this call on all of them
+            if meets:
+                self._meet("end")
         log.posted, log.finished = 0, True
 
     def _meet(self, where: str) -> None:

@@ -3,6 +3,8 @@ what it computes is of no use but for its time."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from ringattn.arguments.values import deadline, integer
@@ -54,7 +56,7 @@ class InstantRank:
     def warn(self, label: Label) -> None:
         """There is nobody to tell."""
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """There is nobody to listen to."""
 
     @property

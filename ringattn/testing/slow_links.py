@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 
@@ -45,9 +46,9 @@ class SlowLinks:
         """See `Voters`."""
         self.transport.warn(label)
 
-    def heed(self) -> None:
+    def heed(self, among: Collection[int] | None = None) -> None:
         """See `Voters`."""
-        self.transport.heed()
+        self.transport.heed(among)
 
     def check_open(self) -> None:
         """See `Transport`."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.comm import PlanningRank
+from ringattn.comm import CallMismatch, PlanningRank
 
 
 def qkv(heads=4, kv_heads=2, q_len=8, kv_len=8, dim=4, v_dim=4, batch=1, dtype=torch.float32):
@@ -137,6 +137,29 @@ def test_nan_on_one_rank_raises_on_all():
             v[0, 0] = float("inf")
         with pytest.raises(FloatingPointError, match="v holds NaN or infinity"):
             ra.attention(q, k, v, cp=cp)
+
+    ra.Loopback(2, timeout=10).run(one_rank)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_ranks_of_which_one_checks_for_nan_are_told(known):
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, 8)
+        if known:
+            ra.attention(*qkv(q_len=4, kv_len=4), cp=cp)
+        cp = cp.replace(options=ra.Options(check_nan=transport.rank == 1))
+        with pytest.raises(CallMismatch, match=r"values of q, k and v(: \(absent\) on rank 0;)? all finite"):
+            ra.attention(*qkv(q_len=4, kv_len=4), cp=cp)
+
+    ra.Loopback(2, timeout=10).run(one_rank)
+
+
+def test_what_is_refused_where_others_check_for_nan_keeps_its_type():
+    def one_rank(transport):
+        cp = ra.ContextParallel(transport, 8, options=ra.Options(check_nan=True))
+        ra.attention(*qkv(q_len=4, kv_len=4), cp=cp)
+        with pytest.raises(ValueError, match="q has 3 tokens"):
+            ra.attention(*qkv(q_len=3 if transport.rank else 4, kv_len=4), cp=cp)
 
     ra.Loopback(2, timeout=10).run(one_rank)
 

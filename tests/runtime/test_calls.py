@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 import ringattn as ra
-from ringattn.comm import Loopback, PeerError, Transport, handshake
+from ringattn.comm import CallMismatch, Loopback, PeerError, Transport, handshake
 from ringattn.testing import run_processes
 from tests.support.failing import check_differences, check_faults, check_refusals, differ, fail_everywhere, refuse
 from tests.support.faults import Injected
@@ -196,3 +196,26 @@ def test_what_backward_cannot_have_on_one_rank_is_told_to_all() -> None:
     for rank, (text, after) in enumerate(run_processes(change_in_place, 3)):
         assert "inplace operation" in text and after == "right", text
         assert rank == 1 or "rank 1 failed" in text, text
+
+
+def ahead(transport: Transport, dtype: torch.dtype) -> tuple[str, float]:
+    """Rank 1 has gone through calls that need nobody; rank 0 waits in the first of them, and is sent nothing any
+    more."""
+    cp = ra.ContextParallel(transport, S, layout="contiguous", schedule="ring")
+    border = int(cp.q_layout.sizes[0])
+    alone, across = (cp.replace(mask=ra.documents([0, at, S])) for at in (border, border + 5))
+    q, first = torch.zeros(1, cp.local_seqlen, 1, 8), across if dtype == torch.float32 else alone
+    for known in (cp, alone, across):
+        ra.attention(q, q, q, cp=known)
+    start = time.monotonic()
+    with pytest.raises(CallMismatch) as raised:
+        for mine in (first, cp) if transport.rank == 0 else (alone, alone, cp):
+            asked = q.to(dtype) if (transport.rank, mine) == (0, first) else q
+            ra.attention(asked, asked, asked, cp=mine)
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize(("dtype", "rule"), [(torch.float32, "documents"), (torch.float64, "float64")])
+def test_who_waits_in_a_call_that_another_has_gone_past_is_told(dtype: torch.dtype, rule: str) -> None:
+    for text, waited in Loopback(2, timeout=20).run(lambda t: ahead(t, dtype)):
+        assert rule in text and "rank 1 is at call 6" in text and waited < AT_ONCE

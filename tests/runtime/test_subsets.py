@@ -1,6 +1,7 @@
 """Groups that change: contexts of some of a group's ranks, over the connections that are there."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import ringattn as ra
-from ringattn.comm import CallMismatch, Loopback, PlanningRank, Transport
+from ringattn.comm import CallMismatch, Loopback, PeerError, PlanningRank, Transport
 from ringattn.testing import dense_attention, run_processes
 from tests.support.clock import patience
 from tests.support.grids import mostly_slow
@@ -149,6 +150,8 @@ def fail_in_one(transport: Transport) -> tuple[str, float, str]:
     """Rank 3, alone with rank 2, refuses a call of theirs while ranks 0 and 1 are in calls of their own."""
     cp = ra.ContextParallel(transport, LONGEST)
     some = cp.on([0, 1] if cp.rank < 2 else [2, 3])
+    check(some, 0)
+    check(cp, 0)  # so that no rank is still in the one before when another fails
     start, said = time.monotonic(), ""
     try:
         for number in range(10_000):
@@ -181,9 +184,51 @@ def test_what_fails_in_one_subset_fails_in_all_at_once(make: Callable[[], Transp
     for rank, (said, waited, _) in enumerate(found):
         assert said.startswith("ValueError"), found
         assert rank == 3 or "rank 3 refused the call" in said, found
+        assert "but rank 3 of the group, here rank 1 of 2, holds" in said, found
         assert waited < patience(AT_ONCE) + 5, found
     # The pair has made as many calls of all ranks as the others: what all start together next is right again.
     assert {after for *_, after in found} == {"right"} or all("cannot go on" in after for *_, after in found), found
+
+
+def die_in_one(rank: int, world: int, make: Callable[[], Transport]) -> tuple[str, float]:
+    """Rank 0 is killed in a call with rank 1; the others are in calls of their own, and send neither anything."""
+    transport = make()
+    cp = ra.ContextParallel(transport, LONGEST)
+    some = cp.on([0, 1] if rank < 2 else [2, 3])
+    check(cp, 0)
+    check(some, 0)
+    start = time.monotonic()
+    if rank == 0:
+        transport.post = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    with pytest.raises(PeerError) as raised:
+        while time.monotonic() < start + 15:
+            check(some, 0)
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("make", mostly_slow([gloo, shared_memory], [gloo]))
+def test_a_rank_that_dies_in_one_subset_is_named_in_all(make: Callable[[], Transport]) -> None:
+    for text, waited in run_processes(die_in_one, 4, make, casualties=[0])[1:]:
+        assert "rank 0" in text and waited < patience(AT_ONCE) + 2
+
+
+def end_early(rank: int, world: int, make: Callable[[], Transport]) -> str:
+    """Rank 2 makes no calls any more and ends; the others go on, with calls in which they need each other and not."""
+    cp = ra.ContextParallel(make(), LONGEST)
+    check(cp, 0)
+    if rank == 2:
+        return "right"
+    time.sleep(0.5)
+    some = cp.on([0, 1], layout="contiguous")
+    border = int(some.q_layout.sizes[0])
+    for mask in 2 * [ra.causal(), ra.documents([0, border, LONGEST])]:
+        check(some.replace(mask=mask), 1)
+    return "right"
+
+
+@pytest.mark.parametrize("make", mostly_slow([gloo, shared_memory], [shared_memory]))
+def test_ranks_outside_of_a_subset_may_end(make: Callable[[], Transport]) -> None:
+    assert run_processes(end_early, 3, make) == ["right"] * 3
 
 
 def test_ranks_that_name_different_subsets_are_told() -> None:
