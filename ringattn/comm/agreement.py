@@ -14,7 +14,7 @@ AGREED = json.dumps("agreed")
 _SLICE = 0.2  # seconds between looks at what the other ranks say
 
 
-def agree(transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
+def agree(transport: Voters, call: int | str, facts: Mapping[str, str], called: str = "") -> None:
     """Returns when all ranks have come to this call with the same facts; raises on all of them otherwise.
 
     Every rank posts its facts and counts itself on their digest. The rank that completes the count of a
@@ -25,6 +25,7 @@ def agree(transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
         transport: the ranks that have to agree.
         call: tells calls apart; every rank numbers its calls the same way and uses a number once.
         facts: what to compare, in words: shapes, dtypes, mask, layout, schedule, version.
+        called: what errors call it, beside its number.
 
     Raises:
         CallMismatch: (a ValueError) some facts differ; names each with its values and the ranks that hold them.
@@ -33,8 +34,13 @@ def agree(transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
     """
     if transport.world_size == 1:
         return
-    ballot = _Ballot(transport, call, facts)
-    verdict = ballot.cast()
+    ballot = _Ballot(transport, call, facts, called)
+    try:
+        verdict = ballot.cast()
+    except PeerError as error:
+        if error.waited:
+            error.args = (f"{error}; in {ballot.said}",)
+        raise
     if verdict == AGREED:
         ballot.clear()
         return
@@ -45,13 +51,13 @@ def agree(transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
 class _Ballot:
     """The store keys of one call, and the one verdict that is reached on it."""
 
-    def __init__(self, transport: Voters, call: int | str, facts: Mapping[str, str]) -> None:
+    def __init__(self, transport: Voters, call: int | str, facts: Mapping[str, str], called: str) -> None:
         self.transport = transport
-        self.call = call
-        self.facts = json.dumps(dict(facts), sort_keys=True)
+        self.said = f"call {call}, the first comparison of {called}" if called else f"call {call}"
+        self.facts = json.dumps(dict(facts))
         prefix = f"agree/{call}"
         self.facts_keys = [f"{prefix}/facts/{rank}" for rank in range(transport.world_size)]
-        self.alike = f"{prefix}/alike/{hashlib.sha256(self.facts.encode()).hexdigest()}"
+        self.alike = f"{prefix}/alike/{hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()}"
         self.here, self.decided, self.verdict, self.read = (
             f"{prefix}/{key}" for key in ("here", "decided", "verdict", "read")
         )
@@ -88,7 +94,7 @@ class _Ballot:
         verdict = transport.board.lookup(self.verdict)
         if verdict is None:
             raise PeerError(
-                f"call {self.call}: the rank that was to say whether all ranks agree fell silent "
+                f"{self.said}: the rank that was to say whether all ranks agree fell silent "
                 f"(waited {transport.timeout} s)"
             )
         return verdict
@@ -111,10 +117,11 @@ class _Ballot:
         absent = [rank for rank, key in enumerate(self.facts_keys) if self.transport.board.lookup(key) is None]
         late = self._named(absent) if absent else "the last rank"  # which came since
         if not self.transport.timeout:
-            return f"call {self.call}: {self._named([self.transport.rank])} was interrupted before {late} came"
+            return f"{self.said}: {self._named([self.transport.rank])} was interrupted before {late} came"
         return (
-            f"call {self.call}: {late} of {self.transport.world_size} did not come within "
+            f"{self.said}: {late} of {self.transport.world_size} did not come within "
             f"{self.transport.timeout} s; every rank must make the same calls in the same order, and be alive"
+            f"{self.transport.log.hint}"
         )
 
     def _named(self, ranks: list[int]) -> str:
@@ -125,8 +132,8 @@ class _Ballot:
     def _differences(self) -> tuple[str, bool]:
         """Who differs in what, and whether in the kind of call."""
         facts = [json.loads(self.transport.board.lookup(key) or "{}") for key in self.facts_keys]
-        lines = [f"call {self.call}: the ranks disagree; give every rank the same"]
-        names = sorted(set().union(*facts))
+        lines = [f"{self.said}: the ranks disagree; give every rank the same"]
+        names = list(dict.fromkeys(name for of_rank in facts for name in of_rank))
         for name in names:
             holders: dict[str, list[int]] = {}
             for rank, of_rank in enumerate(facts):

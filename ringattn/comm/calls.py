@@ -104,6 +104,11 @@ class CallLog:
         return self.subsets.get(name, self._all)
 
     @property
+    def hint(self) -> str:
+        """What to look at where ranks do not meet, beside whether all make the same calls."""
+        return "; of contexts of cp.on(), every rank of a list must pass the same list" if self.subsets else ""
+
+    @property
     def number(self) -> int:
         """Calls of the course that this epoch has begun."""
         return self.course.number

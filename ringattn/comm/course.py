@@ -34,7 +34,6 @@ class Course:
         self.made += 1
         digest = hashlib.blake2b(self.chain.to_bytes(8, "little") + digest, digest_size=8).digest()
         self.chain = int.from_bytes(digest, "little")
-        text += self.said
         if not labelled:
             self.recent.append((self.number, text))
         return text

@@ -174,28 +174,37 @@ class Execution:
 
     def _facts(self, extras: Extras) -> dict[str, str]:
         kind, s, scores, program = self.call.asked, self.binding.settings, self.scores, self.call.program
-        bias = "no bias" if extras.bias is None else f"bias [{extras.bias[0]}, {extras.bias[1]}, ...]"
-        rule = "no rule" if scores.rule is None else _in_words(scores.rule)
+        chunks = "" if s.options.head_chunks == 1 else f", heads in {s.options.head_chunks} chunks"
         travel = ", queries travel" if program.travel else ""
         layouts = self.binding.computed
         return {
             "mask": str(self.call.mask),
-            "logits": f"scale {scores.scale!r}, softcap {scores.softcap}, {bias}, {rule}",
-            "gradient": "wanted" if extras.grad else "not wanted",
-            **({} if extras.dbias is None else {"gradient of the bias": "wanted" if extras.dbias else "not wanted"}),
-            "dropout": "none" if extras.dropout is None else f"p {extras.dropout}",
-            "sinks": "given" if extras.sinks else "none",
-            "kernel": self.call.kernels.name if s.ulysses == 1 else s.kernel,  # each by the heads that it computes
+            "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
             "shapes": f"batch {kind.batch}, heads {kind.num_heads} over {kind.num_kv_heads}, head_dim {kind.head_dim}, "
             f"v_head_dim {kind.v_head_dim}, {kind.dtype} on {kind.device.type}",
-            "lengths": f"seqlen {s.seqlen}, kv_seqlen {s.kv_seqlen}, q_offset {s.q_offset}",
+            "ulysses": f"{s.ulysses}{chunks}",
+            "logits": f"scale {scores.scale!r}, softcap {scores.softcap}",
+            **self._brought(extras),
+            "gradient": "wanted" if extras.grad else "not wanted",
+            "kernel": self.call.kernels.name if s.ulysses == 1 else s.kernel,  # each by the heads that it computes
+            "schedule": f"{program.schedule} (cut {program.cut}{travel})",
             "layout": f"{layouts.q.name} {layouts.q.digest}",
             "layout of the keys": f"{layouts.k.name} {layouts.k.digest}",
-            "schedule": f"{program.schedule} (cut {program.cut}{travel})",
-            "ranks of the head axis": f"{s.ulysses}, in {s.options.head_chunks} chunks of heads",
             "planned for": str(s.terms),
             "digest of the mask": self.call.mask.digest,
         }
+
+    def _brought(self, extras: Extras) -> dict[str, str]:
+        """What a call may have beside q, k and v."""
+        rule, wanted = self.scores.rule, {True: "wanted", False: "not wanted"}
+        facts = {
+            "bias": None if extras.bias is None else f"[{extras.bias[0]}, {extras.bias[1]}, ...]",
+            "gradient of the bias": None if extras.dbias is None else wanted[extras.dbias],
+            "bias rule": None if rule is None else _in_words(rule),
+            "dropout": None if extras.dropout is None else f"p {extras.dropout}",
+            "sinks": "given" if extras.sinks else None,
+        }
+        return {name: said for name, said in facts.items() if said is not None}
 
 
 class Extras(NamedTuple):

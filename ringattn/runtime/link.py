@@ -41,6 +41,7 @@ REMEMBERED, OF_A_SUBSET = 4096, 64  # kinds of calls that all ranks, or some, ha
 
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+SHOWN = 320  # characters of a call in a text
 WIDEST = 90  # characters of a fact in a text
 
 
@@ -199,7 +200,8 @@ class Link:
         more = [f"{len(expected) - 4} more messages"] if len(expected) > 4 else []
         what = f" expects {', '.join(parts + more)}" if parts else ""
         turn = f"{batch.what} of " if batch is not None else ""
-        return f"rank {named[self.transport.rank]}{what} in {turn}{call:.300}"
+        said = call if len(call) <= SHOWN else f"{call[:SHOWN]}..."
+        return f"rank {named[self.transport.rank]}{what} in {turn}{said}{self.transport.log.hint}"
 
     def begin(
         self,
@@ -230,18 +232,14 @@ class Link:
             return
         log, known = transport.log, common.known.pop(signature, None)
         log.check_process()
+        called = f"{name}; {label}" if label else name
         blind, common.fresh = device in transport.blind, known is None
         by_messages = self._by_messages(sort, blind)
         if known is None:
-            made = facts()
-            if log.epoch and not log.number:
-                self._resume()
-            if not by_messages:
-                agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", "call": name, **own, **made})
-            known = _Known(_listed(made), hashlib.sha256(json.dumps(made, sort_keys=True).encode()).digest())
+            known = self._compared(facts(), None if by_messages else {"call": name, **own}, called)
         common.remember(signature, known, sort, OF_A_SUBSET if isinstance(transport, Subset) else REMEMBERED)
-        called = f"{name}; {label}" if label else name
-        log.begin(f"{called}{_listed(own)}{known.text}", known.digest + repr((name, dict(own))).encode(), not blind)
+        text = f"{called}{log.course.said}{_listed(own)}{known.text}"
+        log.begin(text, known.digest + repr((name, dict(own))).encode(), not blind)
         if blind and common.fresh and by_messages:
             self._meet("begin")  # between CPUs, where messages have labels
         if blind and log.number % self.compare_every == 0:
@@ -251,6 +249,16 @@ class Link:
             except CallMismatch as error:
                 error.apart = True  # calls since the last comparison have met others
                 raise
+
+    def _compared(self, facts: dict[str, str], own: dict[str, str] | None, called: str) -> _Known:
+        """What a signature stands for; the ranks compare it on their board, beside what is this call's ``own``, unless
+        that is None."""
+        transport, log = self.transport, self.transport.log
+        if log.epoch and not log.number:
+            self._resume()
+        if own is not None:
+            agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", **own, **facts}, called)
+        return _Known(_listed(facts), hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest())
 
     def _by_messages(self, sort: Hashable, blind: bool) -> bool:
         """Whether the first call of a signature is compared by its messages alone."""

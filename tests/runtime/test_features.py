@@ -295,7 +295,7 @@ def test_ranks_that_ask_for_different_features_are_told():
 
     for features, text in (
         ([{"softcap": 1.0}, {"softcap": 2.0}], "softcap 1.0"),
-        ([{"sinks": torch.zeros(4).double()}, {}], "sinks: given on rank 0; none on rank 1"),
+        ([{"sinks": torch.zeros(4).double()}, {}], r"sinks: given on rank 0; \(absent\) on rank 1"),
         ([{"dropout_p": 0.1, "seed": 1}, {"dropout_p": 0.1, "seed": 2}], "seed 1 on rank 0"),
         ([{"bias": ra.alibi(SLOPES)}, {"bias": ra.alibi(2 * SLOPES)}], "alibi"),
     ):

@@ -309,7 +309,7 @@ def test_what_auto_takes_is_right():
 def test_ranks_that_split_otherwise_are_told():
     def one_rank(transport):
         cp = ra.ContextParallel(transport, S, layout="contiguous", ulysses=1 if transport.rank else 2)
-        with pytest.raises(ValueError, match="head axis"):
+        with pytest.raises(ValueError, match="ulysses: 2 on rank 0; 1 on rank 1"):
             ra.attention(*(cp.shard(t) for t in tensors()[:3]), cp=cp)
 
     ra.Loopback(2).run(one_rank)
