@@ -240,6 +240,7 @@ def _check_finite(binding: Binding, **tensors: Tensor) -> None:
     found = f"{' and '.join(bad)} {NOT_FINITE}" if bad else "all finite"
     transport = binding.link.transport
     if transport.world_size > 1:
+        transport.log.check_process()
         try:
             agree(transport, transport.log.ballot(), {"call": FORWARD, "values of q, k and v": found})
         except CallMismatch as error:
