@@ -456,4 +456,4 @@ def die_with_a_child(rank: int, world: int) -> tuple[str, float]:
 
 def test_a_dead_rank_is_noticed_though_its_child_lives() -> None:
     text, seconds = run_processes(die_with_a_child, 2, casualties=[1])[0]
-    assert text.startswith("Silence") and "rank 1" in text and seconds < AT_ONCE, (text, seconds)
+    assert text.startswith("PeerError") and "rank 1" in text and seconds < AT_ONCE, (text, seconds)
