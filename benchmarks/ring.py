@@ -157,8 +157,8 @@ def local_global(rank: int, seqlen: int, rounds: int) -> dict[str, Any]:
 def main(rounds: int = 9, json: str = "ring-cpu") -> None:
     """Measure, print and write JSON."""
     result: dict[str, Any] = {"causal": [], "local_global": None}
-    for seqlen in (16384, 4096):
-        case = on_processes(causal, 2, seqlen, rounds if seqlen > 8192 else 5 * rounds)
+    for seqlen, times in ((16384, 1), (4096, 5), (512, 40)):
+        case = on_processes(causal, 2, seqlen, times * rounds)
         result["causal"].append(case)
         print(
             f"causal {seqlen:>6}: {case['of_ideal']:.3f} of ideal, {case['of_ideal_token_major']:.3f} with token-major "

@@ -78,7 +78,7 @@ SETTINGS = [
     ("ulysses = 1", "ulysses = 0", "ulysses is 0; it must be a whole number from 1 to"),
     ("ulysses = 1", "ulysses = true", "ulysses is True; it must be int"),
     ("ulysses = 1", 'ulysses = "many"', "ulysses is 'many'; it must be a whole number"),
-    ("ulysses = 1", "ulysses = 2", "ulysses is 2 and a sequence has 1 ranks"),
+    ("ulysses = 1", "ulysses = 2", "ulysses is 2 and a sequence has 1 rank"),
     ("ulysses = 1", "ulysses = 8", "ulysses is 8 and the model has 4 query heads"),
 ]
 
