@@ -248,3 +248,22 @@ def test_migration_blocks_equal_one_process(heading: str) -> None:
             migration_block, 2, code.replace("sliding_window(1023)", "sliding_window(7)"), heading
         ):
             torch.testing.assert_close(found, torch.cat(expected).detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_block_of_groups_covers_the_batch() -> None:
+    code, lengths = blocks("README.md")["Another group for every micro-batch"][0], [700, 30, 5, 60, 9]
+
+    def one_rank(transport: Any) -> list[tuple[tuple[int, ...], int]]:
+        cp = ringattn.ContextParallel(transport, sum(lengths))
+        made, on = [], cp.on
+
+        def noted(ranks: Any, **changes: Any) -> Any:
+            made.append((tuple(ranks), changes["seqlen"]))
+            return on(ranks, **changes)
+
+        cp.on = noted  # type: ignore[method-assign]
+        exec(code.replace("memory=8192", "memory=300"), {"ringattn": ringattn, "cp": cp, "lengths": lengths})
+        return made
+
+    groups = {group for made in ringattn.Loopback(3, timeout=20).run(one_rank) for group in made}
+    assert sum(seqlen for _, seqlen in groups) == sum(lengths)
