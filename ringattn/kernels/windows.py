@@ -27,15 +27,11 @@ class Sizes:
     """Of blocks: the mask wastes that much of the width, and smaller blocks waste more in the operator."""
 
     rows: int  # of a forward block
-    triangle: int  # the same of a triangle, whose blocks are each a call
     most: int  # blocks of one forward call: scratch of a few MiB, shared key copies
     keys: int  # of a backward block
 
 
-SIZES = {
-    "cpu": Sizes(rows=64, triangle=128, most=16, keys=128),
-    "cuda": Sizes(rows=192, triangle=192, most=8, keys=192),
-}
+SIZES = {"cpu": Sizes(rows=64, most=16, keys=128), "cuda": Sizes(rows=192, most=8, keys=192)}
 # Rows and columns together of most triangles that come here: they share one mask.
 TRIANGLE_WIDTH = 3072
 # Tiles of at most this many tokens are brought to the operator's precision at once, longer ones block by block.
@@ -57,8 +53,7 @@ def forward(
 ) -> None:
     """Fold a band into `acc`."""
     (lo, _, width), dtype, sizes = _bounds(band), acc.out.dtype, SIZES[q.device.type]
-    step = sizes.triangle if band.lo is None or band.hi is None else sizes.rows
-    slack = -(width + step - 1) % ALIGNMENT
+    step, slack = sizes.rows, -(width + sizes.rows - 1) % ALIGNMENT
     mask = _mask(step, width, slack, dtype, q.device)
     q, k, v = (_whole(x, dtype).transpose(1, 2) for x in (q, k, v))
     for run in _runs(band.nq, band.nk, step, mask.size(1), lo - slack, sizes.most):
