@@ -85,19 +85,21 @@ class CallLog:
         self.failed = ""  # which kind of call, when an epoch was broken
         self.course = self._all = Course()
         self.subsets: dict[str, Course] = {}  # of some of the ranks each, by the name of their transport
+        self._courses = {self._all.ident: self._all}  # all, by what labels call them
         self._heard: dict[int, Label] = {}  # failures by epoch
         self._waiting: dict[int, Label] = {}  # in agreements, by rank
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        for course in (self._all, *self.subsets.values()):
+        for course in self._courses.values():
             course.restart()
         self.broken = self.warned = self.finished = False
         self.text = "no call"
 
     def open(self, name: str, course: Course) -> None:
         """From now on calls over the transport of this name, of some of the ranks, are those of a course of theirs."""
-        self.subsets.setdefault(name, course)
+        known = self.subsets.setdefault(name, course)
+        self._courses[known.ident] = known
 
     def course_of(self, name: str) -> Course:
         """That of the calls over a transport."""
@@ -215,9 +217,8 @@ class CallLog:
             self.broken = True
             self.apart |= self._here(failure) and not self.same_call(failure)
             self._raise(failure)
-        courses = {course.ident: course for course in (self._all, *self.subsets.values())}
         for label in self._waiting.values():
-            course = courses.get(label.course)
+            course = self._courses.get(label.course)
             if label.epoch == self.epoch and course is not None and course.passed(label.number, label.chain):
                 raise self.mismatch(self.label("messages"), label._replace(number=label.number + 1))
 

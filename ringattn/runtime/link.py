@@ -146,7 +146,7 @@ class Link:
     traffic: Traffic = field(default_factory=Traffic)
     profiling: list[Timeline] = field(default_factory=list)
     _common: _Common = field(default_factory=_Common)
-    _posted: Batch | None = None
+    _posted: Batch | None = None  # what is waited for next, unless it was posted past this link
     _watch: Watch | None = None  # of transfers for which no host waits
 
     def __post_init__(self) -> None:
@@ -179,12 +179,12 @@ class Link:
 
     def wait(self, pending: Pending) -> None:
         """See :class:`Messages`. Its time counts as the host's."""
-        start = time.perf_counter()
+        start, batch, self._posted = time.perf_counter(), self._posted, None
         try:
             pending.wait()
         except PeerError as error:
             if error.waited:
-                error.args = (f"{error}; {self._in_vain(self._posted, self._call)}",)
+                error.args = (f"{error}; {self._in_vain(batch, self._call)}",)
             raise
         self.traffic.wait_seconds += time.perf_counter() - start
 

@@ -170,27 +170,17 @@ def test_checkpointing_saves_the_ring_by_name(schedule, how):
         assert counted["backward kv"] == once["backward kv"]
 
 
+def operands(inputs, cp):
+    """Of the operator, for a plain call."""
+    features = None, "", None, None  # bias, rule and its numbers, sinks
+    return *inputs, *features, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True, False, False, ""
+
+
 def test_the_operator_passes_pytorchs_own_checks():
     q, k, v, *_ = tensors(batch=1)
     cp = ra.ContextParallel(None, S, mask=LOCAL)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    arguments = (
-        *inputs,
-        None,
-        "",
-        None,
-        None,
-        cp.handle,
-        cp.mask_handles[0],
-        0.3,
-        None,
-        0.0,
-        -1,
-        True,
-        False,
-        False,
-        "",
-    )
+    arguments = operands(inputs, cp)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
 
@@ -211,23 +201,7 @@ def test_inputs_whose_last_dim_is_not_contiguous_compile(backend):
     torch.testing.assert_close(*grads)
     inputs = [t.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for t in tensors(batch=1)[:3]]
     cp = ra.ContextParallel(None, S, mask=LOCAL)
-    arguments = (
-        *inputs,
-        None,
-        "",
-        None,
-        None,
-        cp.handle,
-        cp.mask_handles[0],
-        0.3,
-        None,
-        0.0,
-        -1,
-        True,
-        False,
-        False,
-        "",
-    )
+    arguments = operands(inputs, cp)
     torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=("test_aot_dispatch_dynamic",))
 
 

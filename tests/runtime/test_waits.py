@@ -58,6 +58,22 @@ def test_it_says_the_layer_the_way_the_turn_the_peer_and_the_positions(backward:
         assert f"in {way} step 1 of call {4 if backward else 3}, attention {way}; layer 7; mask full()" in text
 
 
+def test_what_a_call_before_expected_is_not_said_of_another() -> None:
+    def one_rank(transport: Transport) -> str:
+        cp = ra.ContextParallel(transport, S, mask=ra.full(), layout="contiguous", schedule="ring")
+        q = torch.randn(1, cp.local_seqlen, 1, 8)
+        out = ra.attention(q, q, q, cp=cp)
+        if cp.rank == 1:
+            Late(transport, "all shards")
+        with pytest.raises(PeerError) as raised:
+            cp.unshard(out)
+        return str(raised.value)
+
+    texts = Loopback(2, timeout=DEADLINE).run(one_rank)
+    assert any("rank 0 in call 2, unshard" in text for text in texts), texts
+    assert not any("expects" in text for text in texts), texts
+
+
 def over_gloo() -> Transport:
     return ProcessGroupTransport(dist.group.WORLD, DEADLINE)
 
