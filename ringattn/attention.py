@@ -143,8 +143,8 @@ def _key(
         return None
     if type(return_lse) is not bool or torch.is_autocast_enabled(q.device.type):
         return None
-    grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    grads = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else None
     return (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, q.layout, k.layout,
-        v.layout, mask, scale, softcap, return_lse, grad,
+        v.layout, mask, scale, softcap, return_lse, grads,
     )  # fmt: skip

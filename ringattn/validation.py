@@ -219,13 +219,24 @@ def checked_call(
         _check_mode(q, k, v, bias, sinks)
     _check_extras(bias, rule, sinks, q, cp)
     q, scale = _apply_sign(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias, sinks))
-    dbias = grad and bias is not None and bias.requires_grad
+    grads = _wanted(q=q, k=k, v=v, bias=bias, sinks=sinks) if torch.is_grad_enabled() else ""
     params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
     return CallRecord(
         q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
-        NO_SEED if seed is None else seed, grad, return_lse and grad, dbias, label,
+        NO_SEED if seed is None else seed, grads, return_lse and bool(grads), label,
     )  # fmt: skip
+
+
+def _wanted(**tensors: Tensor | None) -> str:
+    """The names of those that require a gradient, joined by commas."""
+    return ",".join(name for name, x in tensors.items() if x is not None and _inner(x).requires_grad)
+
+
+def _inner(x: Tensor) -> Tensor:
+    """What :func:`torch.func.vmap` has wrapped, in a tensor that knows of no gradient."""
+    while not torch.compiler.is_compiling() and _functorch.is_batchedtensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def _check_types(q: object, k: object, v: object, bias: object, sinks: object) -> None:

@@ -26,6 +26,8 @@ from ringattn.kernels.passes import accumulate
 if TYPE_CHECKING:
     from ringattn.kernels.calls import TileCalls
 
+Index = slice | Tensor | tuple[slice | Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -98,7 +100,7 @@ def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Grads:
-    """Accumulators in fp32 (fp64 for fp64) that kernels ADD into; they may be views.
+    """Accumulators in fp32 (fp64 for fp64) that kernels ADD into; they may be views. None: not wanted.
 
     dq: `[batch, nq, num_heads, head_dim]`.
     dk, dv: `[batch, nk, num_kv_heads, head_dim]` and `[batch, nk, num_kv_heads, v_head_dim]`.
@@ -106,22 +108,26 @@ class Grads:
         where the kernel is `direct`.
     """
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
     fresh: bool = False
     fresh_keys: bool = False
 
     def tile(self, rows: slice, cols: slice) -> Grads:
         """A view of some query rows and key columns, to add into."""
-        return Grads(self.dq[:, rows], self.dk[:, cols], self.dv[:, cols])
+        return self.views((slice(None), rows), (slice(None), cols))
+
+    def views(self, rows: Index, cols: Index, fresh: bool = False, fresh_keys: bool = False) -> Grads:
+        """Views of the gradients of queries, and of those of keys."""
+        dq, dk, dv = (None if x is None else x[at] for x, at in ((self.dq, rows), (self.dk, cols), (self.dv, cols)))
+        return Grads(dq, dk, dv, fresh, fresh_keys)
 
     def begun(self) -> Grads:
         """The same to add into, where several parts of a tile add up: what is fresh is filled with zeros."""
-        if self.fresh:
-            self.dq.zero_()
-        if self.fresh_keys:
-            self.dk.zero_(), self.dv.zero_()
+        for x, fresh in ((self.dq, self.fresh), (self.dk, self.fresh_keys), (self.dv, self.fresh_keys)):
+            if fresh and x is not None:
+                x.zero_()
         return Grads(self.dq, self.dk, self.dv)
 
     def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -129,9 +135,10 @@ class Grads:
         self.take(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
 
     def take(self, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> None:
-        """The same for gradients that lie as the accumulators do; None is written already."""
+        """The same for gradients that lie as the accumulators do; None is written already. What is not wanted is
+        dropped."""
         for fresh, pairs in ((self.fresh, ((self.dq, dq),)), (self.fresh_keys, ((self.dk, dk), (self.dv, dv)))):
-            found = [(home, _columns(part, home)) for home, part in pairs if part is not None]
+            found = [(home, _columns(x, home)) for home, x in pairs if home is not None and x is not None]
             if found:
                 accumulate(found, fresh)
 
@@ -140,7 +147,7 @@ class Grads:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of dq, dk, dv that an operator of that dtype may write itself, None for the others."""
         fresh = ((self.dq, self.fresh), (self.dk, self.fresh_keys), (self.dv, self.fresh_keys))
-        dq, dk, dv = (x if first and x.dtype == dtype and writable(x) else None for x, first in fresh)
+        dq, dk, dv = (x if first and x is not None and x.dtype == dtype and writable(x) else None for x, first in fresh)
         return dq, dk, dv
 
 

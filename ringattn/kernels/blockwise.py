@@ -18,7 +18,7 @@ from torch import Tensor
 from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.operators import head_major
-from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.kernels.pieces import TileBand
 from ringattn.kernels.reference import refuse_what_is_unknown
 from ringattn.kernels.scores import Block, TileScores
@@ -55,18 +55,20 @@ class Blockwise(TileKernel):
                     fold(home, grid.unfolded(block, out), lse.view(home.lse.shape), fresh)
 
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
-        grid, grads = Grid.of(rows.q, k, scores, grads.dq.dtype), grads.begun()
+        grid, grads = Grid.of(rows.q, k, scores, accumulator_dtype(k.dtype)), grads.begun()
         with torch.autocast(k.device.type, enabled=False):
             for lane, kv_heads in grid.lanes():
                 keys, values = (head_major(x[lane.batch, :, kv_heads], grid.dtype).flatten(0, 1) for x in (k, v))
-                dk, dv = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+                pairs = (grads.dk, keys), (grads.dv, values)
+                dk, dv = (None if grad is None else torch.zeros_like(x) for grad, x in pairs)
                 for some in grid.rows():
                     block = replace(lane, rows=some)
-                    dq = _differentiate(grid, block, rows, keys, values, dk, dv)
-                    grads.dq[block.tokens].add_(grid.unfolded(block, dq), alpha=grid.unit)
+                    home = None if grads.dq is None else grads.dq[block.tokens]
+                    _differentiate(grid, block, rows, keys, values, Grads(home, dk, dv))
                 for grad, part in ((grads.dk, dk), (grads.dv, dv)):
-                    home = grad[lane.batch, :, kv_heads].transpose(1, 2)
-                    home.add_(part.view(home.shape))
+                    if grad is not None and part is not None:
+                        home = grad[lane.batch, :, kv_heads].transpose(1, 2)
+                        home.add_(part.view(home.shape))
 
 
 def _attend(grid: Grid, block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,31 +90,43 @@ def _attend(grid: Grid, block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[
     return out.div_(total.clamp_min_(torch.finfo(q.dtype).tiny)), lse
 
 
-def _differentiate(grid: Grid, block: Block, rows: Rows, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """Adds some rows' share to `dk` and `dv`, and returns their `dq`, not yet multiplied by `grid.unit`."""
+def _differentiate(grid: Grid, block: Block, rows: Rows, k: Tensor, v: Tensor, grads: Grads) -> None:
+    """Adds some rows' share to the folded gradients of the keys, and to their own dq, which is not folded."""
     assert rows.delta is not None, "this kernel reads delta"
     q, dout = grid.folded(rows.q[block.tokens]).mul_(grid.unit), grid.folded(rows.dout[block.tokens])
     lse, delta = (grid.column(x[block.batch, block.heads, block.rows]) for x in (rows.lse, rows.delta))
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # rows that see nothing: exp(-inf - inf) is 0
-    dq = torch.zeros_like(q)
+    dq, dk, dv = None if grads.dq is None else torch.zeros_like(q), grads.dk, grads.dv
     for cols in grid.cols(block.rows):
         block = replace(block, cols=cols)
         logits, slope = grid.logits(block, q, k)
         p = _exp(logits.sub_(lse))
         grid.clear(block, p)
+        if dq is None and dk is None and not grid.scores.wants_dbias:  # dv asks for no gradient of scores
+            grid.drop_out(block, p)
+            _add_product(dv, cols, p, dout)
+            continue
         dlogits = torch.bmm(dout, v[:, cols].mT, out=grid.scratch(1, p.shape))
         kept = grid.drop_out(block, dlogits)
         dlogits.sub_(delta).mul_(p)
         if kept is not None:
             grid.heads(block, p).mul_(kept)
-        dv[:, cols].baddbmm_(p.mT, dout)
+        _add_product(dv, cols, p, dout)
         if grid.scores.wants_dbias:
             grid.scores.add_dbias(block, grid.heads(block, dlogits))
         if slope is not None:
             dlogits.mul_(slope)
-        dk[:, cols].baddbmm_(dlogits.mT, q)
-        dq.baddbmm_(dlogits, k[:, cols])
-    return dq
+        _add_product(dk, cols, dlogits, q)
+        if dq is not None:
+            dq.baddbmm_(dlogits, k[:, cols])
+    if dq is not None and grads.dq is not None:
+        grads.dq.add_(grid.unfolded(block, dq), alpha=grid.unit)
+
+
+def _add_product(grad: Tensor | None, cols: slice, pairs: Tensor, rows: Tensor) -> None:
+    """What rows give to the gradient of some keys, if that is wanted."""
+    if grad is not None:
+        grad[:, cols].baddbmm_(pairs.mT, rows)
 
 
 def _exp(x: Tensor) -> Tensor:

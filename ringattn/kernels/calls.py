@@ -152,9 +152,8 @@ class TileKernel:
 
 
 def _views(grads: Grads, call: TileCall) -> Grads:
-    dq = grads.dq if call.q is None else grads.dq[:, call.q]
-    dk, dv = (grads.dk, grads.dv) if call.k is None else (grads.dk[:, call.k], grads.dv[:, call.k])
-    return Grads(dq, dk, dv, call.fresh, call.fresh_keys)
+    q, k = (slice(None) if rows is None else rows for rows in (call.q, call.k))
+    return grads.views((slice(None), q), (slice(None), k), call.fresh, call.fresh_keys)
 
 
 def _rows(x: Tensor, rows: slice | Tensor | None, count: int, dim: int = 1) -> Tensor:
@@ -202,8 +201,11 @@ def _acc_rows(acc: Partial, rows: slice | Tensor | None, n: int) -> Iterator[Par
 
 
 @contextmanager
-def _grad_rows(grad: Tensor, rows: slice | Tensor | None, n: int, fresh: bool) -> Iterator[Tensor]:
+def _grad_rows(grad: Tensor | None, rows: slice | Tensor | None, n: int, fresh: bool) -> Iterator[Tensor | None]:
     """Rows of a gradient to add into, or to write, in ``n`` tiles: a view, or a part that is added back, or written."""
+    if grad is None:
+        yield None
+        return
     if not isinstance(rows, Tensor):
         view = _stacked(_take(grad, rows), n)
         if _shares(view, grad):

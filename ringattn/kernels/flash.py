@@ -145,7 +145,7 @@ class FlashKernel(TileKernel):
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         if scores.bounds is not None and k.shape[0] > 1:
             for b in _rows(k):
-                own = Grads(grads.dq[b], grads.dk[b], grads.dv[b], grads.fresh, grads.fresh_keys)
+                own = grads.views(b, b, grads.fresh, grads.fresh_keys)
                 self.backward_tile(rows.batch(b), k[b], v[b], scores, own)
             return
         homes = grads.homes(k.dtype, _writable)

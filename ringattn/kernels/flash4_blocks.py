@@ -245,11 +245,12 @@ class Flash4Blocks:
             return self.tiles.backward(rows, k, v, calls, grads)
         blocks, fresh, fresh_keys = calls.blocks, calls.fresh, calls.fresh_keys
         for x, some in ((grads.dq, fresh), (grads.dk, fresh_keys), (grads.dv, fresh_keys)):
-            some.clear(x, 1)
+            if x is not None:
+                some.clear(x, 1)
         part, cols = rows.rows(blocks.rows), blocks.cols
         found = self.load().backward(part, k[:, cols], v[:, cols], blocks, calls.scores)
-        mine = Grads(grads.dq[:, blocks.rows], grads.dk[:, cols], grads.dv[:, cols], fresh.written, fresh_keys.written)
-        mine.take(*found)
+        at = (slice(None), blocks.rows), (slice(None), cols)
+        grads.views(*at, fresh.written, fresh_keys.written).take(*found)
         if calls.rest is not None:
             self.tiles.backward(rows, k, v, calls.rest, grads)
 

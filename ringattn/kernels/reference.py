@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ringattn.kernels.base import Call, Grads, Rows
 from ringattn.kernels.calls import TileKernel
-from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.kernels.scores import FEATURES, Block, TileScores, Window
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,8 +44,8 @@ class Reference(TileKernel):
     def backward_tile(self, rows: Rows, k: Tensor, v: Tensor, scores: TileScores, grads: Grads) -> None:
         with torch.autocast(k.device.type, enabled=False):
             assert rows.delta is not None, "this kernel reads delta"
-            grads = grads.begun()
-            dtype, group, block = grads.dq.dtype, rows.q.size(2) // k.size(2), _whole(rows.q, k)
+            grads, dtype = grads.begun(), accumulator_dtype(k.dtype)
+            group, block = rows.q.size(2) // k.size(2), _whole(rows.q, k)
             q, dout, lse, delta = (x.to(dtype) for x in (rows.q, rows.dout, rows.lse, rows.delta))
             keys, values = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
             logits, slope = _logits(q, keys, scores, block)
@@ -56,9 +56,12 @@ class Reference(TileKernel):
             if scores.wants_dbias:
                 scores.add_dbias(block, dlogits)
             ds = dlogits * slope * scores.scale
-            grads.dq.add_(torch.einsum("bhqk,bkhd->bqhd", ds, keys))
-            grads.dk.add_(_summed(torch.einsum("bhqk,bqhd->bkhd", ds, q), group))
-            grads.dv.add_(_summed(torch.einsum("bhqk,bqhd->bkhd", _dropped(p, scores, block), dout), group))
+            if grads.dq is not None:
+                grads.dq.add_(torch.einsum("bhqk,bkhd->bqhd", ds, keys))
+            if grads.dk is not None:
+                grads.dk.add_(_summed(torch.einsum("bhqk,bqhd->bkhd", ds, q), group))
+            if grads.dv is not None:
+                grads.dv.add_(_summed(torch.einsum("bhqk,bqhd->bkhd", _dropped(p, scores, block), dout), group))
 
 
 def refuse_what_is_unknown(call: Call) -> str | None:

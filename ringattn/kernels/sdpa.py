@@ -20,7 +20,7 @@ from ringattn.kernels import sdpa_cuda, windows
 from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.calls import TileKernel
 from ringattn.kernels.operators import CpuFlash, Operator, Query, cast, head_major
-from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.kernels.pieces import Shape, TileBand
 from ringattn.kernels.reference import FLOATING
 from ringattn.kernels.scores import TileScores
@@ -177,7 +177,7 @@ def _backward_part(part: Part, rows: Rows, k: Tensor, v: Tensor, scale: float, g
     if part.band is not None:
         windows.backward(operator, part.band, rows, k, v, scale, grads)
         return
-    dtype, nq, nk = grads.dq.dtype, rows.q.shape[1], k.shape[1]
+    dtype, nq, nk = accumulator_dtype(k.dtype), rows.q.shape[1], k.shape[1]
     q, dout, out = rows.q, rows.dout, rows.out
     if q.dtype == dtype and nq < SIZES.packing > nk:
         q, dout, k, v = q.transpose(1, 2), dout.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

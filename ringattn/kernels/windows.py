@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringattn.kernels.base import Grads, Rows
 from ringattn.kernels.operators import Operator, Query, cast
-from ringattn.kernels.partial import Partial, fold
+from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.kernels.pieces import ALIGNMENT, TileBand
 
 
@@ -68,7 +68,7 @@ def forward(
 
 def backward(operator: Operator, band: TileBand, rows: Rows, k: Tensor, v: Tensor, scale: float, grads: Grads) -> None:
     """Add the gradients of a band."""
-    (_, hi, width), dtype, step = _bounds(band), grads.dq.dtype, SIZES[k.device.type].keys
+    (_, hi, width), dtype, step = _bounds(band), accumulator_dtype(k.dtype), SIZES[k.device.type].keys
     mask = _transposed_mask(step, width, dtype, k.device)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     query = Query.of(rows, lambda x: _whole(x, dtype).transpose(1, 2))

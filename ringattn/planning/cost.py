@@ -116,7 +116,7 @@ def _seconds(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -
     visit, pause = terms.topology.seconds(plan.visits_made, plan.world_size)
     late = parts * wait + 2 * pause
     calls, steps = terms.rates.call * made.calls, terms.rates.step * flow.steps + late
-    for number, one in enumerate((shape.forward, shape.backward)):
+    for number, one in enumerate((shape.forward, shape.backward)[: shape.passes]):
         beside = terms.rates.merge * (one.row * merged + one.copied * flow.copied)
         compute = all_work[number] + beside + (0 if terms.rates.queued else calls)
         transfer = one.token * arrive + one.query * visit
@@ -129,7 +129,7 @@ def _seconds(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -
 
 def host_and_device(plan: Plan, rank: int, program: Program, terms: Terms) -> tuple[float, float]:
     """Seconds that one rank's host and its device take for a program, forward and backward, beside its messages."""
-    host = 2 * (terms.rates.call * program.calls + terms.rates.step * len(program.forward))
+    host = terms.shape.passes * (terms.rates.call * program.calls + terms.rates.step * len(program.forward))
     return host, float(terms.work(plan.work_by_kind[:, rank]).sum())
 
 

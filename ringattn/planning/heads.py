@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ringattn.planning.rates import Rates
 from ringattn.planning.shape import BYTES, Shape
 from ringattn.planning.topology import Topology
+from ringattn.planning.wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,16 @@ class Swapped:
         wide = shape.wide if total > shape.num_kv_heads else size
         inputs = n * h * d + m * k * (d + v)  # of a member
         forward = others * inputs * size + n * (heads - h) * (v * size + shape.wide)
-        saved = n * h * (2 * v * size + shape.wide)
-        backward = others * (inputs * size + saved) + n * (heads - h) * d * size + m * keys * (d + v) * wide
         rows = n * h * v
-        copied = members * (3 * inputs + 3 * rows)  # in twice, gradients of inputs out; results out, and in with dout
-        return Swapped(shape.batch * (forward + backward), 14 * others, shape.batch * copied)
+        if not shape.gradients:
+            return Swapped(shape.batch * forward, 5 * others, shape.batch * members * (inputs + rows))
+        wanted, saved = Wanted.of(shape.gradients), n * h * (2 * v * size + shape.wide)
+        columns = wanted.key_columns(d, v)
+        backward = others * (inputs * size + saved)
+        backward += n * (heads - h) * d * wanted.q * size + m * keys * columns * wide
+        grads = n * h * d * wanted.q + m * k * columns
+        copied = members * (2 * inputs + grads + 3 * rows)  # in twice, gradients out; results out, and in with dout
+        return Swapped(shape.batch * (forward + backward), (11 + sum(wanted)) * others, shape.batch * copied)
 
     def seconds(self, topology: Topology, rates: Rates, members: int) -> float:
         """All of it, as nothing hides it. A team is within a node where nodes are whole teams."""

@@ -19,6 +19,7 @@ from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import Tiles
 from ringattn.planning.launches import Launch, Stacking
 from ringattn.planning.stages import ALL, Heads
+from ringattn.planning.wanted import ALL_WANTED, Wanted
 
 
 class Sums(NamedTuple):
@@ -33,6 +34,8 @@ class Row(Enum):
 
     KV = "kv"  # K and V of KV heads, in the dtype of the inputs
     GRAD = "grad"  # dK and dV of KV heads, in that of the accumulators, as all that follow
+    DK = "dk"  # one of them alone, where the other is not wanted
+    DV = "dv"
     Q = "q"  # q of all query heads, in the dtype of the inputs
     PARTIAL = "partial"  # the result for a query: out, and lse in two numbers
     QUERY = "query"  # all that backward reads of a query: q, dout, out, lse, delta, dlse
@@ -46,17 +49,23 @@ class Row(Enum):
     @property
     def keys(self) -> bool:
         """Whether rows are of KV heads, not of query heads."""
-        return self in (Row.KV, Row.GRAD)
+        return self is Row.KV or self.gradient
+
+    @property
+    def gradient(self) -> bool:
+        """Whether rows are gradients of keys."""
+        return self in (Row.GRAD, Row.DK, Row.DV)
 
     @property
     def homeward(self) -> bool:
         """Whether rows are computed of keys or queries that came from elsewhere, and on their way home."""
-        return self in (Row.GRAD, Row.PARTIAL, Row.DQ)
+        return self.gradient or self in (Row.PARTIAL, Row.DQ)
 
     def width(self, head_dim: int, v_head_dim: int) -> int:
         """Numbers of one head."""
         return {
-            Row.KV: head_dim + v_head_dim, Row.GRAD: head_dim + v_head_dim, Row.Q: head_dim, Row.DQ: head_dim,
+            Row.KV: head_dim + v_head_dim, Row.GRAD: head_dim + v_head_dim, Row.DK: head_dim, Row.DV: v_head_dim,
+            Row.Q: head_dim, Row.DQ: head_dim,
             Row.PARTIAL: v_head_dim + 2, Row.QUERY: head_dim + 2 * v_head_dim + 3,
         }[self]  # fmt: skip
 
@@ -111,7 +120,8 @@ class Parcel:
 @dataclass(frozen=True, eq=False)
 class Work:
     """Tiles that are computed, in ``launches``, on ``heads``. None is the rank's own: ``keys`` and ``queries`` its
-    shard, ``grads`` the gradients of its shard, ``result`` its result (backward: dq)."""
+    shard, ``grads`` the gradients of its shard, ``result`` its result (backward: dq). Of keys or queries that came from
+    elsewhere, ``grads`` and ``result`` are None where their gradients are not wanted."""
 
     tiles: Tiles
     launches: tuple[Launch, ...]
@@ -156,8 +166,8 @@ class Program:
 
     ``blank``: some query rows are not written whole by a fresh launch first, so the result starts from the identity.
     ``zeros``: the same of the own dq, and of the own dk and dv, which then start as zeros; ``sums``: what is added up.
-    ``alone``: no rank needs anything of another. ``schedule``, ``cut``, ``travel`` and ``stacking`` say what it was
-    compiled from.
+    ``alone``: no rank needs anything of another. What it was compiled from: ``schedule``, ``cut``, ``travel``,
+    ``stacking``, ``wanted``.
     """
 
     rank: int
@@ -173,6 +183,7 @@ class Program:
     cut: int
     travel: bool
     stacking: Stacking
+    wanted: Wanted = ALL_WANTED
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -203,6 +214,6 @@ class Program:
 
     def tokens(self, row: Row, sent: bool = False) -> int:
         """Tokens received, or sent, by one kind of message, in one pass."""
-        turns = self.backward if row in (Row.GRAD, Row.QUERY, Row.DQ) else self.forward
+        turns = self.backward if row.gradient or row in (Row.QUERY, Row.DQ) else self.forward
         parcels = (parcel for turn in turns for parcel in (turn.sends if sent else turn.recvs))
         return int(sum((parcel.tokens for parcel in parcels if parcel.buffer.row is row), Fraction()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ringattn.arguments.values import integer, shown
+from ringattn.planning.wanted import Wanted
 
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -32,6 +33,8 @@ class Shape:
     head_dim: of queries and keys; v_head_dim: of values, where theirs is another.
     batch: rows of a call.
     dtype: of q, k and v, by name or a ``torch.dtype``: float16, bfloat16, float32 or float64.
+    gradients: the letters of those of q, k and v whose gradients are wanted: "qv" where nothing below k is trained, ""
+        where there is no backward pass.
     """
 
     num_heads: int
@@ -40,6 +43,7 @@ class Shape:
     v_head_dim: int | None = None
     batch: int = 1
     dtype: str = "bfloat16"
+    gradients: str = "qkv"
 
     def __post_init__(self) -> None:
         plain = {name: integer(f"Shape.{name}", getattr(self, name), 1, 1 << 20) for name in _NUMBERS}
@@ -53,7 +57,11 @@ class Shape:
         dtype = str(self.dtype).removeprefix("torch.")
         if dtype not in BYTES:
             raise ValueError(f"Shape.dtype={shown(self.dtype)}: must be one of {', '.join(BYTES)}")
-        for name, value in {**plain, "dtype": dtype}.items():
+        names = self.gradients
+        if not isinstance(names, str) or len(set(names) & set("qkv")) < len(names):
+            raise ValueError(f"Shape.gradients={shown(names)}: must be letters of 'qkv', each at most once")
+        gradients = "".join(sorted(names, key="qkv".index))
+        for name, value in {**plain, "dtype": dtype, "gradients": gradients}.items():
             object.__setattr__(self, name, value)  # as plain values: equal shapes have one digest on all ranks
 
     @property
@@ -81,12 +89,21 @@ class Shape:
 
     @cached_property
     def backward(self) -> Pass:
-        """Five matrix products for two. Gradients of K/V are wide; q, dout, out, lse, delta and dlse go to the keys and
-        dq comes home."""
-        rows, d, v = self.batch * self.num_heads, self.head_dim, self.values
-        query = rows * (2 * d + 2 * v + 3) * self.wide
-        kv = self.batch * self.num_kv_heads * (d + v)
-        return Pass(2.0 * rows * (3 * d + 2 * v), kv * (BYTES[self.dtype] + self.wide), query, rows * d, 2 * kv)
+        """Five matrix products for two, whichever gradients are wanted: fused kernels compute all of them. Gradients of
+        K/V are wide; q, dout, out, lse, delta and dlse go to the keys and dq comes home."""
+        if not self.gradients:
+            return Pass(0.0, 0, 0, 0, 0)
+        rows, d, v, wanted = self.batch * self.num_heads, self.head_dim, self.values, Wanted.of(self.gradients)
+        query = rows * (d + 2 * v + 3 + wanted.q * d) * self.wide
+        heads = self.batch * self.num_kv_heads
+        kv, grads = heads * (d + v), heads * wanted.key_columns(d, v)
+        token = kv * BYTES[self.dtype] + grads * self.wide
+        return Pass(2.0 * rows * (3 * d + 2 * v), token, query, rows * d * wanted.q, kv + grads)
+
+    @property
+    def passes(self) -> int:
+        """Forward, and backward where some gradient is wanted."""
+        return 2 if self.gradients else 1
 
     @property
     def thin(self) -> int:

@@ -96,7 +96,8 @@ class Batch:
     def host(self) -> NDArray[Any]:
         """Seconds of a part's calls, steps and messages, whatever it computes, on groups of each size."""
         rates, hops = self.terms.rates, self.sizes - 1
-        return np.asarray(2 * (rates.call * self.sizes + (rates.step + self._links("latency")) * hops))
+        passes = self.terms.shape.passes
+        return np.asarray(passes * (rates.call * self.sizes + (rates.step + self._links("latency")) * hops))
 
     @cached_property
     def alone(self) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Buffer, Copy, Parcel, Program, Row, Turn, Work
 from ringattn.planning.schedules import Schedule
 from ringattn.planning.stages import ALL, Heads, Move, Stage, Visits, stages_of, visits_of
+from ringattn.planning.wanted import ALL_WANTED, Wanted
 from ringattn.planning.writes import first_writes
 
 # Messages of less than this part of a shard are not worth a second turn.
@@ -19,13 +20,16 @@ HIDDEN = 8
 
 
 def compile_program(
-    plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL, hides: bool = True
-) -> Program:
-    """The turns of a rank's steps. ``hides``: messages move while a rank computes, at no cost of its own."""
+    plan: Plan, schedule: Schedule, cut: int, rank: int, stacking: Stacking = Stacking.ALL, hides: bool = True,
+    wanted: Wanted = ALL_WANTED,
+) -> Program:  # fmt: skip
+    """The turns of a rank's steps. ``hides``: messages move while a rank computes, at no cost of its own. What is not
+    ``wanted`` does not travel backward, and where nothing is there is no backward loop."""
     stages, blank = stages_of(plan, rank, schedule.steps(plan, rank, cut), stacking)
     visits = visits_of(plan, rank, stacking)
     own = Own(plan.q_frame(rank), plan.k_layout.frame(rank))
-    backward, zeros, sums = first_writes(backward_turns(own, stages, visits, hides), own.queries.size, own.keys.size)
+    turns = backward_turns(own, stages, visits, hides, wanted) if any(wanted) else []
+    backward, zeros, sums = first_writes(turns, own.queries.size, own.keys.size)
     return Program(
         rank,
         own.queries,
@@ -40,6 +44,7 @@ def compile_program(
         cut,
         plan.travel > 0,
         stacking,
+        wanted,
     )
 
 
@@ -74,20 +79,21 @@ def forward_turns(own: Own, stages: Sequence[Stage], visits: Visits) -> list[Tur
     return turns
 
 
-def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: bool) -> list[Turn]:
+def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: bool, wanted: Wanted) -> list[Turn]:
     """At turn ``t`` stage ``t`` is computed while the keys of the next arrive and the gradients of the last leave.
 
     Where there is enough to hide, and it does, half of the own shard's heads are computed first, while the first keys
     arrive, and half last, while the last gradients come home.
     """
-    turns, count = [], len(stages)
-    due, leaving = _due(stages), _due(stages, gradients=True)
-    out, back = _Visit(visits, Row.QUERY, Row.DQ), 3 if visits else 0
-    halves = (Heads(0, 2), Heads(1, 2)) if hides and _worth_two_turns(own, stages) else (ALL, None)
+    turns, count, row = [], len(stages), _gradients(wanted)
+    due, leaving = _due(stages), _due(stages, gradients=True) if row else {}
+    out, back = _Visit(visits, Row.QUERY, Row.DQ if wanted.q else None), 3 if visits else 0
+    halves = (Heads(0, 2), Heads(1, 2)) if hides and _worth_two_turns(own, stages, row) else (ALL, None)
     for t in range(max(count, *leaving, back - 1) + 1):
         stage = stages[t] if 0 < t < count else None
-        grads = None if stage is None or not stage.frame.size else _grads(stage, t)
-        post = _joined(_fetch(stages, t, due), _bring_home(stages, t, grads, leaving))
+        grads = None if stage is None or row is None or not stage.frame.size else _grads(stage, t, row)
+        coming = _bring_home(stages, t, grads, leaving, row) if row else Turn()
+        post = _joined(_fetch(stages, t, due), coming)
         work = []
         if stage is not None and stage.launches:
             work.append(_work(own, stage, _keys(stage, t), grads))
@@ -95,7 +101,7 @@ def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: boo
         if heads is not None and stages[0].launches:
             work.append(_work(own, stages[0], None, None, heads))
         homes: tuple[Copy, ...] = ()
-        if stage is not None and stage.copies:
+        if grads is not None and stage is not None and stage.copies:
             homes = (Copy(grads, None, tuple((here, home) for home, here in stage.copies)),)
         zeros = () if grads is None else (grads,)
         turns.append(out.turn(t, replace(post, zeros=zeros, adds=(*homes, *post.adds)), work, own))
@@ -104,10 +110,17 @@ def backward_turns(own: Own, stages: Sequence[Stage], visits: Visits, hides: boo
     return turns
 
 
-def _worth_two_turns(own: Own, stages: Sequence[Stage]) -> bool:
+def _gradients(wanted: Wanted) -> Row | None:
+    """What a row of gradients of keys is, None where neither is wanted."""
+    if wanted.k and wanted.v:
+        return Row.GRAD
+    return Row.DK if wanted.k else Row.DV if wanted.v else None
+
+
+def _worth_two_turns(own: Own, stages: Sequence[Stage], row: Row | None) -> bool:
     """It costs twice the calls, so it must hide some share of the shard."""
     first = stages[1].frame.size if len(stages) > 1 else 0
-    last = sum(move.tokens for move in stages[-1].grad_recvs)
+    last = sum(move.tokens for move in stages[-1].grad_recvs) if row else 0
     return HIDDEN * max(first, last) >= max(own.keys.size, 1)
 
 
@@ -139,10 +152,10 @@ def _keys(stage: Stage, t: int) -> Buffer:
     return Buffer(slot, Row.KV, stage.frame.size, stage.heads)
 
 
-def _grads(stage: Stage, t: int) -> Buffer:
+def _grads(stage: Stage, t: int, row: Row) -> Buffer:
     """Where their gradients do; those that take several turns to leave in a third slot."""
     slot = "grads behind" if any(move.apart for move in stage.grad_sends) else f"grads {t % 2}"
-    return Buffer(slot, Row.GRAD, stage.frame.size, stage.heads)
+    return Buffer(slot, row, stage.frame.size, stage.heads)
 
 
 def _fetch(stages: Sequence[Stage], t: int, due: Due) -> Turn:
@@ -171,21 +184,21 @@ def _fetch(stages: Sequence[Stage], t: int, due: Due) -> Turn:
     return Turn(tuple(copies), tuple(sends), tuple(recvs))
 
 
-def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None, leaving: Due) -> Turn:
-    """Sends the gradients that travel in turn ``t`` on their way and receives those that come here: home, or to the
-    stage computed ``after``."""
+def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None, leaving: Due, row: Row) -> Turn:
+    """Sends the gradients that travel in turn ``t``, rows of that kind, on their way and receives those that come here:
+    home, or to the stage computed ``after``."""
     copies, sends, recvs, adds = list[Copy](), list[Parcel](), list[Parcel](), list[Copy]()
     for s in leaving.get(t, ()):
         stage, apart = stages[s], t - 1 - s
         for move in (move for move in stage.grad_sends if move.apart == apart):
             if _in_place(move.rows):
-                sends.append(_part(move, _grads(stage, s)))
+                sends.append(_part(move, _grads(stage, s, row)))
                 continue
-            message = Buffer(f"grad out {len(copies)}", Row.GRAD, move.tokens, stage.heads)
-            copies.append(Copy(_grads(stage, s), message, _packing(move.rows)))
+            message = Buffer(f"grad out {len(copies)}", row, move.tokens, stage.heads)
+            copies.append(Copy(_grads(stage, s, row), message, _packing(move.rows)))
             sends.append(_whole(move, message))
         for move in (move for move in stage.grad_recvs if move.apart == apart):
-            message = Buffer(f"grad in {len(recvs)}", Row.GRAD, move.tokens, stage.heads)
+            message = Buffer(f"grad in {len(recvs)}", row, move.tokens, stage.heads)
             recvs.append(_whole(move, message))
             adds.append(Copy(message, None if move.home else after, _unpacking(move.rows)))
     return Turn(tuple(copies), tuple(sends), tuple(recvs), adds=tuple(adds))
@@ -193,17 +206,21 @@ def _bring_home(stages: Sequence[Stage], t: int, after: Buffer | None, leaving: 
 
 class _Visit:
     """The two ways of a visit, the same forward and backward: rows go out and rows of results come back. They travel
-    before turn 0 computes, are computed in turn 1, and results go home in turn 2. ``home`` is what then is done."""
+    before turn 0 computes, are computed in turn 1, and results go home in turn 2, or stay where nothing comes ``back``.
+    ``home`` is what then is done."""
 
-    def __init__(self, visits: Visits, out: Row, back: Row) -> None:
+    def __init__(self, visits: Visits, out: Row, back: Row | None) -> None:
         self.visits = visits
         self.guests = Buffer(f"{out.value} in", out, visits.frame.size)
-        self.results = Buffer(f"{back.value} out", back, visits.frame.size)
         self.leaving = [Buffer(f"{out.value} out {i}", out, move.tokens) for i, move in enumerate(visits.sends)]
-        self.returning = [Buffer(f"{back.value} in {i}", back, move.tokens) for i, move in enumerate(visits.sends)]
+        self.results: Buffer | None = None
+        self.returning: list[Buffer] = []
+        if back is not None:
+            self.results = Buffer(f"{back.value} out", back, visits.frame.size)
+            self.returning = [Buffer(f"{back.value} in {i}", back, move.tokens) for i, move in enumerate(visits.sends)]
         self.home: tuple[Copy, ...] = tuple(
             Copy(message, None, _unpacking(move.rows))
-            for message, move in zip(self.returning, visits.sends, strict=True)
+            for message, move in zip(self.returning, visits.sends, strict=False)
         )
 
     def turn(self, t: int, post: Turn, work: list[Work], own: Own) -> Turn:
@@ -225,7 +242,7 @@ class _Visit:
             frames = visits.frame, own.keys
             guests = Work(visits.tiles, visits.launches, *frames, queries=self.guests, result=self.results)
             work = [*work, guests]
-        if t == 2:
+        if t == 2 and self.results is not None:
             sends = tuple(_part(move, self.results) for move in visits.recvs)
             arrivals = zip(self.returning, visits.sends, strict=True)
             recvs = tuple(_whole(move, message) for message, move in arrivals)

@@ -70,9 +70,13 @@ def first_writes(turns: Sequence[Turn], queries: int, keys: int) -> tuple[list[T
 
 def _sides(work: Work, t: int) -> dict[Hashable, str]:
     """The gradients that a work touches, each with the rows of its launches that lie in it. Results for guests begin as
-    zeros in any case."""
-    keys: Hashable = KEYS if work.grads is None else (work.grads.slot, t)
-    return {keys: "k"} if work.queries is not None else {QUERIES: "q", keys: "k"}
+    zeros in any case, and keys that came from elsewhere may have none."""
+    sides: dict[Hashable, str] = {} if work.queries is not None else {QUERIES: "q"}
+    if work.grads is not None:
+        sides[work.grads.slot, t] = "k"
+    elif work.keys is None:
+        sides[KEYS] = "k"
+    return sides
 
 
 def _home(copy: Copy, t: int) -> Hashable:

@@ -28,6 +28,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
 from ringattn.planning.schedules import Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
+from ringattn.planning.wanted import ALL_WANTED, Wanted
 from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
@@ -143,28 +144,33 @@ class Binding:
         if load.stay and plan.travel:
             plan = replace(plan, travel=False)
         schedule, cut = self._fit(plan, load)
-        key = mask, plan.travel, schedule.name, cut, load.stacking  # calls of other sizes may well take the same
+        key = mask, plan.travel, schedule.name, cut, load.stacking, load.wanted  # as calls of other sizes may well take
         if key not in self._programs:
             hides = self.settings.terms.rates.exposed < 1
-            self._programs[key] = compile_program(plan, schedule, cut, self.split.ring_rank, load.stacking, hides)
+            place = self.split.ring_rank
+            made = compile_program(plan, schedule, cut, place, load.stacking, hides, load.wanted)
+            self._programs[key] = made
         return self._programs[key]
 
-    def prepared(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
-        """The program and the kernel of a call, made ready. ``dlse``: lse may have a gradient.
+    def prepared(
+        self, mask: Expression, kind: Kind, scores: Scores, dlse: bool, wanted: Wanted = ALL_WANTED
+    ) -> Prepared:
+        """The program and the kernel of a call, made ready. ``dlse``: lse may have a gradient. ``wanted``: what of the
+        inputs'.
 
         Raises ``NotImplementedError`` where no kernel, or not the chosen one, computes the call, and what
         :meth:`Graphs.refuse` does.
         """
-        key = mask, kind, scores.scale, scores.softcap, scores.features, dlse
+        key = mask, kind, scores.scale, scores.softcap, scores.features, dlse, wanted
         known = self._prepared.get(key)
         if known is None:
-            known = self._prepare(mask, kind, scores, dlse)
+            known = self._prepare(mask, kind, scores, dlse, wanted)
             self._prepared[key] = known
             if len(self._prepared) > KINDS:
                 self._prepared.popitem(last=False)
         return known
 
-    def _prepare(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool) -> Prepared:
+    def _prepare(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool, wanted: Wanted) -> Prepared:
         """The first part of a call, which knows the others: one, unless heads go by chunks."""
         options = self.settings.options
         sizes = [[int(layout.sizes[rank]) for rank in self.split.team] for layout in self.held]
@@ -172,7 +178,7 @@ class Binding:
         stacking = Stacking.of(kind.device.type, scores.positional or self._in_order(kind))
         parts = []
         for seat in seats(self.split, kind, options.head_chunks, sizes):
-            load = Load(seat.kv_heads(kind), row_bytes, stacking, stay=scores.bias is not None)
+            load = Load(seat.kv_heads(kind), row_bytes, stacking, scores.bias is not None, wanted)
             kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
             parts.append(Prepared(self.program(mask, load), kernels, kind, mask, scores, seat))
             parts[-1].eager = self.graphs.refuse(parts[-1], self.plans[mask], options)

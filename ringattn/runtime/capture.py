@@ -18,8 +18,9 @@ from ringattn.runtime.link import Batch, Messages
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.workspace import Workspace
 
-Loop = Callable[..., tuple[Tensor, ...]]  # of `loops.py`
 Inputs = tuple[Tensor | None, ...]
+Found = tuple[Tensor | None, ...]  # None for a gradient that is not wanted
+Loop = Callable[..., Found]  # of `loops.py`
 
 
 class Walk(NamedTuple):
@@ -30,7 +31,7 @@ class Walk(NamedTuple):
     call: Prepared
     scores: Scores
 
-    def __call__(self, link: Messages) -> tuple[Tensor, ...]:
+    def __call__(self, link: Messages) -> Found:
         return self.loop(*self.inputs, self.call, self.scores, link)
 
 
@@ -129,7 +130,7 @@ class Recorder:
         self.workspace, self.steps = workspace, list[Step]()
         self._device, self._pool = device, pool
 
-    def capture(self, walk: Walk) -> tuple[Tensor, ...]:
+    def capture(self, walk: Walk) -> Found:
         """What the walk will have found when the steps are replayed."""
         self._begin()
         try:
@@ -139,7 +140,7 @@ class Recorder:
                 self._graph.capture_end()
             raise
         self._end(None)
-        return tuple(self._device.unowned(x) for x in found)
+        return tuple(None if x is None else self._device.unowned(x) for x in found)
 
     def post(self, batch: Batch) -> Pending | None:
         """See `Messages`."""
@@ -177,7 +178,7 @@ class Captured(NamedTuple):
 
     steps: Sequence[Step]
     own: Inputs
-    found: tuple[Tensor, ...]
+    found: Found
     pool: Hashable
 
     def replay(self, inputs: Inputs, link: Messages) -> None:

@@ -20,10 +20,12 @@ from ringattn.planning.program import Parcel, Program, Row
 from ringattn.planning.schedules import SCHEDULES, by_name
 from ringattn.planning.shape import TYPICAL
 from ringattn.planning.stages import Heads
+from ringattn.planning.wanted import Wanted
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.settings import ContextSettings
 
 MAX_STEPS = 8
+GRADIENTS = [row for row in Row if row.gradient]
 GRAPHS = {
     "auto": ": calls on a CUDA device are captured at the second of a kind and replayed, unless that gains nothing",
     "on": ": calls are captured at the second of a kind and replayed, or refused",
@@ -75,10 +77,11 @@ def _program(binding: Binding, mask: Expression) -> Program | str:
 def _shape(binding: Binding) -> str:
     """The shape of calls that costs are of."""
     shape, told = binding.settings.shape or TYPICAL, binding.settings.shape is not None
+    wanted = "" if shape.gradients == "qkv" else f", gradients wanted: {Wanted.of(shape.gradients)}"
     sizes = f"{shape.head_dim}" if shape.values == shape.head_dim else f"{shape.head_dim} and {shape.values}"
     return (
         f"calls of {shape.num_heads} heads over {shape.num_kv_heads} of {sizes}, batch {shape.batch}, {shape.dtype}"
-        f"{'' if told else ' (a guess: tell with shape=ringattn.Shape(...))'}"
+        f"{wanted}{'' if told else ' (a guess: tell with shape=ringattn.Shape(...))'}"
     )
 
 
@@ -224,7 +227,7 @@ def _describe_program(binding: Binding, mask: Expression, program: Program) -> l
     lines = [
         f"    rank {binding.rank}: {int(plan.work[program.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
         f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
-        f"sends {program.tokens(Row.GRAD, sent=True):,} of gradients",
+        f"sends {sum(program.tokens(row, sent=True) for row in GRADIENTS):,} of gradients",
     ]
     if plan.travel:
         hosted = next((work for turn in program.forward for work in turn.work if work.queries is not None), None)

@@ -33,8 +33,8 @@ def execution(
     rule = None if call.rule_params is None else RULES[call.rule](call.rule_params)
     dropout = Dropout(call.dropout_p, drawn) if call.dropout_p else None
     scores = Scores(call.scale, call.softcap, call.bias, dbias, rule, dropout)
-    prepared = binding.prepared(mask, kind_of(call.q, call.k, call.v), scores, call.dlse)
-    return Execution(binding, prepared, scores, call.sinks, call.grad, call.rule, call.dbias, call.label)
+    prepared = binding.prepared(mask, kind_of(call.q, call.k, call.v), scores, call.dlse, call.wanted)
+    return Execution(binding, prepared, scores, call.sinks, bool(call.grads), call.rule, call.label)
 
 
 def kind_of(q: Tensor, k: Tensor, v: Tensor) -> Kind:
@@ -71,15 +71,12 @@ def _backward(*args: Any) -> list[Tensor]:
     call = BackwardRecord(*args)
     binding = find(call.context)
     with together(binding.link.transport, BACKWARD), torch.autocast(call.q.device.type, enabled=False):
-        dbias = _dbias(call.bias, call.wants, accumulator_dtype(call.q.dtype))
+        wide = accumulator_dtype(call.q.dtype)
+        dbias = torch.zeros_like(call.bias, dtype=wide) if call.bias is not None and call.wanted.bias else None
         made = execution(binding, binding.mask_of(call.mask), call, int(call.drawn), dbias)
         saved = call.q, call.k, call.v, call.out, call.lse
         found = made.backward(*saved, call.dout, call.dout_lse, "sinks" in call.wants)
     return [grad for grad in found if grad is not None]
-
-
-def _dbias(bias: Tensor | None, wants: str, wide: torch.dtype) -> Tensor | None:
-    return None if bias is None or "bias" not in wants else torch.zeros_like(bias, dtype=wide)
 
 
 attention_operator = torch.library.custom_op(
@@ -102,7 +99,8 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 @attention_backward_operator.register_fake
 def _(*args):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x) for x in BackwardRecord(*args).wanted]
+    call = BackwardRecord(*args)
+    return [torch.empty_like(getattr(call, name)) for name in call.wants]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -124,13 +122,10 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor
     given = iter(saved)
     inputs = [next(given) if tensor else value for value, tensor in zip(ctx.inputs, ctx.tensors, strict=True)]
     call = CallRecord(*inputs)
-    needed = CallRecord(*ctx.needs_input_grad)
-    extras = ("bias", call.bias, needed.bias), ("sinks", call.sinks, needed.sinks)
-    wants = [name for name, x, asked in extras if x is not None and asked]
     dout = torch.zeros_like(out) if dout is None else dout
-    record = BackwardRecord(*inputs, out, lse, drawn, dout, dlse, ",".join(wants))  # type: ignore[call-arg]
+    record = BackwardRecord(*inputs, out, lse, drawn, dout, dlse)  # type: ignore[call-arg]
     found = torch.ops.ringattn.attention_backward(*arguments(record))
-    return call.gradients(dict(zip(["q", "k", "v", *wants], found, strict=True)))
+    return call.gradients(dict(zip(call.wants, found, strict=True)))
 
 
 attention_operator.register_autograd(_differentiate, setup_context=_setup_context)
@@ -204,10 +199,10 @@ class Attention(torch.autograd.Function):
             _once(dout)
             q, k, v, out, lse, *extras = ctx.saved_tensors
             dout = torch.zeros_like(out) if dout is None else dout
-            wants_dbias = wants_dsinks = False
+            wants_dsinks = False
             if extras:
-                *_, wants_dbias, _, wants_dsinks = ctx.needs_input_grad
-                made = made.with_tensors(*extras, wants_dbias=wants_dbias)
+                wants_dsinks = ctx.needs_input_grad[-1]
+                made = made.with_tensors(*extras)
             if torch.is_autocast_enabled(q.device.type):
                 with torch.autocast(q.device.type, enabled=False):
                     found = made.backward(q, k, v, out, lse, dout, dlse, wants_dsinks)

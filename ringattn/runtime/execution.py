@@ -14,9 +14,10 @@ from ringattn.comm import CallMismatch, agree, together
 from ringattn.kernels.base import row_delta
 from ringattn.kernels.operators import cast
 from ringattn.kernels.scores import RULES, Rule, Scores
+from ringattn.planning.wanted import Wanted
 from ringattn.runtime import heads, loops
 from ringattn.runtime.binding import Binding
-from ringattn.runtime.capture import Inputs, Loop, Walk
+from ringattn.runtime.capture import Found, Inputs, Loop, Walk
 from ringattn.runtime.link import Link, Messages
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.timeline import Timeline
@@ -28,7 +29,7 @@ NOT_FINITE = "holds NaN or infinity"
 @dataclass(frozen=True, slots=True)
 class Execution:
     """A prepared call with what it alone brings along: how its logits are made, its sinks ``[num_heads]``, and whether
-    some gradient is wanted."""
+    some gradient is wanted, of sinks too."""
 
     binding: Binding
     call: Prepared
@@ -36,7 +37,6 @@ class Execution:
     sinks: Tensor | None = None
     grad: bool = False
     rule: str = ""  # the name of the bias rule
-    dbias: bool = False  # whether the bias has a gradient
     label: str = ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ class Execution:
         if not _together(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse = self._walk(loops.forward, (q, k, v, sinks), scores, (self.call.kind.dtype, self.call.wide))
+        assert out is not None and lse is not None, "results are always wanted"
         return out, lse
 
     def _attend_together(self, link: Messages, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,15 +73,20 @@ class Execution:
             part.seat.swap.forward(link, given, replace(self, call=part)._attend, homes)
         return homes[0], heads.row(homes[1]).contiguous()
 
-    def _differentiate_together(self, link: Messages, swap: heads.HeadSwap, saved: heads.Saved) -> tuple[Tensor, ...]:
+    def _differentiate_together(self, link: Messages, swap: heads.HeadSwap, saved: heads.Saved) -> Found:
         if saved[6] is None and self.call.kernels.call.dlse:  # other ranks' lse may have one, and all move the same
             saved = (*saved[:6], torch.zeros_like(saved[4]))
-        homes = heads.homes_of_gradients(swap, *saved[:3], self.call.wide)
+        homes = heads.homes_of_gradients(swap, saved[:3], self.call.wide, self.wanted)
         for part in self.call.parts:
             assert part.seat.swap is not None, "heads are swapped in all parts"
             differentiate = replace(self, call=part)._differentiate
             part.seat.swap.backward(link, saved, self.scores, differentiate, homes)
-        return tuple(home.to(x.dtype) for home, x in zip(homes, saved[:3], strict=True))
+        return tuple(None if home is None else home.to(x.dtype) for home, x in zip(homes, saved[:3], strict=True))
+
+    @property
+    def wanted(self) -> Wanted:
+        """The gradients for which ranks need each other."""
+        return self.call.program.wanted
 
     @property
     def _needed(self) -> bool:
@@ -91,13 +97,16 @@ class Execution:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
         wants_dsinks: bool,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """``dq, dk, dv``, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is there to be added to;
-        and ``dsinks``, where wanted."""
+        """``dq, dk, dv``, those that are wanted, laid in memory as the inputs are; ``dbias`` where ``Scores.dbias`` is
+        there to be added to; and ``dsinks``, where wanted."""
         with together(self.binding.link.transport, BACKWARD):
             link = self._begin(BACKWARD)
             dout = dout if dout.stride(-1) == 1 else dout.contiguous()
             swap, saved = self.call.seat.swap, (q, k, v, out, lse, dout, dlse)
-            if swap is None:
+            grads: Found = (None, None, None)
+            if not any(self.wanted):
+                pass  # those of sinks alone follow from the own rows
+            elif swap is None:
                 grads = self._differentiate(saved, self.scores, (self.call.kind.dtype,) * 3)
             else:
                 grads = self._differentiate_together(link, swap, saved)
@@ -105,19 +114,20 @@ class Execution:
             if wants_dsinks and self.sinks is not None:
                 dsinks = _sinks_gradient(self.sinks, lse, row_delta(dout.to(self.call.wide), out, dlse))
             bias, dbias = self.scores.bias, self.scores.dbias
-            link.finish(q.device.type, needed=self._needed)
+            link.finish(q.device.type, needed=self._needed and any(self.wanted))
             return *grads, None if bias is None or dbias is None else dbias.to(bias.dtype), dsinks
 
-    def _differentiate(self, saved: heads.Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-        """``dq, dk, dv`` in these dtypes of what this rank computes."""
+    def _differentiate(self, saved: heads.Saved, scores: Scores, dtypes: Sequence[torch.dtype]) -> Found:
+        """``dq, dk, dv`` in these dtypes of what this rank computes, those that are wanted."""
         q, k, v, *rest = saved
         if _together(q, k, v):
             return self._walk(loops.backward, saved, scores, dtypes)
         dense = q.contiguous(), k.contiguous(), v.contiguous()
         found = self._walk(loops.backward, (*dense, *rest), scores, dtypes)
-        return tuple(torch.empty_like(x, dtype=g.dtype).copy_(g) for g, x in zip(found, (q, k, v), strict=True))
+        pairs = zip(found, (q, k, v), strict=True)
+        return tuple(None if g is None else torch.empty_like(x, dtype=g.dtype).copy_(g) for g, x in pairs)
 
-    def _walk(self, loop: Loop, inputs: Inputs, scores: Scores, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    def _walk(self, loop: Loop, inputs: Inputs, scores: Scores, dtypes: Sequence[torch.dtype]) -> Found:
         """What a loop finds, in these dtypes: the call's own tensors, whether it ran or a graph of it was replayed."""
         call, binding, replayed = self.call, self.binding, False
         walk, timeline = Walk(loop, inputs, call, scores), binding.link.timeline
@@ -127,9 +137,8 @@ class Execution:
             found, replayed = binding.graphs.run(walk, must=binding.settings.options.graphs == "on")
         else:
             found = walk(binding.link)
-        if replayed:
-            return tuple(x.to(dtype, copy=True) for x, dtype in zip(found, dtypes, strict=True))
-        return tuple(cast(x, dtype) for x, dtype in zip(found, dtypes, strict=True))
+        own = partial(Tensor.to, copy=True) if replayed else cast
+        return tuple(None if x is None else own(x, dtype) for x, dtype in zip(found, dtypes, strict=True))
 
     def without_tensors(self) -> Execution:
         """What autograd may keep: tensors it keeps itself, watches over, and lets hooks move."""
@@ -138,11 +147,9 @@ class Execution:
             return self
         return replace(self, sinks=None, scores=replace(scores, bias=None, rule=None))
 
-    def with_tensors(
-        self, bias: Tensor | None, rule_params: Tensor | None, sinks: Tensor | None, *, wants_dbias: bool
-    ) -> Execution:
+    def with_tensors(self, bias: Tensor | None, rule_params: Tensor | None, sinks: Tensor | None) -> Execution:
         """The same with the tensors that autograd has kept."""
-        dbias = torch.zeros_like(bias, dtype=self.call.wide) if bias is not None and wants_dbias else None
+        dbias = torch.zeros_like(bias, dtype=self.call.wide) if bias is not None and self.wanted.bias else None
         rule = None if rule_params is None else RULES[self.rule](rule_params)
         return replace(self, sinks=sinks, scores=replace(self.scores, bias=bias, dbias=dbias, rule=rule))
 
@@ -152,7 +159,8 @@ class Execution:
         link = binding.link.timeline or binding.link
         if link is binding.link and binding.world_size == 1:
             return link
-        rule, bias, dropout = scores.rule, scores.bias, scores.dropout
+        rule, bias, dropout, wanted = scores.rule, scores.bias, scores.dropout, self.wanted
+        moves = self.call.seat.swap is not None or not any(wanted.inputs)  # the bias's gradient, or keys just for it
         own = {}
         if dropout is not None:
             own["this call's dropout"] = f"seed {dropout.seed}"
@@ -161,10 +169,11 @@ class Execution:
         extras = Extras(
             None if rule is None else rule.name,
             None if bias is None else (bias.shape[0], bias.shape[1]),
-            None if bias is None or self.call.seat.swap is None else self.dbias,
+            wanted.bias if bias is not None and moves else None,
             None if dropout is None else dropout.p,
             self.sinks is not None,
             self.grad,
+            wanted.inputs,
         )
         link.begin(
             name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
@@ -186,6 +195,7 @@ class Execution:
             "logits": f"scale {scores.scale!r}, softcap {scores.softcap}",
             **self._brought(extras),
             "gradient": "wanted" if extras.grad else "not wanted",
+            "gradients wanted of q, k and v": str(Wanted(*extras.wanted)),
             "kernel": self.call.kernels.name if s.ulysses == 1 else s.kernel,  # each by the heads that it computes
             "schedule": f"{program.schedule} (cut {program.cut}{travel})",
             "layout": f"{layouts.q.name} {layouts.q.digest}",
@@ -212,10 +222,11 @@ class Extras(NamedTuple):
 
     rule: str | None
     bias: tuple[int, int] | None
-    dbias: bool | None  # where it moves
+    dbias: bool | None  # where something moves for it
     dropout: float | None
     sinks: bool
     grad: bool
+    wanted: tuple[bool, bool, bool]  # of q, k and v
 
 
 def _in_words(rule: Rule) -> str:

@@ -30,7 +30,7 @@ from ringattn.planning.cost import Terms, host_and_device
 from ringattn.planning.hardware import hardware
 from ringattn.planning.plan import Plan
 from ringattn.planning.shape import Shape
-from ringattn.runtime.capture import Captured, Cuda, Device, Recorder, Walk
+from ringattn.runtime.capture import Captured, Cuda, Device, Found, Recorder, Walk
 from ringattn.runtime.link import Link
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import Options
@@ -134,7 +134,7 @@ class Graphs:
             return None
         return f"the device takes about {1e3 * device:.3g} ms for both passes, the host {1e3 * host:.3g} ms"
 
-    def run(self, walk: Walk, must: bool) -> tuple[tuple[Tensor, ...], bool]:
+    def run(self, walk: Walk, must: bool) -> tuple[Found, bool]:
         """What a walk finds, and whether that is in a graph's memory, to be copied out before anything else is called.
 
         Raises ``NotImplementedError`` where it ``must`` be captured and cannot.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ringattn.kernels.scores import Scores
 from ringattn.planning.heads import HeadShare, Split, head_chunks, head_shares
+from ringattn.planning.wanted import Wanted
 from ringattn.runtime.link import Expected, Messages, Moved
 from ringattn.runtime.wire import Kind
 
@@ -28,7 +29,7 @@ Slices = tuple[slice, ...]
 Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Scores]  # q, k, v, sinks, and how logits are made
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # q, k, v, out, lse, dout, dlse
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Scores], tuple[Tensor, Tensor]]
-Differentiate = Callable[[Saved, Scores, Sequence[torch.dtype]], tuple[Tensor, ...]]
+Differentiate = Callable[[Saved, Scores, Sequence[torch.dtype]], tuple[Tensor | None, ...]]
 
 
 class Batch(NamedTuple):
@@ -92,20 +93,24 @@ class HeadSwap:
         self.scatter(link, "forward", [(out, self.queries, homes[0]), (column(lse), self.queries, homes[1])])
 
     def backward(
-        self, link: Messages, saved: Saved, scores: Scores, differentiate: Differentiate, homes: Sequence[Tensor]
+        self, link: Messages, saved: Saved, scores: Scores, differentiate: Differentiate, homes: Sequence[Tensor | None]
     ) -> None:
         """Their gradients, written to ``homes``, or added where several members or chunks find a part: those of dq, dk
-        and dv, and of the bias in ``scores`` where it has one."""
+        and dv that have one, as they are wanted, and of the bias in ``scores`` where it has one."""
         q, k, v, out, lse, dout, dlse = saved
         axes = [(q, self.queries), (k, self.keys), (v, self.keys), (out, self.queries), (column(lse), self.queries)]
         axes += [(dout, self.queries), *([] if dlse is None else [(column(dlse), self.queries)])]
         (q_, k_, v_, out_, lse_, dout_, *dlse_), inner = self._team(link, "backward", axes, scores)
         q_, k_, v_ = self._spread(q_, k_, v_)
         rows = [row(x) for x in (lse_, *dlse_)]
-        dtypes = [home.dtype for home in homes]
+        dtypes = [q.dtype if home is None else home.dtype for home in homes]
         dq, dk, dv = differentiate((q_, k_, v_, out_, rows[0], dout_, rows[1] if dlse_ else None), inner, dtypes)
-        found = [(dq, self.queries, homes[0])]
-        found += [(self._summed(x), self.keys, home) for x, home in zip((dk, dv), homes[1:], strict=True)]
+        wanted = (
+            (dq, self.queries, homes[0]),
+            (self._summed(dk), self.keys, homes[1]),
+            (self._summed(dv), self.keys, homes[2]),
+        )
+        found = [(x, axis, home) for x, axis, home in wanted if x is not None and home is not None]
         if scores.dbias is not None and inner.dbias is not None:
             axis = self.biases(scores.dbias.shape[1])
             found.append((inner.dbias.transpose(1, 2), axis, scores.dbias.transpose(1, 2)))
@@ -131,9 +136,9 @@ class HeadSwap:
         k, v = (torch.cat([x[:, :, at : at + 1].expand(-1, -1, n, -1) for at, n in counts], 2) for x in (k, v))
         return q, k, v
 
-    def _summed(self, grad: Tensor) -> Tensor:
+    def _summed(self, grad: Tensor | None) -> Tensor | None:
         """The gradients of what :meth:`_spread` has spread."""
-        if self.share.of is None:
+        if self.share.of is None or grad is None:
             return grad
         return torch.stack([part.sum(2) for part in grad.split([n for _, n in self._served], 2)], 2)
 
@@ -240,10 +245,16 @@ def homes_of_results(q: Tensor, v: Tensor, wide: torch.dtype) -> tuple[Tensor, T
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((*q.shape[:3], 1), dtype=wide)
 
 
-def homes_of_gradients(swap: HeadSwap, q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> list[Tensor]:
-    """Where ``dq, dk, dv`` are written to, or added up, laid in memory as the inputs are."""
-    keys = [torch.zeros_like(x, dtype=wide) if swap.sums else torch.empty_like(x) for x in (k, v)]
-    return [torch.empty_like(q), *keys]
+def homes_of_gradients(
+    swap: HeadSwap, inputs: Sequence[Tensor], wide: torch.dtype, wanted: Wanted
+) -> list[Tensor | None]:
+    """Where ``dq, dk, dv`` are written to, or added up, laid in memory as the inputs are, as far as they are wanted."""
+    q, *keys = inputs
+    made = [torch.empty_like(q) if wanted.q else None]
+    for x, asked in zip(keys, (wanted.k, wanted.v), strict=True):
+        home = torch.zeros_like(x, dtype=wide) if swap.sums else torch.empty_like(x)
+        made.append(home if asked else None)
+    return made
 
 
 @contextmanager

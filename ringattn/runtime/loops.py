@@ -42,8 +42,9 @@ def forward(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, call: Prepared,
     scores: Scores, link: Messages,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``dq, dk, dv`` as they were added up. K/V travel again; dK/dV come home as the program says."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Those of ``dq, dk, dv`` that are wanted, as they were added up. K/V travel again; dK/dV come home as the program
+    says."""
     own, placed = Own(q, k, v), scores if call.positional else None
     delta = row_delta(dout.to(call.wide), out, dlse) if call.kernels.reads_delta else None
     own.rows = Rows(q, dout, out, lse, delta, dlse)

@@ -26,7 +26,7 @@ from ringattn.runtime.wire import Action, Kind, Memory
 from ringattn.runtime.work import Hosting, OwnWork, Shares, Work
 from ringattn.runtime.workspace import Workspace
 
-NAMES = {Row.QUERY: "q"}  # as traffic counts them
+NAMES = {Row.QUERY: "q", Row.DK: "grad", Row.DV: "grad"}  # as traffic counts them
 
 
 class Turn(NamedTuple):
@@ -82,10 +82,13 @@ class Prepared:
         return Partial.unset(*shape, dtype, kind.device, torch.float64 if self.program.merges else self.wide)
 
     def gradients(self, q: Tensor, k: Tensor, v: Tensor) -> Grads:
-        """Where backward's are gathered, laid in memory as the inputs are."""
+        """Where those of backward that are wanted are gathered, laid in memory as the inputs are."""
         (_, of_q, of_k), zeros = self._dtypes, self.program.zeros
         make_q, make_k = (torch.zeros_like if blank else torch.empty_like for blank in zeros)
-        return Grads(make_q(q, dtype=of_q), make_k(k, dtype=of_k), make_k(v, dtype=of_k))
+        made = (make_q, q, of_q), (make_k, k, of_k), (make_k, v, of_k)
+        wanted = zip(made, self.program.wanted.inputs, strict=True)
+        dq, dk, dv = (make(x, dtype=of) if asked else None for (make, x, of), asked in wanted)
+        return Grads(dq, dk, dv)
 
     def _ready(self, work: planned.Work, scores: Scores, backward: bool) -> Shares:
         frames = work.q_frame, work.k_frame
@@ -135,11 +138,11 @@ class Prepared:
 
     def _work(self, work: planned.Work, memory: Memory) -> Work:
         shares = self._shares[work]
-        if work.queries is not None and work.result is not None:
-            return Hosting(shares, memory.whole(work.queries), memory.whole(work.result))
-        keys, grads = (
-            None if buffer is None else memory.pair(memory.whole(buffer)) for buffer in (work.keys, work.grads)
-        )
+        if work.queries is not None:
+            result = None if work.result is None else memory.whole(work.result)
+            return Hosting(shares, memory.whole(work.queries), result)
+        keys = None if work.keys is None else memory.pair(memory.whole(work.keys))
+        grads = None if work.grads is None else memory.gradients(memory.whole(work.grads), work.grads.row)
         if work.heads.parts == 1:
             return OwnWork(shares, None, None, keys, grads)
         heads = work.heads.of(self.kind.num_kv_heads)

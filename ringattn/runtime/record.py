@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from ringattn.planning.wanted import Wanted
+
 NO_SEED = -1
 _TYPES = {"Tensor | None": "Tensor?", "float | None": "float?"}
 
@@ -17,8 +19,9 @@ class CallRecord:
     """A forward call, as tensors and numbers: the context and the mask are named by handles, tensors whose values no
     compiled graph is specialised on.
 
-    ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grad`` says that some
-    gradient is wanted, ``dlse`` that lse may have one, ``dbias`` that the bias has one; texts call it by its ``label``.
+    ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grads`` names the
+    tensors whose gradients are wanted, of q, k, v, bias and sinks, joined by commas; ``dlse`` says that lse may have
+    one; texts call it by its ``label``.
     """
 
     q: Tensor
@@ -34,10 +37,19 @@ class CallRecord:
     softcap: float | None
     dropout_p: float
     seed: int
-    grad: bool
+    grads: str
     dlse: bool
-    dbias: bool
     label: str
+
+    @property
+    def wants(self) -> list[str]:
+        """The names of what it is to give gradients of, in order."""
+        return self.grads.split(",") if self.grads else []
+
+    @property
+    def wanted(self) -> Wanted:
+        """The same of what other ranks take part in."""
+        return Wanted(*(name in self.wants for name in Wanted._fields))
 
     def gradients(self, of: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
         """Gradients by name as autograd wants them, one for each argument."""
@@ -46,21 +58,13 @@ class CallRecord:
 
 @dataclass(frozen=True, slots=True)
 class BackwardRecord(CallRecord):
-    """Its backward. ``drawn`` is the seed that dropout used, int64 ``[1]``; ``wants`` names the gradients that are
-    wanted besides those of q, k and v, joined by commas."""
+    """Its backward. ``drawn`` is the seed that dropout used, int64 ``[1]``."""
 
     out: Tensor
     lse: Tensor
     drawn: Tensor
     dout: Tensor
     dout_lse: Tensor | None
-    wants: str
-
-    @property
-    def wanted(self) -> list[Tensor]:
-        """What it gives gradients of, in order."""
-        names = ["q", "k", "v", *(name for name in self.wants.split(",") if name)]
-        return [getattr(self, name) for name in names]
 
 
 def schema(record: type[CallRecord], results: str) -> str:

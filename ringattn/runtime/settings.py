@@ -18,6 +18,7 @@ from ringattn.planning.rates import Rates
 from ringattn.planning.schedules import SCHEDULES
 from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
+from ringattn.planning.wanted import ALL_WANTED, Wanted
 from ringattn.runtime.nodes import Nodes
 
 BYTES = 1 << 62  # no limit on bytes is larger
@@ -189,14 +190,17 @@ class ContextSettings:
 @dataclass(frozen=True)
 class Load:
     """What a program depends on in a call: KV heads, the bytes of a token's K and V of one head, which tiles are
-    computed together, and whether queries must ``stay``, because a bias tensor holds something for each of them."""
+    computed together, whether queries must ``stay``, because a bias tensor holds something for each of them, and which
+    gradients are wanted."""
 
     kv_heads: int
     row_bytes: int
     stacking: Stacking = Stacking.VIEWS
     stay: bool = False
+    wanted: Wanted = ALL_WANTED
 
     @staticmethod
     def of(terms: Terms) -> Load:
         """That of the calls a plan was made for."""
-        return Load(terms.shape.num_kv_heads, terms.shape.row_bytes, terms.stacking)
+        shape = terms.shape
+        return Load(shape.num_kv_heads, shape.row_bytes, terms.stacking, wanted=Wanted.of(shape.gradients))

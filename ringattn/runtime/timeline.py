@@ -19,7 +19,7 @@ import torch
 
 from ringattn.comm import Pending, told
 from ringattn.planning import program as planned
-from ringattn.runtime.capture import Walk
+from ringattn.runtime.capture import Found, Walk
 from ringattn.runtime.link import NOTHING, Batch, Link
 from ringattn.runtime.prepared import Prepared, Turn, Turns
 from ringattn.runtime.profile import ADDS, COMPUTE, COPIES, POST, WAIT, Piece, Profile, ProfiledCall, Stretch
@@ -204,7 +204,7 @@ class Timeline:
 
     # -- turns ----------------------------------------------------------------------------------
 
-    def walk(self, walk: Walk) -> tuple[torch.Tensor, ...]:
+    def walk(self, walk: Walk) -> Found:
         """Walks with marks in its turns. No graph of it is captured or replayed."""
         return walk._replace(call=_Marked(walk.call, self))(self)
 

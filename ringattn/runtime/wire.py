@@ -80,6 +80,13 @@ class Memory:
         kv = rows.transpose(0, 1)
         return kv[..., : self.kind.head_dim], kv[..., self.kind.head_dim :]
 
+    def gradients(self, rows: Tensor, row: Row) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of that kind seen as ``dk`` and ``dv`` in the same way, None for what they do not hold."""
+        if row is Row.GRAD:
+            return self.pair(rows)
+        keys = rows.transpose(0, 1)
+        return (keys, None) if row is Row.DK else (None, keys)
+
     def message(self, parcel: Parcel) -> tuple[Tensor, int]:
         rows, peer = self.whole(parcel.buffer)[parcel.rows], self.ring[parcel.peer]
         return Homeward(rows, peer) if parcel.buffer.row.homeward else (rows, peer)
@@ -104,9 +111,11 @@ class Memory:
         if copy.target is not None:
             target = self.whole(copy.target)
             return [_Add(target[here], source[there]) for there, here in copy.pairs]
-        if copy.row is Row.GRAD:
+        if copy.row.gradient:
             heads = copy.heads.of(self.kind.num_kv_heads)
-            return [_AddHome(*self.pair(source[there]), (slice(None), here, heads)) for there, here in copy.pairs]
+            parts = [self.gradients(source[there], copy.row) for there, _ in copy.pairs]
+            rows = [(slice(None), here, heads) for _, here in copy.pairs]
+            return [_AddHome(*part, index) for part, index in zip(parts, rows, strict=True)]
         make = _Merge if copy.row is Row.PARTIAL else _AddQueries
         return [make(source[there], here) for there, here in copy.pairs]
 
@@ -184,12 +193,13 @@ class _Add:
 class _AddHome:
     """Gradients of own keys, come home."""
 
-    dk: Tensor
-    dv: Tensor
+    dk: Tensor | None
+    dv: Tensor | None
     index: Index
 
     def __call__(self, own: Own) -> None:
-        accumulate(((own.grads.dk[self.index], self.dk), (own.grads.dv[self.index], self.dv)))
+        pairs = (own.grads.dk, self.dk), (own.grads.dv, self.dv)
+        accumulate([(home[self.index], x) for home, x in pairs if home is not None and x is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +210,7 @@ class _AddQueries:
     rows: slice
 
     def __call__(self, own: Own) -> None:
+        assert own.grads.dq is not None, "it comes home where it is wanted"
         own.grads.dq[:, self.rows].add_(self.source.transpose(0, 1))
 
 

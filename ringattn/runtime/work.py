@@ -26,7 +26,7 @@ class OwnWork:
     q_heads: slice | None
     kv_heads: Index | None
     keys: Pair | None
-    grads: Pair | None
+    grads: tuple[Tensor | None, Tensor | None] | None
 
     def forward(self, own: Own, scores: Scores | None) -> None:
         q, acc = own.q, own.acc
@@ -37,15 +37,23 @@ class OwnWork:
             kernel.forward(q, k, v, calls if scores is None else calls.scored(scores), acc)
 
     def backward(self, own: Own, scores: Scores | None) -> None:
-        rows, grads, index = own.rows, own.grads, self.kv_heads
-        dq, (dk, dv) = grads.dq, self.grads or (grads.dk, grads.dv)
+        rows, grads = own.rows, own.grads
+        dq, (dk, dv) = grads.dq, self._gradients(grads)
         if self.q_heads is not None:
-            rows, dq = rows.heads(self.q_heads), dq[:, :, self.q_heads]
-        if self.grads is None and index is not None:
-            dk, dv = dk[index], dv[index]
+            rows, dq = rows.heads(self.q_heads), None if dq is None else dq[:, :, self.q_heads]
         k, v = self._keys(own)
         for kernel, calls in self.shares:
             kernel.backward(rows, k, v, calls if scores is None else calls.scored(scores), Grads(dq, dk, dv))
+
+    def _gradients(self, grads: Grads) -> tuple[Tensor | None, Tensor | None]:
+        """Of these keys, as far as they are wanted."""
+        if self.keys is not None:
+            return self.grads or (None, None)
+        index, own = self.kv_heads, (grads.dk, grads.dv)
+        if index is None:
+            return own
+        dk, dv = (None if x is None else x[index] for x in own)
+        return dk, dv
 
     def _keys(self, own: Own) -> Pair:
         if self.keys is not None:
@@ -57,13 +65,14 @@ class OwnWork:
 @dataclass(frozen=True, slots=True)
 class Hosting:
     """Tiles of other ranks' queries, which have come in ``guests``, against the rank's own keys: their results go into
-    the message ``result``. dk and dv are where they belong."""
+    the message ``result``, None for a dq that is not wanted. dk and dv are where they belong."""
 
     shares: Shares
     guests: Tensor
-    result: Tensor
+    result: Tensor | None
 
     def forward(self, own: Own, scores: Scores | None) -> None:
+        assert self.result is not None, "forward's results are always wanted"
         batch, heads = own.q.shape[0], own.q.shape[2]
         acc = Partial.empty(batch, len(self.guests), heads, own.v.shape[-1], self.result.dtype, own.q.device)
         for kernel, calls in self.shares:
@@ -73,7 +82,8 @@ class Hosting:
 
     def backward(self, own: Own, scores: Scores | None) -> None:
         rows = unpacked_rows(self.guests, own.q.dtype, own.q.shape[-1], own.v.shape[-1])
-        grads = Grads(self.result.zero_().transpose(0, 1), own.grads.dk, own.grads.dv)
+        dq = None if self.result is None else self.result.zero_().transpose(0, 1)
+        grads = Grads(dq, own.grads.dk, own.grads.dv)
         for kernel, calls in self.shares:
             kernel.backward(rows, own.k, own.v, calls if scores is None else calls.scored(scores), grads)
 

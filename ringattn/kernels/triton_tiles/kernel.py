@@ -21,7 +21,7 @@ from ringattn.geometry.spans import Ints
 from ringattn.geometry.tiles import RowIndex
 from ringattn.kernels.base import Call, Grads, Needs, Rows
 from ringattn.kernels.calls import TileCalls
-from ringattn.kernels.partial import Partial
+from ringattn.kernels.partial import Partial, accumulator_dtype
 from ringattn.kernels.scores import Alibi, Place, Scores
 from ringattn.kernels.triton_tiles.sizes import INTERPRETED, WIDEST, Blocks, Sizes, padded, sizes, together
 from ringattn.kernels.triton_tiles.views import Bias, Lists, Strided, Terms
@@ -144,23 +144,45 @@ class Triton:
         """See `Kernel`."""
         assert rows.delta is not None, "this kernel reads delta"
         work, scores = _listed(calls)
-        terms, q = _terms(scores, work.where), rows.q
-        bias, dbias = _bias(scores.bias, work.where), _bias(scores.dbias, work.where)
         side = (
-            *(Strided.tokens(x) for x in (q, k, v, rows.dout)),
+            *(Strided.tokens(x) for x in (rows.q, k, v, rows.dout)),
             *(Strided.rows(x) for x in (rows.lse, rows.delta)),
         )
-        lanes, batches = _summed(scores.dbias, q.shape[2], q.shape[0])
-        settings = _settings(work.sizes.queries, work.group, work.alone, q, v) | {"LANES": lanes, "BATCHES": batches}
-        grid = q.shape[2] // work.alone // lanes, q.shape[0] // batches
-        for wave in work.queries:
-            given = (*side, Strided.tokens(grads.dq), wave.lists, terms, bias, dbias, _seed(scores))
-            _launch("backward", "backward_queries", (wave.blocks, *grid), given, settings)
-        made = Strided.tokens(grads.dk), Strided.tokens(grads.dv)
-        settings = _settings(work.sizes.keys, work.group, work.together, q, v)
-        for wave in work.keys:
-            given = (*side, *made, wave.lists, terms, bias, _seed(scores))
-            _launch("backward", "backward_keys", (wave.blocks, k.shape[2], k.shape[0]), given, settings)
+        if grads.dq is not None or scores.dbias is not None:
+            _differentiate_queries(work, scores, side, rows.q, v, grads)
+        if grads.dk is not None or grads.dv is not None:
+            _differentiate_keys(work, scores, side, k, v, grads)
+
+
+def _differentiate_queries(
+    work: Work, scores: Scores, side: tuple[Strided, ...], q: Tensor, v: Tensor, grads: Grads
+) -> None:
+    """dq, and the gradient of a bias."""
+    terms, dq = _terms(scores, work.where), Strided.tokens(_or_scratch(grads.dq, q))
+    bias, dbias = _bias(scores.bias, work.where), _bias(scores.dbias, work.where)
+    lanes, batches = _summed(scores.dbias, q.shape[2], q.shape[0])
+    settings = _settings(work.sizes.queries, work.group, work.alone, q, v) | {"LANES": lanes, "BATCHES": batches}
+    grid = q.shape[2] // work.alone // lanes, q.shape[0] // batches
+    for wave in work.queries:
+        given = (*side, dq, wave.lists, terms, bias, dbias, _seed(scores))
+        _launch("backward", "backward_queries", (wave.blocks, *grid), given, settings)
+
+
+def _differentiate_keys(
+    work: Work, scores: Scores, side: tuple[Strided, ...], k: Tensor, v: Tensor, grads: Grads
+) -> None:
+    """dk and dv."""
+    terms, bias = _terms(scores, work.where), _bias(scores.bias, work.where)
+    made = [Strided.tokens(_or_scratch(*pair)) for pair in ((grads.dk, k), (grads.dv, v))]
+    settings = _settings(work.sizes.keys, work.group, work.together, k, v)
+    for wave in work.keys:
+        given = (*side, *made, wave.lists, terms, bias, _seed(scores))
+        _launch("backward", "backward_keys", (wave.blocks, k.shape[2], k.shape[0]), given, settings)
+
+
+def _or_scratch(grad: Tensor | None, like: Tensor) -> Tensor:
+    """Where a gradient is written to, or what the kernels write there that compute it beside another."""
+    return torch.empty_like(like, dtype=accumulator_dtype(like.dtype)) if grad is None else grad
 
 
 def _listed(calls: TileCalls) -> tuple[Work, Scores]:
