@@ -3,7 +3,7 @@ gradients of one process on every rank; and what cannot be kept is refused by al
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import ringattn as ra
+from ringattn.integrations.checkpointing import keep_attention
 from ringattn.integrations.torch import (
     RingAttention,
     context_parallel,
@@ -54,7 +55,8 @@ class Layer(nn.Module):
         self.inner = ByHand() if by_hand else Inner()
 
     def forward(self, x: Tensor, angles: Tensor, text: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, DIM)).split((HEADS, KV, KV), dim=2)
+        qkv = self.qkv(x).view(*x.shape[:2], -1, DIM)  # Dynamo cannot trace unflatten() or split() under a mode
+        q, k, v = qkv[:, :, :HEADS], qkv[:, :, HEADS:-KV], qkv[:, :, -KV:]
         q, k = q * angles.cos()[:, None], k + angles.sin()[:, None]
         if self.by_hand:
             return x + self.out(self.inner(q, k, v, scale=0.3, enable_gqa=True).flatten(2))
@@ -66,24 +68,28 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Two layers, one causal, and a loss that is this rank's part of the mean."""
+    """Two layers, one causal, and a loss that is this rank's part of the mean. ``again``: how layers are computed
+    again in backward."""
 
     def __init__(
-        self, causal: tuple[bool, ...] = (True, False), recompute: bool = False, by_hand: bool = False
+        self, causal: tuple[bool, ...] = (True, False), again: dict[str, Any] | None = None, by_hand: bool = False
     ) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.table = nn.Embedding(IDS, DIM)
         self.layers = nn.ModuleList(Layer(flag, by_hand) for flag in causal)
         self.text = nn.Parameter(torch.randn(1, HEADS, WORDS, DIM))
-        self.recompute = recompute
+        self.again = again
         self.double()
 
     def forward(self, x: Tensor, y: Tensor, angles: Tensor, whole: int) -> Tensor:
         hidden = self.table(x)
         for layer in self.layers:
             given = hidden, angles, self.text.expand(len(x), -1, -1, -1)
-            hidden = checkpoint(layer, *given, use_reentrant=False) if self.recompute else layer(*given)
+            if self.again is None:
+                hidden = layer(*given)
+            else:
+                hidden = checkpoint(layer, *given, use_reentrant=False, **self.again)
         logits = hidden @ self.table.weight.T
         return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum") / whole
 
@@ -122,8 +128,8 @@ def close(found: Any, expected: Any) -> None:
 
 def in_a_region(mesh: DeviceMesh, seqlen: int) -> None:
     """Forward and backward, and buffers that are what they were, memory and all."""
-    for recompute in (False, True):
-        model, (x, y, angles) = Model(recompute=recompute), batch(seqlen)
+    for again in (None, {}, {"context_fn": keep_attention()}):
+        model, (x, y, angles) = Model(again=again), batch(seqlen)
         before = [(b.data_ptr(), b.stride(), b.clone()) for b in (x, y, angles)]
         with context_parallel(mesh, buffers=[x, y, angles], buffer_seq_dims=[1, -1, 0]) as cp:
             assert x.shape == y.shape == (2, cp.local_seqlen) and cp.seqlen == seqlen
@@ -151,12 +157,21 @@ def behind_a_region(mesh: DeviceMesh, seqlen: int) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
-    q = torch.randn(1, 2, seqlen, 4)
-    with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2], no_restore_buffers=[q]):
-        q.requires_grad_()
-        out = checkpoint(lambda q: F.scaled_dot_product_attention(q, q, q).exp(), q, use_reentrant=False)
-    with pytest.raises(CheckpointError):
-        out.sum().backward()
+    for elsewhere in (contextlib.nullcontext(), region_of(mesh, seqlen, ra.causal())):
+        with region_of(mesh, seqlen) as (_, q):
+            q.requires_grad_()
+            out = checkpoint(lambda q: F.scaled_dot_product_attention(q, q, q).exp(), q, use_reentrant=False)
+        with pytest.raises(CheckpointError), elsewhere:
+            out.sum().backward()
+
+
+@contextlib.contextmanager
+def region_of(mesh: Any, seqlen: int, mask: ra.Mask | None = None, seed: int | None = None) -> Iterator[Any]:
+    """A region and a tensor in it that stays a shard."""
+    q = torch.randn(1, 2, seqlen, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sharded: Any = {"buffers": [q], "buffer_seq_dims": [2], "no_restore_buffers": [q]}
+    with context_parallel(mesh, **sharded, mask=mask, seed=seed) as cp:
+        yield cp, q
 
 
 def masked(mesh: DeviceMesh, seqlen: int) -> None:
@@ -179,8 +194,7 @@ def dropped(mesh: DeviceMesh, seqlen: int) -> None:
     """What is dropped follows from the seed and the order of calls, whatever the ranks."""
     seen = []
     for group in (mesh, dist.new_subgroups(1)[0]):
-        q = torch.randn(1, 2, seqlen, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        with context_parallel(group, buffers=[q], buffer_seq_dims=[2], seed=5) as cp:
+        with region_of(group, seqlen, seed=5) as (cp, q):
             outs = [F.scaled_dot_product_attention(q, q, q, dropout_p=0.5) for _ in range(2)]
         assert not torch.equal(*outs)
         seen.append([cp.unshard(out, 2) for out in outs])
@@ -190,7 +204,7 @@ def dropped(mesh: DeviceMesh, seqlen: int) -> None:
 def styled(mesh: DeviceMesh, seqlen: int) -> None:
     """Modules of a plan, whose attention is PyTorch's or their own, recomputed or not, without a region."""
     for style, settings in (
-        (RingAttention(), {"recompute": True}),
+        (RingAttention(), {"again": {}}),
         (RingAttention(replaces="bshd"), {"causal": (True, True), "by_hand": True}),
     ):
         model = parallelize_module(Model(**settings), mesh, {"layers.*.inner": style})
@@ -203,8 +217,7 @@ def styled(mesh: DeviceMesh, seqlen: int) -> None:
 
 def gradients_by_hand(mesh: DeviceMesh, seqlen: int) -> None:
     """`torch.autograd` finds what it finds outside: leaves and others, hooks, gradients that are given."""
-    q = torch.randn(1, 2, seqlen, 4, dtype=torch.float64)
-    with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+    with region_of(mesh, seqlen) as (_, q):
         q.requires_grad_()
         twice = q * 2
         out = F.scaled_dot_product_attention(twice, twice, twice, is_causal=True)
@@ -218,7 +231,6 @@ def gradients_by_hand(mesh: DeviceMesh, seqlen: int) -> None:
         close(q.grad, dq)
         with pytest.raises(RuntimeError, match="scalar"):
             F.scaled_dot_product_attention(q, q, q).backward()
-        q.requires_grad_(False)
 
 
 def everything(rank: int, world: int, lengths: tuple[int, ...]) -> None:
@@ -310,14 +322,14 @@ def compiled(rank: int, world: int) -> None:
         graphs.append(graph)
         return aot_eager(graph, inputs)
 
-    model = Model()
+    model = Model((True,))
     step = torch.compile(model, backend=backend, fullgraph=True)
     for seqlen, known in ((12, 1), (13, 2), (12, 2)):
         model.zero_grad()
         x, y, angles = batch(seqlen)
         with context_parallel(mesh, buffers=[x, y, angles], buffer_seq_dims=[1, 1, 0]):
             step(x, y, angles, 2 * seqlen).backward()
-        close(summed(model), one_process(Model(), seqlen))
+        close(summed(model), one_process(Model((True,)), seqlen))
         assert len(graphs) <= known  # a graph for each local length
     attend = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q), backend=backend, fullgraph=True)
     for bounds in ((0, 5, 12), (0, 7, 12)):
@@ -326,11 +338,11 @@ def compiled(rank: int, world: int) -> None:
         with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2], mask=ra.documents(bounds)) as cp:
             out = attend(q)
         close(cp.unshard(out, 2), expected)
-    again = torch.compile(Model(recompute=True), backend=backend)  # a graph breaks at what is computed again
+    again = torch.compile(Model((True,), again={}), backend=backend)  # a graph breaks at what is computed again
     x, y, angles = batch(13)
     with context_parallel(mesh, buffers=[x, y, angles], buffer_seq_dims=[1, 1, 0]):
         again(x, y, angles, 26).backward()
-    close(summed(again._orig_mod), one_process(Model(), 13))
+    close(summed(again._orig_mod), one_process(Model((True,)), 13))
 
 
 @pytest.mark.slow
