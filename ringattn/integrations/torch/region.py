@@ -59,7 +59,7 @@ class Region(TorchFunctionMode):
         super().__init__()
         self.cp, self.masks, self.seed = cp, masks, seed
         self.drops = 0  # calls with dropout so far
-        self.mark = torch.empty(0, int(cp.handle[0]) % (1 << 31))
+        self.mark = torch.empty(0, int(cp.handle[0]) % (1 << 31), device="cpu")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
