@@ -81,7 +81,7 @@ class RingAttention(MegatronModule):
             self.cp_group = _group_of(pg_collection, "cp", parallel_state.get_context_parallel_group)
         self._schedule = SCHEDULES[cp_comm_type]
         self._options = Options(deterministic=config.deterministic_mode)
-        self._own = None if self.cp_group is not None else Contexts(None, self._options)
+        self._own = Contexts(None, self._options)  # of one rank
         self._add_offset(config)
 
     def _add_offset(self, config: TransformerConfig) -> None:
@@ -115,7 +115,7 @@ class RingAttention(MegatronModule):
         """query `[local_seqlen, batch, num_heads, head_dim]`, key and value with this tensor-parallel rank's query
         groups; `[tokens, heads, head_dim]` where sequences are packed. Returns `[local_seqlen, batch, num_heads *
         v_head_dim]`, `[tokens, num_heads * v_head_dim]`."""
-        contexts = self._own or contexts_of(self.cp_group, self._options)
+        contexts = contexts_of(self.cp_group, self._options) if self.cp_group is not None else self._own
         with together(contexts.base.link.transport, f"layer {self.layer_number}"):  # refused on one rank, on all
             kind = self.attn_mask_type if attn_mask_type is None else attn_mask_type
             _check_call(query, key, attention_mask, kind, attention_bias, packed_seq_params)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-import ringattn
+from ringattn.integrations import accelerate
 from ringattn.integrations.accelerate import context_parallel, loss_scale
-from ringattn.integrations.transformers import ShardedTrainerMixin, masks_of, register, shard_batch
-from ringattn.loss import IGNORED, count_targets, sum_over
+from ringattn.integrations.transformers import ShardedTrainerMixin
+from ringattn.loss import IGNORED
 from ringattn.testing import run_processes
+from tests.house.test_docs import blocks, everything
 from tests.support.hf_models import VOCABULARY, build, configs
 
 SEQLEN, STEPS, RATE = 21, 3, 0.1
@@ -88,32 +89,24 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert any(not torch.allclose(moved[name], weights, atol=1e-3) for name, weights in expected.items())
 
 
-def own_loop(rank: int, world: int, context: int) -> tuple[list[float], dict[str, Tensor]]:
+def own_loop(rank: int, world: int, context: int, code: str) -> dict[str, Tensor]:
+    """README's loop."""
     as_devices(rank, world)
-    accelerator = accelerator_of(world, context)
     config = configs()["gemma3"]  # with windows, which accelerate's own refuses
     model = build(config)
-    cp = context_parallel(accelerator, SEQLEN, mask=masks_of(config))
-    register(cp, model)
-    data = DataLoader(Rows(), 2 * context // world)
-    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), RATE), data)
-    everyone, losses = accelerator.torch_device_mesh["dp_cp"], []
-    for batch in loader:
-        optimizer.zero_grad()
-        local = shard_batch(cp, batch)
-        share = model(**local, use_cache=False, num_items_in_batch=count_targets(local["shift_labels"], everyone)).loss
-        accelerator.backward(share * loss_scale(accelerator))
-        optimizer.step()
-        losses.append(float(sum_over(share.detach(), everyone)))
-    return losses, whole(model)
+    names = everything() | vars(accelerate) | {"config": config, "model": model, "seqlen": SEQLEN, "plugin": plugin()}
+    names |= {"Accelerator": Accelerator, "ParallelismConfig": ParallelismConfig}
+    names |= {"data": world // context, "context": context, "loader": DataLoader(Rows(), 2 * context // world)}
+    exec(code, names | {"optimizer": torch.optim.SGD(model.parameters(), RATE)})
+    return whole(model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
 def test_steps_equal_one_process(data: int, context: int) -> None:
-    losses, parameters = one_process()
-    for found, weights in run_processes(own_loop, data * context, context):
-        assert found == pytest.approx(losses, rel=ROUNDING)
+    _, parameters = one_process()
+    (code,) = blocks("README.md")["In accelerate, torchtitan and Megatron-Core"]
+    for weights in run_processes(own_loop, data * context, context, code):
         same(weights, parameters)
 
 
@@ -121,7 +114,7 @@ class Sharded(ShardedTrainerMixin, Trainer):
     pass
 
 
-def trained(rank: int, world: int, context: int, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def trained(rank: int, world: int, context: int, folder: Path, code: str) -> tuple[list[float], dict[str, Tensor]]:
     as_devices(rank, world)
     sizes = ParallelismConfig(dp_shard_size=world // context, cp_size=context)
     arguments = TrainingArguments(
@@ -132,13 +125,11 @@ def trained(rank: int, world: int, context: int, folder: Path) -> tuple[list[flo
         fsdp_config={"transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer"]},
     )  # fmt: skip
     as_devices(rank, world)  # Trainer's arguments have begun it anew
-    mesh = sizes.get_device_mesh("cpu")
     config = configs()["gemma3"]
-    model = build(config)
-    cp = ringattn.ContextParallel(mesh["cp"], SEQLEN, mask=masks_of(config))
-    data = mesh["dp"] if world > context else None
-    trainer = Sharded(model, arguments, train_dataset=Rows(), ring=register(cp, model), data=data)
-    trainer.train()
+    names = everything() | {"config": config, "model": build(config), "seqlen": SEQLEN, "rows": Rows(), "sizes": sizes}
+    names |= {"arguments": arguments, "ShardedTrainer": Sharded}
+    exec(code, names)
+    trainer = names["trainer"]
     assert trainer.accelerator.is_fsdp2 and trainer.accelerator.parallelism_config.cp_size == 1
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, whole(trainer.model)
@@ -148,7 +139,8 @@ def trained(rank: int, world: int, context: int, folder: Path) -> tuple[list[flo
 @pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
 def test_trainer_equals_one_process(data: int, context: int, tmp_path: Path) -> None:
     losses, parameters = one_process(accumulated=2)
-    for found, weights in run_processes(trained, data * context, context, tmp_path):
+    (code,) = blocks("docs/frameworks.md")["Accelerate"]
+    for found, weights in run_processes(trained, data * context, context, tmp_path, code):
         assert found == pytest.approx(losses, abs=6e-5)  # Trainer logs five digits
         same(weights, parameters)
 
