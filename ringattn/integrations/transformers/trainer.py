@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ringattn.comm.sums import sum_over
+from ringattn.integrations.accelerate import take_axis
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
 from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
 
@@ -31,6 +32,19 @@ def _check_whole(trainer: Any) -> None:
     for name, (value, why) in asked.items():
         if value:
             raise NotImplementedError(f"{name} {why}; leave it out")
+
+
+def _leave_axis_alone(trainer: Any, ring: Ring) -> None:
+    """Has accelerate not attend itself over the axes of a `parallelism_config`, or raises as `take_axis` does."""
+    config = trainer.accelerator.parallelism_config
+    if config is None or config.non_data_parallel_size == 1:
+        return
+    axis = take_axis(trainer.accelerator)
+    if axis is not None and axis.size() != ring.cp.world_size:
+        raise ValueError(
+            f"cp_size={axis.size()} of parallelism_config, but the context has {ring.cp.world_size} ranks; make it on "
+            "parallelism_config.get_device_mesh(arguments.device.type)['cp']"
+        )
 
 
 class ReplicaLoader(DataLoader):
@@ -54,6 +68,10 @@ class ShardedTrainerMixin:
         multiple: fill packed sequences up to a multiple of so many tokens.
         args, kwargs: Trainer's own.
 
+    With FSDP2 (`fsdp=True`) and a `parallelism_config` of `cp_size` ranks, make the context on its mesh,
+    `parallelism_config.get_device_mesh(arguments.device.type)["cp"]`: accelerate then shards parameters over data x
+    context and leaves attention alone (`ringattn.integrations.accelerate`, also for what is refused).
+
     `evaluate()` gives the exact mean over all targets of what is read; where samples do not fill all replicas,
     `DistributedSampler` repeats some.
 
@@ -67,6 +85,7 @@ class ShardedTrainerMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         _check_whole(trainer)
+        _leave_axis_alone(trainer, ring)
         ranks = ring.cp.world_size * (1 if data is None else data.size())
         if trainer.args.world_size != ranks:
             raise ValueError(
