@@ -99,6 +99,24 @@ def test_the_trainer_block_trains_as_one_process(tmp_path: Path) -> None:
     assert both == pytest.approx(alone, rel=1e-5)
 
 
+def adapters_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
+    names = everything() | {"seqlen": SEQLEN, "model": build(configs()["llama"]), "ids": Rows(1).ids}
+    torch.manual_seed(0)
+    exec(code, names)
+    return {name: p.grad for name, p in names["model"].named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_the_adapters_block_equals_one_process() -> None:
+    code = blocks("README.md")["In Transformers and FSDP2"][2]
+    one, *_ = run_processes(adapters_block, 1, code)
+    assert one and all("lora" in name for name in one)
+    for found in run_processes(adapters_block, 2, code):
+        for name, gradient in one.items():
+            bound = 2e-6 * float(gradient.abs().max()) + 1e-12
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound)
+
+
 WIDTH, IDS = 12, 31
 
 
