@@ -19,10 +19,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from launch import manifest
-from launch.config import nearest
 from launch.engines import MODEL, Engine, weights_of
 from launch.manifest import Damaged, Manifest, Piece
 from launch.processes import World
+from launch.rules import nearest
 from launch.tasks import Progress
 
 NO_PROGRESS: Progress = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}

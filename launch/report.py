@@ -21,10 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.checkpoint import write_durably
-from launch.config import Config, dump
+from launch.config import Config
 from launch.flop import peak
 from launch.recall import Answers
 from launch.rules import shown
+from launch.scalars import Scalars
+from launch.tables import dump
 from launch.training import Counters
 
 FINAL_STEPS = 4  # single steps scatter with the text
@@ -65,8 +67,8 @@ class RankSummary:
 
 
 class Report:
-    """Writes into `run`: config.toml, metrics.jsonl and plot.png. `first` is the step a resumed run begins
-    with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
+    """Writes into `run`: config.toml, metrics.jsonl, plot.png and, where asked for, tensorboard/. `first` is the step a
+    resumed run begins with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
 
     def __init__(self, run: Path, config: Config, baseline: tuple[str, float], first: int) -> None:
         self.run = run
@@ -80,6 +82,7 @@ class Report:
         kept = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
         write_durably(run / "metrics.jsonl", kept.encode())
         self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
+        self.scalars = Scalars(run / "tensorboard", first) if config.tensorboard else None
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -100,6 +103,8 @@ class Report:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
         self.metrics.close()
+        if self.scalars is not None:
+            self.scalars.close()
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -109,12 +114,17 @@ class Report:
         """Notes one step."""
         self.records.append(record)
         self.metrics.write(json.dumps(asdict(record)) + "\n")
+        if self.scalars is not None:
+            self.scalars.add(record.step, {**asdict(record), "tokens_per_s": record.tokens_per_s})
         figures = f"loss {record.loss:.3f}  {record.tokens_per_s:,.0f} tokens/s"
         if record.accuracy is not None:
-            figures = f"{record.seqlen:,} tokens  {100 * record.accuracy:.0f} % right  {figures}"
+            figures = f"{100 * record.accuracy:.0f} % right  {figures}"
+        if record.accuracy is not None or self.config.ramp:
+            figures = f"{record.seqlen:,} tokens  {figures}"
         self.progress.update(self.task, completed=record.step + 1, figures=figures)
         if not self.console.is_terminal:
-            left = record.seconds * (self.config.steps - record.step - 1)
+            config = self.config
+            left = record.seconds * config.tokens(record.step + 1) / config.at(record.step).tokens_a_step
             self.say(f"step {record.step + 1}/{self.config.steps}  {figures}  about {left:.0f} s left")
 
     def summarize(self, ranks: Sequence[RankSummary], answers: Sequence[Answers]) -> None:
@@ -122,7 +132,9 @@ class Report:
         from launch.plot import draw  # slow to import, and only rank 0 draws
 
         self.progress.stop()
-        title = f"{self.config.name}: sequences of {self.config.seqlen:,} tokens on {len(ranks)} ranks"
+        lengths = sorted({record.seqlen for record in self.records} if self.config.ramp else {self.config.seqlen})
+        span = " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
+        title = f"{self.config.name}: sequences of {span} tokens on {len(ranks)} ranks"
         write_durably(self.run / "plot.png", draw(self.records, self.baseline, title))
         table = Table(title=Text(title), show_header=False)
         for name, value in self._rows(ranks):

@@ -74,8 +74,8 @@ class Outcome:
 
 @dataclass(slots=True)
 class Trainer:
-    """The model and what it is trained with. `engine` has its parameters; `cp` is the context of the latest
-    sample."""
+    """The model and what it is trained with. `config` has the settings of the stage; `engine` has the parameters; `cp`
+    is the context of the latest sample."""
 
     config: Config
     world: World
@@ -84,6 +84,7 @@ class Trainer:
     cp: ringattn.ContextParallel
     required: int = 0
     flop: int = 0
+    past: Counters = Counters(0, 0, 0.0)  # of contexts over other groups of ranks
 
     @property
     def model(self) -> nn.Module:
@@ -93,7 +94,18 @@ class Trainer:
     def counters(self) -> Counters:
         """Totals since the start of the process."""
         traffic = self.cp.traffic()
-        return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"], self.flop)
+        received = self.past.received + sum(traffic["received"].values())
+        return Counters(received, self.required, self.past.waited + traffic["wait_seconds"], self.flop)
+
+    def enter(self, config: Config) -> None:
+        """Goes on with the settings of another stage of the run. Collective."""
+        before, self.config = self.config, config
+        if (config.data_parallel, config.ulysses) == (before.data_parallel, before.ulysses):
+            self.cp = self.cp.replace(seqlen=config.seqlen, mask=self.language.distinct)
+            return
+        self.past = self.counters()
+        self.world.split(config.data_parallel)
+        self.cp = make_context(config, self.world, self.language)
 
     def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the

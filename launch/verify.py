@@ -60,7 +60,7 @@ def _alone(job: Job, trainer: Trainer, weights: dict[str, Tensor]) -> Trainer:
     world, language = World(device=trainer.world.device), build(job.config)
     language.model.to(world.device).load_state_dict(weights)
     engine = make_engine(job.objective(language), job.config, world)
-    return Trainer(job.config, world, language, engine, make_context(job.config, world, language))
+    return Trainer(job.stage, world, language, engine, make_context(job.stage, world, language))
 
 
 def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Trainer, expected: float) -> Comparison:

@@ -17,9 +17,9 @@ import torch
 
 from launch import checkpoint, manifest, resume
 from launch.board import Attempt
-from launch.config import dump
 from launch.processes import World
 from launch.run import _save, prepare, start, train
+from launch.tables import dump
 from ringattn.testing import run_processes
 from tests.support.clock import patience
 from tests.support.pretrain import StopAt, config_file, records_of, refusal, run_until, tiny, world_of

@@ -207,7 +207,7 @@ def test_questions_are_at_the_end_and_answers_at_the_beginning() -> None:
 
 def test_sequences_grow_once_answers_are_right() -> None:
     task = RecallTask(RecallConfig(pairs=2), 20, seed=0)
-    progress = {"length": task.first_length(), "accuracy": 0.0}
+    progress = {"length": task.length(0, task.seqlen), "accuracy": 0.0}
     lengths = []
     for _ in range(3):
         task.learn(progress, 0.9, 1000)

@@ -1,0 +1,74 @@
+"""What a run leaves behind for those who watch it: scalars for TensorBoard, traces of given steps."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import Config
+from ringattn.testing import run_processes
+from tests.support.pretrain import config_file, records_of, refusal, run_until, tiny
+
+
+def test_tensorboard_shows_what_the_metrics_hold_once(text: Path, tmp_path: Path) -> None:
+    """Also the steps that a run does again, whose newest checkpoint was lost."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, config = tmp_path / "run", tiny(text, tensorboard=True, save_every=2)
+    run_until(0, 1, config, run, False, 2)
+    newest = run / "checkpoint" / "step-00000003"
+    newest.rename(newest.with_name("lost"))
+    run_until(0, 1, config, run, True, -1)
+    found, records = EventAccumulator(str(run / "tensorboard")).Reload(), records_of(run)
+    names = {name for name, value in records[0].items() if value is not None and name != "step"}
+    assert set(found.Tags()["scalars"]) == names | {"tokens_per_s"}
+    for name in names:
+        shown = found.Scalars(name)
+        assert [one.step for one in shown] == list(range(6))
+        assert [one.value for one in shown] == pytest.approx([record[name] for record in records], rel=1e-6)
+
+
+def test_tensorboard_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = refusal("--config", config_file(tmp_path, "tensorboard = false", "tensorboard = true"))
+    assert "tensorboard is set" in said and "pip install" in said
+
+
+def trace(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["traceEvents"]
+
+
+def traced(rank: int, world_size: int, config: Config, run: Path) -> None:
+    run_until(rank, world_size, config, run, False, -1)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_steps_that_are_asked_for_leave_traces_of_every_rank(ranks: int, text: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tiny(text, steps=3, profile=(1, 1))
+    run_processes(traced, ranks, config, run) if ranks > 1 else traced(0, 1, config, run)
+    names = {f"step-1{kind}.rank{rank}.json" for kind in ("", "-attention") for rank in range(ranks)}
+    assert {path.name for path in (run / "profile").iterdir()} == names
+    for rank in range(ranks):
+        calls = [e["name"] for e in trace(run / "profile" / f"step-1-attention.rank{rank}.json") if e["ph"] == "X"]
+        assert calls.count("attention forward") == calls.count("attention backward") == 2  # layers
+        operators = {event.get("name") for event in trace(run / "profile" / f"step-1.rank{rank}.json")}
+        assert {"aten::mm", "Optimizer.step#AdamW.step"} <= operators
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("[3]", "profile is (3,); it must be two whole numbers"),
+        ("[3, 2]", "profile is (3, 2); it must be two whole numbers"),
+        ("[6, 9]", "profile is [6, 9] in 6 steps, which are counted from 0"),
+    ],
+)
+def test_steps_that_cannot_be_traced_are_refused(profile: str, said: str, tmp_path: Path) -> None:
+    assert said in refusal("--config", config_file(tmp_path, "seed = 0", f"seed = 0\nprofile = {profile}"))
+
+
+def test_the_command_s_options_are_settings(tmp_path: Path) -> None:
+    file = config_file(tmp_path, "steps = 6", "steps = 5")
+    assert "profile is [9, 12] in 5 steps" in refusal("--config", file, "--profile", 9, 12)
