@@ -65,6 +65,7 @@ JOB = {
         f'a whole number from 1 to {SIZE}, or "auto"',
         1,
     ),
+    "max_logit": integer(0, COUNT, 10),
     "profile": Rule(
         lambda steps: steps == () or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
         "two whole numbers, the first and the last step to trace, counted from 0",
@@ -168,8 +169,9 @@ class Config:
     token between layers then.
     recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
     all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
-    tensorboard: the metrics are written for TensorBoard too. profile: the first and the last step, as the metrics count
-    them, of which each rank writes traces.
+    tensorboard: the metrics are written for TensorBoard too. max_logit: in every so many-th step the largest logit of
+    attention is among them, which costs one more forward of attention there; 0 for never. profile: the first and the
+    last step, as the metrics count them, of which each rank writes traces.
     share_gpus: more ranks of one machine than it has GPUs share these, over sockets, which is slow: for tests."""
 
     name: str
@@ -201,6 +203,7 @@ class Config:
     kernel: str = "auto"
     save_every: int = 0
     tensorboard: bool = False
+    max_logit: int = 0
     profile: tuple[int, ...] = ()
     timeout: float = 300.0
     seed: int = field(default=0)
@@ -285,6 +288,10 @@ class Config:
         """Whether traces of a step are asked for."""
         return bool(self.profile) and self.profile[0] <= step <= self.profile[1]
 
+    def watches_logits(self, step: int) -> bool:
+        """Whether a step looks for the largest logit."""
+        return bool(self.max_logit) and step % self.max_logit == 0
+
     def tokens(self, first: int = 0) -> int:
         """Of all steps from `first` on."""
         begins, stages = zip(*self.stages(), strict=True)
@@ -307,10 +314,10 @@ class Config:
                 f"residual is {self.residual!r} with dtype {self.dtype!r}, which is that of everything; leave it out, "
                 'or set dtype = "bfloat16"'
             )
-        if self.hf and (self.token_chunks != 1 or self.residual != "float32"):
+        if self.hf and (self.token_chunks != 1 or self.residual != "float32" or self.max_logit):
             raise ValueError(
-                f"token_chunks and residual are of the decoder in [model]; {shown(self.hf)} has layers of its own: "
-                "leave them out"
+                f"token_chunks, residual and max_logit are of the decoder in [model]; {shown(self.hf)} "
+                "has layers of its own: leave them out"
             )
 
     @property

@@ -28,13 +28,15 @@ def check_memory(parameters: int) -> None:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One micro-batch on one rank: int64 tokens and labels [rows, local_seqlen], labels shifted before they were
-    sharded; the context and each layer's mask; `count` targets on all ranks in all micro-batches of the step."""
+    sharded; the context and each layer's mask; `count` targets on all ranks in all micro-batches of the step; where
+    layers are to leave their `largest` logits, None where nobody asks for them."""
 
     tokens: Tensor
     labels: Tensor
     cp: ringattn.ContextParallel
     masks: Masks
     count: Tensor
+    largest: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

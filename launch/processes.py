@@ -88,6 +88,13 @@ class World:
             dist.all_reduce(numbers, group=self.group)
         return numbers.tolist()
 
+    def largest(self, value: Tensor) -> float:
+        """The largest of every process's scalar."""
+        number = value.detach().double().clone()
+        if self.group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return float(number)
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by rank 0's."""
         if self.group is not None:

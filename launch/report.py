@@ -37,7 +37,8 @@ class Record:
     """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats, `grad_norm` its gradient's
     before clipping, `position` the token of the stream at which the step began and `tokens` how many it took, each
     counted once; `seconds` is the whole step's wall time and `waiting_s` what rank 0's attention waited for others.
-    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall."""
+    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall,
+    `max_logit` the largest logit of any layer, head and token, in the steps that look for it."""
 
     step: int
     loss: float
@@ -50,6 +51,7 @@ class Record:
     seqlen: int
     documents: int
     accuracy: float | None
+    max_logit: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -193,7 +195,7 @@ def _read(path: Path) -> list[Record]:
         found = [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
         for record in found:
             for name, value in asdict(record).items():
-                if type(value) not in (int, float) and (name, value) != ("accuracy", None):
+                if type(value) not in (int, float) and (name, value) not in (("accuracy", None), ("max_logit", None)):
                     raise ValueError(f"{name} is {shown(value)}")
         if any(after.step <= before.step for before, after in pairwise(found)):
             raise ValueError("its steps do not rise")

@@ -294,7 +294,7 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     written = traced(job.run, step, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
     with written:
-        found = trainer.step(samples, lr, stop.number != 0)
+        found = trainer.step(samples, lr, stop.number != 0, config.watches_logits(step))
         seconds = time.perf_counter() - begin
     if not math.isfinite(found.loss) or not math.isfinite(found.norm):
         raise FloatingPointError(
@@ -314,5 +314,6 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
         seqlen=samples[0].tokens.shape[1],
         documents=len(samples[0].cu_seqlens) - 1,
         accuracy=found.accuracy if job.task.guesses else None,
+        max_logit=found.max_logit,
     )
     return record, found.asked

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ringattn
 from launch.config import Config
@@ -62,14 +62,15 @@ class Counters:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step found, the same on every rank: the mean loss (nats a target), the norm of its gradient before
-    clipping, the share of the targets guessed right (0 where none are counted), their number, and whether any rank was
-    asked to stop."""
+    clipping, the share of the targets guessed right (0 where none are counted), their number, whether any rank was
+    asked to stop, and the largest logit of attention where it was asked for."""
 
     loss: float
     norm: float
     accuracy: float
     targets: int
     asked: bool
+    max_logit: float | None = None
 
 
 @dataclass(slots=True)
@@ -107,12 +108,13 @@ class Trainer:
         self.world.split(config.data_parallel)
         self.cp = make_context(config, self.world, self.language)
 
-    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
+    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False, logits: bool = False) -> Outcome:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
         engine's, and is that of one process on every rank. `samples` are this replica's, one micro-batch each;
-        `asked` is whether this rank was asked to stop."""
+        `asked` is whether this rank was asked to stop, `logits` whether the largest one is wanted."""
         self.world.at("dealing out the samples")
-        inputs = self._inputs(samples)
+        largest: list[Tensor] | None = [] if logits else None
+        inputs = [replace(one, largest=largest) for one in self._inputs(samples)]
         # they stay on the device: a step waits for it once, at the sum
         shares, right = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, one in enumerate(inputs):
@@ -125,7 +127,8 @@ class Trainer:
         self.world.at("the sum of losses")
         loss, total, stop = self.world.sum_([shares, right, asked])
         targets = int(inputs[0].count)
-        return Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
+        found = Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
+        return replace(found, max_logit=self.world.largest(torch.stack(largest).amax())) if largest else found
 
     @torch.no_grad()
     def answer(self, sample: Sample) -> tuple[int, int]:
@@ -179,10 +182,10 @@ class Trainer:
         tokens = sum(int(self.cp.plans[mask].received[self._place]) for mask in masks)
         return tokens * (shape.forward.token + shape.backward.token) // self.cp.ulysses
 
-    def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
+    def step(self, samples: Sequence[Sample], lr: float, stop: bool, logits: bool = False) -> Outcome:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""
         self.engine.zero_grad()
-        found = self.loss_and_gradients(samples, stop)
+        found = self.loss_and_gradients(samples, stop, logits)
         if not math.isfinite(found.loss):
             return replace(found, norm=math.nan)  # the caller stops; the parameters are those of the step before
         self.world.at("the gradient's norm and the optimizer")

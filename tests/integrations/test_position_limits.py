@@ -32,8 +32,10 @@ def test_a_context_beyond_the_positions_is_said_once_with_the_setting() -> None:
 def test_what_is_said_helps() -> None:
     said = beyond_positions(LlamaConfig(**SHORT), 40)
     expected = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
-    assert setting(said) == expected and '"max_position_embeddings": 40' in said
-    mended = LlamaConfig(**SHORT, rope_parameters=expected)
+    assert setting(said) == expected and said.endswith('"max_position_embeddings": 40')
+    assert 'set "max_position_embeddings": 48, "rope_parameters"' in said  # else Transformers warns of the factor
+    mended = LlamaConfig(**{**SHORT, "max_position_embeddings": 48}, rope_parameters=expected)
+    assert beyond_positions(LlamaConfig(**SHORT, rope_parameters=expected), 48) is None
     assert beyond_positions(mended, 40) is None and beyond_positions(mended, 48) is None
     again = beyond_positions(mended, 49)
     assert "its RoPE is scaled to less" in again and setting(again)["factor"] == 4.0

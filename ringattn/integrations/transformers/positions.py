@@ -28,8 +28,10 @@ def beyond_positions(config: Any, seqlen: int) -> str | None:
     if not found:
         return f"{said}: there are no more positions; set, {otherwise}"
     how = "its RoPE is scaled to less" if any(_reach(each, limit) for each in _each(found)) else "its RoPE not scaled"
-    setting = json.dumps(_stretched(found, limit, seqlen))
-    return f'{said}, {how}; set "rope_parameters": {setting} in its config.json, or, {otherwise}'
+    stretched = _stretched(found, limit, seqlen)
+    reach = max(_reach(each, limit) for each in _each(stretched))
+    setting = f'"max_position_embeddings": {reach}, "rope_parameters": {json.dumps(stretched)}'
+    return f"{said}, {how}; set {setting} in its config.json, or, {otherwise}"
 
 
 def _each(parameters: dict[str, Any]) -> list[dict[str, Any]]:
