@@ -2,27 +2,22 @@
 type or a value that cannot work is refused before anything else happens. The effective settings are written
 back as TOML into the run's directory, so that a run can be resumed from its directory alone."""
 
-import difflib
-import json
 import math
-import re
-import tomllib
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from launch.rules import COUNT, SEED, SIZE, Rule, check, integer, number, shown
+from launch import engines
+from launch.rates import OptimizerConfig
+from launch.rules import COUNT, SEED, SIZE, Rule, check, check_choice, integer, nearest, number, shown
+from launch.tables import build, parse
 
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = ("float32", "float64", "bfloat16")
 RESIDUALS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
-ENGINES = ("ddp", "fsdp")
 TRANSPORTS = ("auto", "mpi")
-
 LARGEST_FILE = 1 << 20  # bytes of TOML
 
 MODEL = {
@@ -35,18 +30,6 @@ MODEL = {
     ),
     "rope_base": number(1, math.inf, 10000.0),
 }
-OPTIMIZER = {
-    "lr": number(0, math.inf, 1e-3, above=True),
-    "warmup": integer(0, COUNT, 10),
-    "final_lr": number(0, 1, 0.1),
-    "weight_decay": number(0, math.inf, 0.1),
-    "betas": Rule(
-        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-        "two numbers, each at least 0 and below 1",
-        [0.9, 0.95],
-    ),
-    "clip": Rule(lambda clip: clip > 0, "a number above 0, inf for none", 1.0),
-}
 LENGTHS = {"median": integer(2, COUNT, 1000), "sigma": number(0, 8, 1.0)}
 RECALL = {
     "pairs": integer(1, SIZE, 4),
@@ -55,6 +38,10 @@ RECALL = {
     "tokens": integer(1, 2**30, 2048),
     "enough": number(0, 1, 0.98, above=True, below=True),
     "questions": integer(1, COUNT, 200),
+}
+STAGE = {
+    "steps": integer(1, COUNT, 100),
+    "seqlen": integer(2, COUNT, 4096),
 }
 JOB = {
     "name": Rule(
@@ -78,17 +65,14 @@ JOB = {
         f'a whole number from 1 to {SIZE}, or "auto"',
         1,
     ),
+    "max_logit": integer(0, COUNT, 10),
+    "profile": Rule(
+        lambda steps: steps == () or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
+        "two whole numbers, the first and the last step to trace, counted from 0",
+        [3, 5],
+    ),
     "masks": Rule(lambda masks: len(masks) <= 10_000, "a list of at most 10,000 masks", ["causal()"]),
 }
-
-KINDS = {
-    int: "int, a whole number, for instance 1",
-    float: "float, a number, for instance 0.1",
-    str: 'str, text in quotes, for instance "x"',
-    bool: "bool, one of true and false",
-}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,35 +94,6 @@ class ModelConfig:
                 f"model.num_heads is {self.num_heads}, no multiple of model.num_kv_heads {self.num_kv_heads}: "
                 "every KV head must serve as many query heads; change one of them"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerConfig:
-    """AdamW with a linear warm-up of `warmup` steps and a cosine down to `final_lr` of `lr` at the last
-    step."""
-
-    lr: float
-    warmup: int
-    final_lr: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, ...] = (0.9, 0.95)
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(_values(self), OPTIMIZER, "optimizer.")
-        if self.lr * self.weight_decay >= 1:
-            raise ValueError(
-                f"optimizer.weight_decay is {self.weight_decay!r} at optimizer.lr {self.lr!r}; AdamW multiplies "
-                "weights by 1 - lr * weight_decay, which must be above 0: set a smaller one, for instance 0.1"
-            )
-
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of step `step` (from 0) of `steps`."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, steps - 1 - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +131,30 @@ class RecallConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
-    """One run.
+class StageConfig:
+    """Steps at the beginning of a run, behind those of the stages before, with sequences of another length. What is not
+    given is as in the rest of the run, which follows the last stage with the run's own settings."""
 
+    steps: int
+    seqlen: int
+    data_parallel: int | None = None
+    accumulate: int | None = None
+    ulysses: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check(_values(self), STAGE, "ramp: ")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What it puts in the place of the run's settings."""
+        return {name: value for name, value in _values(self).items() if name != "steps" and value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One run of `steps` steps, the last of them over sequences of `seqlen` tokens.
+
+    ramp: stages of shorter sequences before that (`StageConfig`), in tables [[ramp]].
     masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
     document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
@@ -193,6 +169,9 @@ class Config:
     token between layers then.
     recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
     all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
+    tensorboard: the metrics are written for TensorBoard too. max_logit: in every so many-th step the largest logit of
+    attention is among them, which costs one more forward of attention there; 0 for never. profile: the first and the
+    last step, as the metrics count them, of which each rank writes traces.
     share_gpus: more ranks of one machine than it has GPUs share these, over sockets, which is slow: for tests."""
 
     name: str
@@ -205,6 +184,7 @@ class Config:
     documents: bool = False
     lengths: LengthsConfig | None = None
     recall: RecallConfig | None = None
+    ramp: tuple[StageConfig, ...] = ()
     engine: str = "ddp"
     data_parallel: int = 1
     accumulate: int = 1
@@ -222,6 +202,9 @@ class Config:
     transport: str = "auto"
     kernel: str = "auto"
     save_every: int = 0
+    tensorboard: bool = False
+    max_logit: int = 0
+    profile: tuple[int, ...] = ()
     timeout: float = 300.0
     seed: int = field(default=0)
 
@@ -260,8 +243,66 @@ class Config:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         self._check_how()
-        check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, engines.NAMES)
         check_choice("transport", self.transport, TRANSPORTS)
+        self._check_ramp()
+        if self.profile and self.profile[0] >= self.steps:
+            raise ValueError(
+                f"profile is {list(self.profile)} in {self.steps} steps, which are counted from 0; set earlier ones, "
+                f"for instance [{self.steps - 1}, {self.steps - 1}], or leave it out"
+            )
+
+    def _check_ramp(self) -> None:
+        if self.ramp and self.recall:
+            raise ValueError("[recall] makes its sequences longer by itself; leave out [[ramp]]")
+        for index, stage in enumerate(self.ramp):
+            if stage.seqlen > self.seqlen:
+                raise ValueError(
+                    f"ramp[{index}].seqlen is {stage.seqlen} and seqlen {self.seqlen}, which is the longest and comes "
+                    f"last; set seqlen = {stage.seqlen}, or a shorter stage"
+                )
+            try:
+                replace(self, ramp=(), **stage.changes)
+            except ValueError as error:
+                raise ValueError(f"ramp[{index}]: {error}") from None
+
+    def stages(self) -> Iterator[tuple[int, "Config"]]:
+        """The first step of each stage, and the settings it has; the last one's are the run's own, and have no end."""
+        first = 0
+        for stage in self.ramp:
+            yield first, replace(self, ramp=(), **stage.changes)
+            first += stage.steps
+        yield first, replace(self, ramp=())
+
+    def at(self, step: int) -> "Config":
+        """The settings of a step."""
+        return self.since(step)[0]
+
+    def since(self, step: int) -> list["Config"]:
+        """Those of a step and of the stages behind it."""
+        stages = list(self.stages())
+        index = max(index for index, (first, _) in enumerate(stages) if first <= step)
+        return [stage for _, stage in stages[index:]]
+
+    def traces(self, step: int) -> bool:
+        """Whether traces of a step are asked for."""
+        return bool(self.profile) and self.profile[0] <= step <= self.profile[1]
+
+    def watches_logits(self, step: int) -> bool:
+        """Whether a step looks for the largest logit."""
+        return bool(self.max_logit) and step % self.max_logit == 0
+
+    def tokens(self, first: int = 0) -> int:
+        """Of all steps from `first` on."""
+        begins, stages = zip(*self.stages(), strict=True)
+        ends = [min(end, self.steps) for end in (*begins[1:], self.steps)]
+        counts = [max(0, end - max(begin, first)) for begin, end in zip(begins, ends, strict=True)]
+        return sum(count * stage.tokens_a_step for count, stage in zip(counts, stages, strict=True))
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Without the ramp."""
+        return self.seqlen * self.data_parallel * self.accumulate
 
     def _check_how(self) -> None:
         """How the built-in decoder's layers are computed, and on whose GPU."""
@@ -273,20 +314,16 @@ class Config:
                 f"residual is {self.residual!r} with dtype {self.dtype!r}, which is that of everything; leave it out, "
                 'or set dtype = "bfloat16"'
             )
-        if self.hf and (self.token_chunks != 1 or self.residual != "float32"):
+        if self.hf and (self.token_chunks != 1 or self.residual != "float32" or self.max_logit):
             raise ValueError(
-                f"token_chunks and residual are of the decoder in [model]; {shown(self.hf)} has layers of its own: "
-                "leave them out"
+                f"token_chunks, residual and max_logit are of the decoder in [model]; {shown(self.hf)} "
+                "has layers of its own: leave them out"
             )
 
     @property
     def keeps_documents_apart(self) -> bool:
         """Cutting text into documents is for keeping them apart."""
         return self.documents or self.lengths is not None
-
-
-def _values(settings: Any) -> dict[str, Any]:
-    return {entry.name: getattr(settings, entry.name) for entry in fields(settings)}
 
 
 def check_heads(ulysses: int | str, heads: int) -> None:
@@ -298,16 +335,8 @@ def check_heads(ulysses: int | str, heads: int) -> None:
         )
 
 
-def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError naming the nearest of `choices` unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"unknown {what} {shown(value)}{nearest(value, choices)}; known: {', '.join(choices)}")
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean ...?)' or nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+def _values(settings: Any) -> dict[str, Any]:
+    return {entry.name: getattr(settings, entry.name) for entry in fields(settings)}
 
 
 def find_config(name: str) -> Path:
@@ -327,77 +356,8 @@ def load(path: Path) -> Config:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise ValueError(f"{path.stat().st_size:,} bytes are no config; give a file of at most {LARGEST_FILE:,}")
-        return _build(Config, _parse(path.read_text(encoding="utf-8-sig")), "")
+        return build(Config, parse(path.read_text(encoding="utf-8-sig")), "")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the config as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """TOML. Raises ValueError with the line, what is wrong with it, and the rule."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r"at line (\d+)", str(error))
-        lines = text.splitlines()
-        line = lines[int(found[1]) - 1] if found and int(found[1]) <= len(lines) else ""
-        raise ValueError(
-            f"{shown(line.strip())} is no TOML: {error}; a key or table is given once, as key = value, text in quotes: "
-            "correct that line"
-        ) from None
-    except (RecursionError, ValueError) as error:  # the latter of a number with thousands of digits
-        raise ValueError(f"is no TOML that can be read: {error}; use fewer brackets, or shorter numbers") from None
-
-
-def dump(config: Config) -> str:
-    """TOML text from which `load` makes an equal config."""
-    values = {key: value for key, value in asdict(config).items() if value is not None}
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in tables]
-    for table, entries in tables.items():
-        lines += ["", f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in entries.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML, which is JSON but for infinity, characters beyond 16 bits and DEL."""
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    hints = typing.get_type_hints(cls)
-    unknown = [key for key in values if key not in hints]
-    if unknown:
-        key = shown(unknown[0])[1:-1]
-        raise ValueError(f"unknown key {where}{key}{nearest(unknown[0], hints)}; known: {', '.join(hints)}")
-    arguments = {key: _convert(value, hints[key], f"{where}{key}") for key, value in values.items()}
-    required = [f.name for f in fields(cls) if f.default is f.default_factory]  # type: ignore[arg-type]
-    missing = [name for name in required if name not in arguments]
-    if missing:
-        raise ValueError(f"missing key {where}{missing[0]}; it has no default: set it")
-    return cls(**arguments)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):  # X | None: TOML has no None, so a value is an X; or X | Y
-        kinds = typing.get_args(hint)
-        hint = type(value) if type(value) in kinds else kinds[0]
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} is {shown(value)}; it must be a table: write [{where}] and its keys below it")
-        return _build(hint, value, f"{where}.")
-    if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is {shown(value)}; it must be a list: put it in brackets")
-        item = typing.get_args(hint)[0]
-        return tuple(_convert(entry, item, f"{where}[{i}]") for i, entry in enumerate(value))
-    if hint is float and type(value) is int and abs(value) < 2**1023:
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{where} is {shown(value)}; it must be {KINDS[hint]}")
-    return value

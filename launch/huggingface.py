@@ -1,6 +1,7 @@
 """A Hugging Face decoder as the job sees it: built from a config.json, with random weights."""
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def allow_double(model: nn.Module) -> None:
         model.set_experts_implementation("eager")  # type: ignore[operator]
 
 
+def advice(model: nn.Module, seqlen: int) -> str | None:
+    """What is to be said of sequences that are longer than the model's positions reach, and the setting to write."""
+    from ringattn.integrations.transformers import beyond_positions
+
+    return beyond_positions(model.config, seqlen)
+
+
 def digest(path: Path) -> str:
     """Of the text of a config file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -88,10 +96,12 @@ class _Hidden:
         self.ring: Any = None
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        from ringattn.integrations.transformers import register
+        from ringattn.integrations.transformers import PositionWarning, register
 
         if self.ring is None:
-            self.ring = register(inputs.cp, self.model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PositionWarning)  # the job says it once, at the start
+                self.ring = register(inputs.cp, self.model)
         elif self.ring.cp is not inputs.cp:
             self.ring.use(inputs.cp)
         positions = inputs.cp.position_ids.to(inputs.tokens.device)[None]

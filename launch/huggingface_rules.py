@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launch.config import nearest
-from launch.rules import SIZE, Rule, check, integer, number, one_of
+from launch.rules import SIZE, Rule, check, integer, nearest, number, one_of
 
 LARGEST_FILE = 16 << 20
 LAYERS = 1_000

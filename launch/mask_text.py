@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ringattn
-from launch.config import nearest
-from launch.rules import shown
+from launch.rules import nearest, shown
 
 TERMS, CHARACTERS = 64, 4096  # more than a mask that anyone would write, and quick to read and to combine
 

@@ -35,6 +35,8 @@ def main(
     data_parallel: Annotated[int | None, typer.Option(help="replicas; the other ranks share a sequence")] = None,
     accumulate: Annotated[int | None, typer.Option(help="sequences of a replica in a step")] = None,
     transport: Annotated[str | None, typer.Option(help="auto or mpi: what attention's messages go over")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write metrics for TensorBoard too")] = False,
+    profile: Annotated[tuple[int, int] | None, typer.Option(help="trace these steps, FIRST LAST, from 0")] = None,
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""
@@ -51,6 +53,7 @@ def main(
     changes = {
         **{"steps": steps, "engine": engine, "transport": transport},
         **{"data_parallel": data_parallel, "accumulate": accumulate},
+        **{"tensorboard": tensorboard or None, "profile": profile},
     }
     given = {name: value for name, value in changes.items() if value is not None}
     sys.exit(perform(Request(config, tuple(data or ()), out, resume, overwrite, model, given, check), stop))

@@ -31,13 +31,15 @@ REFUSALS = (ValueError, NotImplementedError, ImportError, OSError, MemoryError)
 @dataclass(slots=True)
 class World:
     """The processes of a run as seen by one of them. `group` is None for a single one; `mesh` is data x context once
-    they are `split`; `board` is what they tell each other beside the group; `step` is the one that is under way."""
+    they are `split`, `meshes` are all of those so far, by their replicas; `board` is what they tell each other beside
+    the group; `step` is the one that is under way."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
     mesh: DeviceMesh | None = None
+    meshes: dict[int, DeviceMesh] = field(default_factory=dict)
     board: Board | None = None
     attempt: Attempt = ALONE
     step: int | None = None
@@ -48,18 +50,15 @@ class World:
             self.board.at(phase if self.step is None else f"step {self.step}, {phase}")
 
     def split(self, replicas: int) -> None:
-        """Makes the processes `replicas` groups that share a sequence each. Raises ValueError where that leaves some
-        over."""
-        if self.size % replicas:
-            raise ValueError(
-                f"data_parallel is {replicas} over {self.size} ranks, which leaves {self.size % replicas} over; start "
-                "a multiple of it, or set another data_parallel"
-            )
-        if self.group is not None:
-            self.mesh = data_context_mesh(self.device.type, data=replicas)
-            self.mesh["dp", "cp"]._flatten()  # what parameters are sharded over
+        """Makes the processes `replicas` groups that share a sequence each, which divides their number."""
+        if self.group is None:
+            return
+        if replicas not in self.meshes:
+            self.meshes[replicas] = mesh = data_context_mesh(self.device.type, data=replicas)
+            mesh["dp", "cp"]._flatten()  # what parameters are sharded over
             if self.board is not None:
                 limit_waits(self.board.timeout)
+        self.mesh = self.meshes[replicas]
 
     @property
     def replicas(self) -> int:
@@ -88,6 +87,13 @@ class World:
         if self.group is not None:
             dist.all_reduce(numbers, group=self.group)
         return numbers.tolist()
+
+    def largest(self, value: Tensor) -> float:
+        """The largest of every process's scalar."""
+        number = value.detach().double().clone()
+        if self.group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return float(number)
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by rank 0's."""
@@ -153,6 +159,7 @@ class World:
             self.board.end(DONE, 0, "it is done")
         if self.group is not None:
             self.group = self.mesh = None
+            self.meshes.clear()
             dist.destroy_process_group()
             gc.collect()
 

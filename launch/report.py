@@ -21,10 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.checkpoint import write_durably
-from launch.config import Config, dump
+from launch.config import Config
 from launch.flop import peak
 from launch.recall import Answers
 from launch.rules import shown
+from launch.scalars import Scalars
+from launch.tables import dump
 from launch.training import Counters
 
 FINAL_STEPS = 4  # single steps scatter with the text
@@ -35,7 +37,8 @@ class Record:
     """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats, `grad_norm` its gradient's
     before clipping, `position` the token of the stream at which the step began and `tokens` how many it took, each
     counted once; `seconds` is the whole step's wall time and `waiting_s` what rank 0's attention waited for others.
-    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall."""
+    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall,
+    `max_logit` the largest logit of any layer, head and token, in the steps that look for it."""
 
     step: int
     loss: float
@@ -48,6 +51,7 @@ class Record:
     seqlen: int
     documents: int
     accuracy: float | None
+    max_logit: float | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -65,8 +69,8 @@ class RankSummary:
 
 
 class Report:
-    """Writes into `run`: config.toml, metrics.jsonl and plot.png. `first` is the step a resumed run begins
-    with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
+    """Writes into `run`: config.toml, metrics.jsonl, plot.png and, where asked for, tensorboard/. `first` is the step a
+    resumed run begins with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
 
     def __init__(self, run: Path, config: Config, baseline: tuple[str, float], first: int) -> None:
         self.run = run
@@ -80,6 +84,7 @@ class Report:
         kept = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
         write_durably(run / "metrics.jsonl", kept.encode())
         self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
+        self.scalars = Scalars(run / "tensorboard", first) if config.tensorboard else None
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -100,6 +105,8 @@ class Report:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
         self.metrics.close()
+        if self.scalars is not None:
+            self.scalars.close()
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -109,12 +116,17 @@ class Report:
         """Notes one step."""
         self.records.append(record)
         self.metrics.write(json.dumps(asdict(record)) + "\n")
+        if self.scalars is not None:
+            self.scalars.add(record.step, {**asdict(record), "tokens_per_s": record.tokens_per_s})
         figures = f"loss {record.loss:.3f}  {record.tokens_per_s:,.0f} tokens/s"
         if record.accuracy is not None:
-            figures = f"{record.seqlen:,} tokens  {100 * record.accuracy:.0f} % right  {figures}"
+            figures = f"{100 * record.accuracy:.0f} % right  {figures}"
+        if record.accuracy is not None or self.config.ramp:
+            figures = f"{record.seqlen:,} tokens  {figures}"
         self.progress.update(self.task, completed=record.step + 1, figures=figures)
         if not self.console.is_terminal:
-            left = record.seconds * (self.config.steps - record.step - 1)
+            config = self.config
+            left = record.seconds * config.tokens(record.step + 1) / config.at(record.step).tokens_a_step
             self.say(f"step {record.step + 1}/{self.config.steps}  {figures}  about {left:.0f} s left")
 
     def summarize(self, ranks: Sequence[RankSummary], answers: Sequence[Answers]) -> None:
@@ -122,7 +134,9 @@ class Report:
         from launch.plot import draw  # slow to import, and only rank 0 draws
 
         self.progress.stop()
-        title = f"{self.config.name}: sequences of {self.config.seqlen:,} tokens on {len(ranks)} ranks"
+        lengths = sorted({record.seqlen for record in self.records} if self.config.ramp else {self.config.seqlen})
+        span = " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
+        title = f"{self.config.name}: sequences of {span} tokens on {len(ranks)} ranks"
         write_durably(self.run / "plot.png", draw(self.records, self.baseline, title))
         table = Table(title=Text(title), show_header=False)
         for name, value in self._rows(ranks):
@@ -181,7 +195,7 @@ def _read(path: Path) -> list[Record]:
         found = [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
         for record in found:
             for name, value in asdict(record).items():
-                if type(value) not in (int, float) and (name, value) != ("accuracy", None):
+                if type(value) not in (int, float) and (name, value) not in (("accuracy", None), ("max_logit", None)):
                     raise ValueError(f"{name} is {shown(value)}")
         if any(after.step <= before.step for before, after in pairwise(found)):
             raise ValueError("its steps do not rise")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.run import Job
 
 # the loss curve would break without a word; a Transformers config is compared by its text
-FIXED = ("model", "seqlen", "masks", "documents", "lengths", "recall", "seed")
+FIXED = ("model", "masks", "documents", "lengths", "recall", "seed")
 MARK, LOCK = "job.json", ".lock"
 
 
@@ -84,14 +84,13 @@ def check(job: "Job", saved: Saved) -> None:
     checkpoint.check_fit(saved, job.language.model)
     _check_text_and_model(path, there, fresh, config)
     before, now = saved.manifest.settings, settings_of(config)
-    for name in FIXED:
+    # recall grows its sequences up to `seqlen`, and has learnt something of them
+    for name in FIXED if config.recall is None else (*FIXED, "seqlen"):
         if name in before and before[name] != now[name]:
             raise ValueError(
                 f"checkpoint {path} was made with {_difference(name, before[name], now[name])}; resume with that, or "
                 "start a new run with --out"
             )
-    if config.recall is None and there["length"] != fresh["length"]:
-        raise ValueError(f"checkpoint {path} is of sequences of {there['length']} tokens, not {fresh['length']}")
     if job.restarted:
         return
     if there["step"] >= config.steps:
@@ -116,7 +115,7 @@ def changes(saved: Saved, config: Config) -> list[str]:
     """What may change in the middle of a run and did, a line each."""
     before, now = saved.manifest.settings, settings_of(config)
     names = [name for name in now if name in before and name not in FIXED and before[name] != now[name]]
-    return [f"from here on: {_difference(name, now[name], before[name])}" for name in names]
+    return [f"from here on: {said}" for name in names if (said := _difference(name, now[name], before[name]))]
 
 
 def _difference(name: str, was: Any, now: Any) -> str:

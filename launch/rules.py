@@ -1,6 +1,7 @@
 """Rules for the values of settings, as tables: what a value must be, in words, and one that works. A refusal names the
 value, the rule and the remedy."""
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -61,3 +62,15 @@ def one_of(choices: Iterable[str]) -> str:
     """Names in an error text."""
     names = sorted(choices)
     return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+
+
+def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError naming the nearest of `choices` unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"unknown {what} {shown(value)}{nearest(value, choices)}; known: {', '.join(choices)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""

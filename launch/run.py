@@ -7,22 +7,26 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
-from launch.config import Config, check_heads, dump
+from launch.config import Config, check_heads
 from launch.data import Sample
-from launch.engine import distribute
+from launch.engines import make_engine
 from launch.language import Language, Objective
 from launch.mask_text import parse_mask
 from launch.processes import World, check_device, check_transport
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
 from launch.rules import shown
+from launch.scalars import check_tensorboard
 from launch.stopping import StopSignal
+from launch.tables import dump
 from launch.tasks import Progress, RecallTask, Task, make_task
+from launch.traces import traced
 from launch.training import Outcome, Trainer, make_context
 
 
@@ -44,6 +48,16 @@ class Job:
     good: list[Path] = field(default_factory=list)
     locks: ExitStack = field(default_factory=ExitStack)
 
+    @property
+    def stage(self) -> Config:
+        """The settings of the next step."""
+        return self.config.at(self.progress["step"])
+
+    def settle(self, **progress: Any) -> None:
+        """Takes over progress; what comes next has the length that its stage wants."""
+        self.progress.update(progress)
+        self.progress["length"] = self.task.length(self.progress["length"], self.stage.seqlen)
+
     def samples(self, world: World) -> list[Sample]:
         """The samples of the next step that the process's replica takes."""
         return [self._sample(index) for index in range(world.replica, self._count(world), world.replicas)]
@@ -55,8 +69,13 @@ class Job:
     def move(self, world: World, found: Outcome) -> None:
         """Goes on to the next step, once it is done."""
         tokens = self.task.size(self.progress["length"]) * self._count(world)
-        self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
         self.task.learn(self.progress, found.accuracy, found.targets)
+        self.settle(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
+
+    def objective(self, language: Language) -> Objective:
+        """What an engine is given."""
+        config = self.config
+        return Objective(language, config.loss_chunks, self.task.guesses, autocast=config.dtype == "bfloat16")
 
     @property
     def done(self) -> bool:
@@ -64,7 +83,7 @@ class Job:
         return self.progress["step"] >= self.config.steps or self.task.learnt(self.progress)
 
     def _count(self, world: World) -> int:
-        return world.replicas * self.config.accumulate
+        return world.replicas * self.stage.accumulate
 
     def _sample(self, index: int) -> Sample:
         """The sample `index` of a step: samples lie one behind another in the stream."""
@@ -78,8 +97,9 @@ def build(config: Config) -> Language:
     torch.manual_seed(config.seed)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     for text in config.masks:
-        if not parse_mask(text).area(config.seqlen, config.seqlen):
-            raise ValueError(f"mask {shown(text)} lets no token attend to any; name another")
+        for _, stage in config.stages():
+            if not parse_mask(text).area(stage.seqlen, stage.seqlen):
+                raise ValueError(f"mask {shown(text)} lets no token of {stage.seqlen:,} attend to any; name another")
     if config.model is not None:
         language = model.decoder(config, config.model, tuple(map(parse_mask, config.masks)))
     else:
@@ -96,6 +116,8 @@ def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: At
     remedy."""
     check_device(config.device, config.share_gpus)
     check_transport(config.transport)
+    if config.tensorboard:
+        check_tensorboard()
     _check_place(config, run)
     restarted, there = resume.began_here(run, attempt), checkpoint.holds_any(run)
     if go_on and not restarted and not there:
@@ -112,9 +134,10 @@ def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: At
         **checkpoint.NO_PROGRESS,
         "text": task.digest,
         "model": huggingface.digest(Path(config.hf)) if config.hf else "",
-        "length": task.first_length(),
     }
-    return Job(config, run, go_on or restarted, restarted, attempt, progress, task, language)
+    job = Job(config, run, go_on or restarted, restarted, attempt, progress, task, language)
+    job.settle()
+    return job
 
 
 def _check_place(config: Config, run: Path) -> None:
@@ -136,11 +159,40 @@ def _check_place(config: Config, run: Path) -> None:
 def start(job: Job, world: World) -> Trainer:
     """Puts the same model on every rank, at the checkpoint if there is one. Raises ValueError where ranks
     differ."""
-    config, settings, language = job.config, job.config.optimizer, job.language
+    config, language = job.config, job.language
     world.at("comparing settings")
     world.agree({"config": config, "text": job.task.digest, "progress": job.progress})
+    world.at("looking for a checkpoint")
+    saved = resume.point(job, world)
+    if saved is not None:
+        job.settle(**saved.progress)
+        job.good.append(saved.path)
+    for stage in config.since(job.progress["step"]):
+        check_ranks(stage, world.size, job.task.length(0, stage.seqlen))
+    config = job.stage
     world.split(config.data_parallel)
-    context, shortest = world.size // world.replicas, job.task.first_length()
+    world.at("placing the model")
+    language.model.to(world.device)
+    world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
+    cp = make_context(config, world, language)
+    trainer = Trainer(config, world, language, make_engine(job.objective(language), config, world), cp)
+    world.at("loading the checkpoint")
+    if saved is not None:
+        checkpoint.load(saved, trainer.engine)
+    if world.rank == 0:
+        begin(job, saved is None)
+    return trainer
+
+
+def check_ranks(config: Config, ranks: int, shortest: int) -> None:
+    """Raises ValueError where so many ranks cannot be dealt out to the replicas of a stage, whose shortest sequences
+    have so many tokens."""
+    replicas, context = config.data_parallel, ranks // config.data_parallel
+    if ranks % replicas:
+        raise ValueError(
+            f"data_parallel is {replicas} over {ranks} ranks, which leaves {ranks % replicas} over; start a multiple "
+            "of it, or set another data_parallel"
+        )
     if context > shortest:
         raise ValueError(
             f"the first sequences have {shortest} tokens for {context} ranks; start fewer, or set data_parallel or "
@@ -152,31 +204,6 @@ def start(job: Job, world: World) -> Trainer:
             'does not divide; set a divisor of them, or "auto", in the config (of a run that is resumed: config.toml '
             "in its folder)"
         )
-    world.at("looking for a checkpoint")
-    saved = resume.point(job, world)
-    if saved is not None:
-        job.progress.update(saved.progress)
-        job.good.append(saved.path)
-    world.at("placing the model")
-    language.model.to(world.device)
-    world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
-    cp = make_context(config, world, language)
-    objective = Objective(language, config.loss_chunks, job.task.guesses)
-    module = distribute(objective, config.engine, world.mesh, config.timeout)
-    optimizer = torch.optim.AdamW(
-        language.model.parameters(),
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    trainer = Trainer(config, world, language, module, optimizer, cp)
-    world.at("loading the checkpoint")
-    if saved is not None:
-        checkpoint.load(saved, language.model, optimizer)
-    if world.rank == 0:
-        begin(job, saved is None)
-    return trainer
 
 
 def begin(job: Job, afresh: bool) -> None:
@@ -196,6 +223,7 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
         if report and job.done:
             report.say(f"all steps were done before the restart: step {progress['step']}")
         while not job.done and not asked:
+            _enter_stage(job, trainer, report)
             record, asked = _step(job, trainer, stop)
             if report:
                 report.add(record)
@@ -212,12 +240,11 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
 
 
 def _save(job: Job, trainer: Trainer) -> Path:
-    assert trainer.optimizer is not None
     world, settings = trainer.world, resume.settings_of(job.config)
     world.step = None
     world.at(f"saving after step {job.progress['step']}")
     try:
-        return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress, settings, job.good, world)
+        return checkpoint.save(job.run, trainer.engine, job.progress, settings, job.good, world)
     except OSError as error:
         raise OSError(
             f"step {job.progress['step']} could not be saved: {error}; {checkpoint.remaining(job.run)}; make room, or "
@@ -227,16 +254,33 @@ def _save(job: Job, trainer: Trainer) -> Path:
 
 def _open_report(job: Job, trainer: Trainer) -> Report:
     config, world = job.config, trainer.world
-    tokens = config.steps * config.seqlen * world.replicas * config.accumulate
     world.at("counting bytes")
-    report = Report(job.run, config, job.task.baseline(tokens), job.progress["step"])
+    report = Report(job.run, config, job.task.baseline(config.tokens()), job.progress["step"])
     if world.size > 1:
         heads = f", heads split over {trainer.cp.ulysses} neighbours" if trainer.cp.ulysses > 1 else ""
         report.say(f"{world.size} ranks: {world.replicas} x {world.size // world.replicas} (data x context){heads}")
     if config.hf:
         report.say(f"{type(trainer.model).__name__} of {config.hf}: masks are the model's own")
+        if said := huggingface.advice(trainer.model, config.seqlen):
+            report.say(f"warning: {said}")
     report.say(trainer.cp.describe())
     return report
+
+
+def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
+    """Where the next step is one of another stage, which is said."""
+    stage = job.stage
+    if stage == trainer.config:
+        return
+    trainer.world.at(f"going on with {stage.seqlen} tokens")
+    trainer.enter(stage)
+    if report:
+        cp, world = trainer.cp, trainer.world
+        among = f", {world.replicas} x {world.size // world.replicas} ranks (data x context)" if world.size > 1 else ""
+        report.say(
+            f"from step {job.progress['step'] + 1} on: sequences of {stage.seqlen:,} tokens{among}, "
+            f"layout {cp.q_layout.name}, schedule {cp.schedule}"
+        )
 
 
 def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
@@ -248,13 +292,15 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
     world.at("reading data")
     samples = job.samples(world)
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
-    found = trainer.step(samples, lr, stop.number != 0)
+    written = traced(job.run, step, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
+    with written:
+        found = trainer.step(samples, lr, stop.number != 0, config.watches_logits(step))
+        seconds = time.perf_counter() - begin
     if not math.isfinite(found.loss) or not math.isfinite(found.norm):
         raise FloatingPointError(
             f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; "
             f"{checkpoint.remaining(job.run)}; resume with a lower optimizer.lr"
         )
-    seconds = time.perf_counter() - begin
     job.move(world, found)
     record = Record(
         step=step,
@@ -268,5 +314,6 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
         seqlen=samples[0].tokens.shape[1],
         documents=len(samples[0].cu_seqlens) - 1,
         accuracy=found.accuracy if job.task.guesses else None,
+        max_logit=found.max_logit,
     )
     return record, found.asked

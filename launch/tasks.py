@@ -34,8 +34,9 @@ class Task(Protocol):
     def size(self, length: int) -> int:
         """Tokens of a sample: how far the next one lies behind it in the stream."""
 
-    def first_length(self) -> int:
-        """Of the sequences of step 0."""
+    def length(self, reached: int, seqlen: int) -> int:
+        """Of the sequences of a step whose stage has `seqlen`, where those before had `reached`, 0 if there were
+        none."""
 
     def rate(self, length: int) -> float:
         """What the learning rate is multiplied by at a length."""
@@ -52,8 +53,8 @@ class TextTask:
 
     least_vocabulary, guesses = 256, False
 
-    def __init__(self, text: Text, seqlen: int, apart: bool) -> None:
-        self.text, self.seqlen, self.apart, self.digest = text, seqlen, apart, text.digest
+    def __init__(self, text: Text, apart: bool) -> None:
+        self.text, self.apart, self.digest = text, apart, text.digest
 
     def sample(self, position: int, length: int) -> Sample:
         """See `Text.sample`; attention crosses the borders of documents unless they are kept apart."""
@@ -70,9 +71,9 @@ class TextTask:
         of = "" if counted == read else f" of the first {COUNTED >> 20} MiB"
         return f"unigram entropy{of}", self.text.unigram_entropy(0, counted)
 
-    def first_length(self) -> int:
-        """All sequences are of one length."""
-        return self.seqlen
+    def length(self, reached: int, seqlen: int) -> int:
+        """That of the stage."""
+        return seqlen
 
     def rate(self, length: int) -> float:
         """All steps are of one size."""
@@ -122,14 +123,14 @@ class RecallTask:
         """Of a guess among all values."""
         return f"a guess among {self.config.values} values", math.log(self.config.values)
 
-    def first_length(self) -> int:
-        """Pairs and questions, nothing between them."""
-        return 4 * self.config.pairs
+    def length(self, reached: int, seqlen: int) -> int:
+        """At first pairs and questions, nothing between them; longer ones are made by `learn`."""
+        return max(reached, 4 * self.config.pairs)
 
     def rate(self, length: int) -> float:
         """The root of the number of questions: the fewer there are in a step, the noisier its gradient (the rule for
         Adam in Malladi et al., 2022, arXiv:2205.10287)."""
-        first = self.first_length()
+        first = self.length(0, self.seqlen)
         return math.sqrt(self.size(length) // length / (self.size(first) // first))
 
     def learn(self, progress: Progress, accuracy: float, answers: int) -> None:
@@ -148,4 +149,4 @@ def make_task(config: Config) -> Task:
     if config.recall is not None:
         return RecallTask(config.recall, config.seqlen, config.seed)
     text = open_text(config.data, config.seqlen, config.seed, config.lengths)
-    return TextTask(text, config.seqlen, config.keeps_documents_apart)
+    return TextTask(text, config.keeps_documents_apart)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ringattn
 from launch.config import Config
 from launch.data import Sample
-from launch.engine import clip, summing
+from launch.engines import Engine
 from launch.flop import model_flop
 from launch.language import Inputs, Language, Masks
 from launch.processes import World
@@ -62,29 +62,30 @@ class Counters:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a step found, the same on every rank: the mean loss (nats a target), the norm of its gradient before
-    clipping, the share of the targets guessed right (0 where none are counted), their number, and whether any rank was
-    asked to stop."""
+    clipping, the share of the targets guessed right (0 where none are counted), their number, whether any rank was
+    asked to stop, and the largest logit of attention where it was asked for."""
 
     loss: float
     norm: float
     accuracy: float
     targets: int
     asked: bool
+    max_logit: float | None = None
 
 
 @dataclass(slots=True)
 class Trainer:
-    """The model and what it is trained with. `module` is the objective as the engine wraps it; `cp` is the context of
-    the latest sample."""
+    """The model and what it is trained with. `config` has the settings of the stage; `engine` has the parameters; `cp`
+    is the context of the latest sample."""
 
     config: Config
     world: World
     language: Language
-    module: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    engine: Engine
     cp: ringattn.ContextParallel
     required: int = 0
     flop: int = 0
+    past: Counters = Counters(0, 0, 0.0)  # of contexts over other groups of ranks
 
     @property
     def model(self) -> nn.Module:
@@ -94,35 +95,46 @@ class Trainer:
     def counters(self) -> Counters:
         """Totals since the start of the process."""
         traffic = self.cp.traffic()
-        return Counters(sum(traffic["received"].values()), self.required, traffic["wait_seconds"], self.flop)
+        received = self.past.received + sum(traffic["received"].values())
+        return Counters(received, self.required, self.past.waited + traffic["wait_seconds"], self.flop)
 
-    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
+    def enter(self, config: Config) -> None:
+        """Goes on with the settings of another stage of the run. Collective."""
+        before, self.config = self.config, config
+        if (config.data_parallel, config.ulysses) == (before.data_parallel, before.ulysses):
+            self.cp = self.cp.replace(seqlen=config.seqlen, mask=self.language.distinct)
+            return
+        self.past = self.counters()
+        self.world.split(config.data_parallel)
+        self.cp = make_context(config, self.world, self.language)
+
+    def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False, logits: bool = False) -> Outcome:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
-        parameters' `.grad`, and is that of one process on every rank. `samples` are this replica's, one micro-batch
-        each; `asked` is whether this rank was asked to stop."""
+        engine's, and is that of one process on every rank. `samples` are this replica's, one micro-batch each;
+        `asked` is whether this rank was asked to stop, `logits` whether the largest one is wanted."""
         self.world.at("dealing out the samples")
-        inputs = self._inputs(samples)
+        largest: list[Tensor] | None = [] if logits else None
+        inputs = [replace(one, largest=largest) for one in self._inputs(samples)]
         # they stay on the device: a step waits for it once, at the sum
         shares, right = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, one in enumerate(inputs):
-            with summing(self.module, last=index == len(inputs) - 1):
+            with self.engine.summing(last=index == len(inputs) - 1):
                 self.world.at("forward")
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-                    share, guessed = self.module(one)
+                share, guessed = self.engine(one)
                 self.world.at("backward and the sum of gradients")
-                share.backward()
+                self.engine.backward(share * self.engine.loss_scale)
             shares, right = shares + share.detach(), right + guessed
         self.world.at("the sum of losses")
         loss, total, stop = self.world.sum_([shares, right, asked])
         targets = int(inputs[0].count)
-        return Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
+        found = Outcome(loss, 0.0, total / max(1, targets), targets, stop > 0)
+        return replace(found, max_logit=self.world.largest(torch.stack(largest).amax())) if largest else found
 
     @torch.no_grad()
     def answer(self, sample: Sample) -> tuple[int, int]:
         """How many targets of the replicas' samples are guessed right, and how many there are."""
         (inputs,) = self._inputs([sample])
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            _, right = self.module(inputs)
+        _, right = self.engine(inputs)
         return int(self.world.sum_([right])[0]), int(inputs.count)
 
     def _inputs(self, samples: Sequence[Sample]) -> list[Inputs]:
@@ -170,17 +182,11 @@ class Trainer:
         tokens = sum(int(self.cp.plans[mask].received[self._place]) for mask in masks)
         return tokens * (shape.forward.token + shape.backward.token) // self.cp.ulysses
 
-    def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
+    def step(self, samples: Sequence[Sample], lr: float, stop: bool, logits: bool = False) -> Outcome:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        found = self.loss_and_gradients(samples, stop)
-        self.world.at("the gradient's norm")
-        norm = clip(self.module, self.config.optimizer.clip)
-        if not math.isfinite(found.loss) or not math.isfinite(norm):
-            return replace(found, norm=norm)  # the caller stops; the parameters are those of the step before
-        self.world.at("the optimizer")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return replace(found, norm=norm)
+        self.engine.zero_grad()
+        found = self.loss_and_gradients(samples, stop, logits)
+        if not math.isfinite(found.loss):
+            return replace(found, norm=math.nan)  # the caller stops; the parameters are those of the step before
+        self.world.at("the gradient's norm and the optimizer")
+        return replace(found, norm=self.engine.step(lr))

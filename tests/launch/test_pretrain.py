@@ -18,14 +18,14 @@ import torch.nn.functional as F
 
 import ringattn
 from launch import checkpoint
-from launch.config import CONFIGS, Config, OptimizerConfig, dump, load
+from launch.config import CONFIGS, Config, OptimizerConfig, load
 from launch.data import Sample, open_text
-from launch.engine import whole
 from launch.language import Inputs, Objective
 from launch.mask_text import parse_mask
 from launch.model import Decoder, rotate
 from launch.processes import World
 from launch.run import prepare, start, train
+from launch.tables import dump
 from launch.tasks import make_task
 from launch.verify import verify
 from ringattn.loss import IGNORED
@@ -177,7 +177,7 @@ def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple
         for sample in samples_of(config):
             trainer.model.zero_grad()
             loss = trainer.loss_and_gradients([sample]).loss
-            gradients = {name: whole(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
+            gradients = {name: whole.numpy().copy() for name, whole in trainer.engine.gradients().items()}
             found.append((loss, gradients))
     return found
 
@@ -368,8 +368,6 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: 
     deeper = config_file(tmp_path, "num_layers = 2", "num_layers = 3", config)
     assert "layers.2.qkv.weight is missing there" in refusal("--resume", run, "--config", deeper)
     assert "another text" not in said
-    longer = config_file(tmp_path, f"seqlen = {config.seqlen}", "seqlen = 300", config)
-    assert f"was made with seqlen = {config.seqlen}, not 300" in refusal("--resume", run, "--config", longer)
     other = config_file(tmp_path, "head_dim = 8", "head_dim = 4", tiny(text))
     other.write_text(
         other.read_text().replace("num_heads = 4", "num_heads = 8").replace("kv_heads = 2", "kv_heads = 4")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import dump
+from launch.tables import dump
 from ringattn.testing import run_processes
 from tests.support.clock import patience
 from tests.support.launched import TIMEOUT, Launched, hit

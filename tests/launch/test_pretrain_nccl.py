@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.config import dump
 from launch.processes import check_device
+from launch.tables import dump
 from tests.support.clock import patience
 from tests.support.launched import Launched, hit
 from tests.support.pretrain import records_of, tiny

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launch.config import dump, load
+from launch.config import load
 from launch.mask_text import parse_mask
 from launch.processes import REFUSALS, World
 from launch.run import prepare, start
+from launch.tables import dump
 from tests.support.clock import patience
 from tests.support.hf_models import hf_file
 from tests.support.pretrain import TINY, config_file, refusal, tiny

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from launch.config import Config, ModelConfig, OptimizerConfig, dump
+from launch.config import Config, ModelConfig, OptimizerConfig
 from launch.processes import World
 from launch.run import Job, prepare, start, train
+from launch.tables import dump
 
 TINY = Config(
     name="tiny",

@@ -32,14 +32,17 @@ _check_version()
 
 from ringattn.integrations.transformers.attention import register  # noqa: E402
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler, shard_batch  # noqa: E402
+from ringattn.integrations.transformers.positions import PositionWarning, beyond_positions  # noqa: E402
 from ringattn.integrations.transformers.ring import Ring  # noqa: E402
 from ringattn.integrations.transformers.structure import layer_masks, masks_of, shape_of  # noqa: E402
 from ringattn.integrations.transformers.trainer import ShardedTrainerMixin  # noqa: E402
 
 __all__ = [
+    "PositionWarning",
     "Ring",
     "ShardedTrainerMixin",
     "ShardingCollator",
+    "beyond_positions",
     "layer_masks",
     "masks_of",
     "register",

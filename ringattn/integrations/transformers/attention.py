@@ -3,6 +3,7 @@ to `ringattn.attention`; what cannot be kept is refused with the model, the argu
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ringattn.attention import attention
 from ringattn.comm import together
 from ringattn.context import ContextParallel
+from ringattn.integrations.transformers.positions import PositionWarning, beyond_positions
 from ringattn.integrations.transformers.ring import Ring
 from ringattn.integrations.transformers.structure import Structure, describe_model, mask_function, window
 
@@ -176,7 +178,9 @@ def register(
         name: the attention implementation's name.
         check_positions: whether `position_ids` are compared with the tokens' positions (see `Ring`).
 
-    Returns the ring; `ring.use(cp)` takes another context for the calls that follow.
+    Returns the ring; `ring.use(cp)` takes another context for the calls that follow. Warns with the setting to write
+    (`PositionWarning`) where the context's sequences are longer than the model's `max_position_embeddings` and its RoPE
+    is not scaled to them.
 
     Raises `ValueError` for a name that Transformers would take for something else, or that is taken.
     """
@@ -196,6 +200,9 @@ def register(
         registered.default.use(cp)
         return registered.default
     ring = Ring(cp, check_positions)
+    said = None if model is None else beyond_positions(model.config, cp.seqlen)
+    if said is not None:
+        warnings.warn(said, PositionWarning, stacklevel=2)
     if model is None:
         registered.default = ring
     else:
