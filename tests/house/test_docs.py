@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ringattn
 from ringattn.testing import run_processes
+from tests.support import zero
 from tests.support.hf_models import build, configs
 from tests.support.rows import Rows
 
@@ -97,6 +98,28 @@ def test_the_trainer_block_trains_as_one_process(tmp_path: Path) -> None:
     alone, both = (run_processes(trainer_block, n, code, tmp_path / str(n), timeout=100)[0] for n in (1, 2))
     assert len(alone) == 2
     assert both == pytest.approx(alone, rel=1e-5)
+
+
+def deepspeed_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
+    zero.begin(rank, world_size)
+    from deepspeed.utils import safe_get_full_grad
+
+    config = configs()["gemma3"]
+    names = everything() | {"seqlen": SEQLEN, "config": config, "model": build(config).float(), "ids": Rows(1).ids}
+    exec(code.replace("engine.step()", ""), names)  # which drops them
+    return {name: safe_get_full_grad(p).double() for name, p in names["model"].named_parameters()}
+
+
+@pytest.mark.slow
+def test_the_deepspeed_block_equals_one_process() -> None:
+    code = blocks("README.md")["Under DeepSpeed"][0]
+    assert code.endswith("engine.step()\n")
+    model, ids = build(configs()["gemma3"]), Rows(1).ids
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for found in run_processes(deepspeed_block, 2, code, timeout=100):
+        for name, parameter in model.named_parameters():
+            bound = 1e-5 * float(parameter.grad.abs().max())  # fp32 weights
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)
 
 
 WIDTH, IDS = 12, 31
