@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +17,19 @@ import safetensors
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from launch import manifest
 from launch.config import nearest
+from launch.engines import MODEL, Engine, weights_of
 from launch.manifest import Damaged, Manifest, Piece
 from launch.processes import World
 from launch.tasks import Progress
 
 NO_PROGRESS: Progress = {"step": 0, "position": 0, "text": "", "model": "", "length": 0, "accuracy": 0.0}
 KEPT = 2
+Shape = tuple[int, ...]
+Placed = tuple[Shape, Tensor]  # where a block begins in its tensor, and the block
 STEP, SAVING = re.compile(r"step-([0-9]{8,})"), re.compile(r"saving-[0-9]{8,}")
-MODEL, OPTIMIZER = "model.", "optimizer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def check_fit(saved: Saved, model: nn.Module) -> None:
     shape differs; nothing is changed."""
     index = saved.manifest.tensors
     there = {key.removeprefix(MODEL): shape for key, (shape, _) in index.items() if key.startswith(MODEL)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in _weights(model).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in weights_of(model).items()}
     wrong = [
         f"{name} is {list(there[name])} there and {list(shape)} in the model"
         for name, shape in wanted.items()
@@ -137,8 +138,7 @@ def check_fit(saved: Saved, model: nn.Module) -> None:
 
 def save(
     run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     progress: Progress,
     settings: dict[str, Any],
     good: list[Path],
@@ -151,29 +151,30 @@ def save(
     if good and good[-1] == path:
         return path  # nothing has been done since
     saving = path.with_name(path.name.replace("step", "saving"))
-    tensors = _state(model, optimizer)
-    _check_finite(tensors, progress["step"], run, world)
+    shapes, own = _own(engine, progress["step"], run, world)
     world.together(lambda: _begin(saving) if world.rank == 0 else None)
-    written = world.together(lambda: _write(saving, tensors, world.rank, world.size))
+    written = world.together(lambda: _write(saving, own, world.rank))
     good.append(path)
-    manifest_of = _assemble(written, tensors, progress, settings)
+    manifest_of = _assemble(written, shapes, progress, settings)
     world.together(lambda: _finish(saving, path, manifest_of, good) if world.rank == 0 else None)
     return path
 
 
-def load(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills model and optimizer from a checkpoint that `choose` and `check_fit` have passed."""
-    with ExitStack() as opened, torch.no_grad():
+def load(saved: Saved, engine: Engine) -> None:
+    """Fills an engine from a checkpoint that `choose` and `check_fit` have passed."""
+    with ExitStack() as opened:
         files = {
             name: opened.enter_context(safetensors.safe_open(saved.path / name, framework="pt"))
             for name in saved.manifest.files
         }
-        for key, tensor in _state(model, optimizer).items():
+
+        def read(key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
             if key not in saved.manifest.tensors:
                 raise Damaged(f"checkpoint {saved.path} lacks {key}; start a new run with --out or --overwrite")
-            offsets, local = _block(tensor)
-            for piece in saved.manifest.tensors[key][1]:
-                _copy(files[piece.file], key, piece, offsets, local)
+            pieces = saved.manifest.tensors[key][1]
+            return _block(files, key, pieces, offsets, sizes)
+
+        engine.load(read)
 
 
 def discard(run: Path, keep: tuple[Path, ...] = ()) -> None:
@@ -215,20 +216,19 @@ def _begin(saving: Path) -> None:
     saving.mkdir(parents=True)
 
 
-def _write(saving: Path, tensors: Mapping[str, Tensor], rank: int, size: int) -> list[Any]:
+def _write(saving: Path, own: Mapping[str, Placed], rank: int) -> list[Any]:
     """This rank's file; its name, length and checksum, and the pieces in it."""
-    mine = {key: (offsets, local) for key, offsets, local in _pieces(tensors, rank, size)}
-    data = to_bytes({key: local.detach().cpu().contiguous() for key, (_, local) in mine.items()})
+    data = to_bytes({key: block.contiguous() for key, (_, block) in own.items()})
     name = f"rank-{rank:05d}.safetensors"
     write_durably(saving / name, data)
-    pieces = {key: [offsets, list(local.shape)] for key, (offsets, local) in mine.items()}
+    pieces = {key: [offsets, list(block.shape)] for key, (offsets, block) in own.items()}
     return [name, len(data), hashlib.sha256(data).hexdigest(), pieces]
 
 
 def _assemble(
-    written: list[list[Any]], tensors: Mapping[str, Tensor], progress: Progress, settings: dict[str, Any]
+    written: list[list[Any]], shapes: Mapping[str, Shape], progress: Progress, settings: dict[str, Any]
 ) -> Manifest:
-    pieces: dict[str, list[Piece]] = {key: [] for key in tensors}
+    pieces: dict[str, list[Piece]] = {key: [] for key in shapes}
     for name, _, _, blocks in written:
         for key, (offsets, sizes) in blocks.items():
             pieces[key].append(Piece(name, tuple(offsets), tuple(sizes)))
@@ -236,7 +236,7 @@ def _assemble(
         dict(progress),
         settings,
         {name: (size, digest) for name, size, digest, _ in written},
-        {key: (tuple(tensor.shape), tuple(pieces[key])) for key, tensor in tensors.items()},
+        {key: (shape, tuple(pieces[key])) for key, shape in shapes.items()},
     )
 
 
@@ -260,10 +260,19 @@ def _sync(folder: Path) -> None:
         os.close(number)
 
 
-def _check_finite(tensors: Mapping[str, Tensor], step: int, run: Path, world: World) -> None:
-    local = {key: _block(tensor)[1] for key, tensor in tensors.items()}
-    finite = torch.stack([block.isfinite().all() for block in local.values()]).tolist()
-    bad = next((key for key, is_finite in zip(local, finite, strict=True) if not is_finite), "")
+def _own(engine: Engine, step: int, run: Path, world: World) -> tuple[dict[str, Shape], dict[str, Placed]]:
+    """The shapes of all tensors, and where those blocks begin that this rank writes: its part of what lies in parts,
+    and its share of what all ranks hold. Raises FloatingPointError for what is not finite on any rank."""
+    shapes: dict[str, Shape] = {}
+    own: dict[str, Placed] = {}
+    finite: dict[str, Tensor] = {}
+    for index, (key, part) in enumerate(engine.state()):
+        shapes[key] = part.shape
+        finite[key] = part.block.isfinite().all()
+        if part.block.numel() and (index % world.size == world.rank or not part.shared):
+            own[key] = (part.offsets, part.block.cpu())
+    answers = torch.stack(list(finite.values())).tolist()
+    bad = next((key for key, is_finite in zip(finite, answers, strict=True) if not is_finite), "")
     found = [(rank, key) for rank, key in enumerate(world.tell(bad)) if key]
     if found:
         rank, key = found[0]
@@ -271,6 +280,7 @@ def _check_finite(tensors: Mapping[str, Tensor], step: int, run: Path, world: Wo
             f"{key} is not finite on rank {rank} after {step} steps, which is not saved; {remaining(run)}; resume with "
             "a lower optimizer.lr"
         )
+    return shapes, own
 
 
 def remaining(run: Path) -> str:
@@ -279,60 +289,23 @@ def remaining(run: Path) -> str:
     return "there is no checkpoint yet" if last is None else f"{last} is untouched"
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """What `state_dict` names, tied tensors once."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors to save, or to load into. AdamW makes its state at the first step; until then it is zeros
-    here."""
-    for parameter in model.parameters():
-        if parameter not in optimizer.state:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    tensors = {MODEL + name: tensor for name, tensor in _weights(model).items()}
-    for name, parameter in model.named_parameters():
-        for what, tensor in optimizer.state[parameter].items():
-            tensors[f"{OPTIMIZER}{name}.{what}"] = tensor
-    return {key: tensor.detach() for key, tensor in tensors.items()}
-
-
-def _block(tensor: Tensor) -> tuple[list[int], Tensor]:
-    """Where this rank's part of a tensor begins in it, and the part."""
-    if not isinstance(tensor, DTensor):
-        return [0] * tensor.ndim, tensor
-    (chunk,) = tensor.__create_chunk_list__()
-    return list(chunk.offsets), tensor.to_local()
-
-
-def _pieces(tensors: Mapping[str, Tensor], rank: int, size: int) -> Iterator[tuple[str, list[int], Tensor]]:
-    """What this rank writes: its part of what is sharded, and its share of what all ranks hold."""
-    for index, (key, tensor) in enumerate(tensors.items()):
-        offsets, local = _block(tensor)
-        if isinstance(tensor, DTensor):
-            if local.numel():
-                yield key, offsets, local
-        elif index % size == rank:
-            yield key, offsets, local
-
-
-def _copy(file: Any, key: str, piece: Piece, offsets: list[int], local: Tensor) -> None:
-    """What a piece and this rank's block have in common."""
-    if not piece.sizes:
-        local.copy_(file.get_tensor(key))
-        return
-    here, there = [], []
-    for offset, size, begin, length in zip(piece.offsets, piece.sizes, offsets, local.shape, strict=True):
-        first, last = max(offset, begin), min(offset + size, begin + length)
-        if first >= last:
-            return
-        here.append(slice(first - begin, last - begin))
-        there.append(slice(first - offset, last - offset))
-    local[tuple(here)].copy_(file.get_slice(key)[tuple(there)])
+def _block(
+    files: Mapping[str, Any], key: str, pieces: Sequence[Piece], offsets: Sequence[int], sizes: Sequence[int]
+) -> Tensor:
+    """A block of a tensor, out of the pieces that have something of it."""
+    block = None
+    for piece in pieces:
+        here, there = [], []
+        for offset, size, begin, length in zip(piece.offsets, piece.sizes, offsets, sizes, strict=True):
+            first, last = max(offset, begin), min(offset + size, begin + length)
+            here.append(slice(first - begin, last - begin))
+            there.append(slice(first - offset, last - offset))
+        if any(cut.start >= cut.stop for cut in here):
+            continue
+        found = files[piece.file].get_slice(key)[tuple(there)] if there else files[piece.file].get_tensor(key)
+        if list(found.shape) == list(sizes):
+            return found
+        if block is None:
+            block = found.new_empty(tuple(sizes))
+        block[tuple(here)] = found
+    return torch.empty(tuple(sizes)) if block is None else block  # none of it: an empty one

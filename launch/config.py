@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launch import engines
 from launch.rules import COUNT, SEED, SIZE, Rule, check, integer, number, shown
 
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = ("float32", "float64", "bfloat16")
 RESIDUALS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
-ENGINES = ("ddp", "fsdp")
 TRANSPORTS = ("auto", "mpi")
 
 LARGEST_FILE = 1 << 20  # bytes of TOML
@@ -260,7 +260,7 @@ class Config:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         self._check_how()
-        check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, engines.NAMES)
         check_choice("transport", self.transport, TRANSPORTS)
 
     def _check_how(self) -> None:

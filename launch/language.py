@@ -62,14 +62,18 @@ class Language:
 class Objective(nn.Module):
     """`objective(inputs)` is this rank's share of the mean loss, in nats, and how many targets the model would have
     guessed right (0 unless `guesses`: that takes the targets' logits once more). All of the model runs inside, so
-    that wrappers which gather parameters around `forward` have them there."""
+    that wrappers which gather parameters around `forward` have them there; `autocast`: to bfloat16."""
 
-    def __init__(self, language: Language, chunks: int, guesses: bool) -> None:
+    def __init__(self, language: Language, chunks: int, guesses: bool, autocast: bool = False) -> None:
         super().__init__()
         self.model = language.model
-        self.language, self.chunks, self.guesses = language, chunks, guesses
+        self.language, self.chunks, self.guesses, self.autocast = language, chunks, guesses, autocast
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        with torch.autocast(inputs.tokens.device.type, torch.bfloat16, enabled=self.autocast):
+            return self._share(inputs)
+
+    def _share(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         hidden, head = self.language.hidden(inputs), self.language.head
         share = linear_token_mean(hidden, head, inputs.labels, count=inputs.count, chunks=self.chunks)
         right = torch.zeros_like(inputs.count)

@@ -14,7 +14,7 @@ from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
 from launch.config import Config, check_heads, dump
 from launch.data import Sample
-from launch.engine import distribute
+from launch.engines import make_engine
 from launch.language import Language, Objective
 from launch.mask_text import parse_mask
 from launch.processes import World, check_device, check_transport
@@ -57,6 +57,11 @@ class Job:
         tokens = self.task.size(self.progress["length"]) * self._count(world)
         self.progress.update(step=self.progress["step"] + 1, position=self.progress["position"] + tokens)
         self.task.learn(self.progress, found.accuracy, found.targets)
+
+    def objective(self, language: Language) -> Objective:
+        """What an engine is given."""
+        config = self.config
+        return Objective(language, config.loss_chunks, self.task.guesses, autocast=config.dtype == "bfloat16")
 
     @property
     def done(self) -> bool:
@@ -136,7 +141,7 @@ def _check_place(config: Config, run: Path) -> None:
 def start(job: Job, world: World) -> Trainer:
     """Puts the same model on every rank, at the checkpoint if there is one. Raises ValueError where ranks
     differ."""
-    config, settings, language = job.config, job.config.optimizer, job.language
+    config, language = job.config, job.language
     world.at("comparing settings")
     world.agree({"config": config, "text": job.task.digest, "progress": job.progress})
     world.split(config.data_parallel)
@@ -161,19 +166,10 @@ def start(job: Job, world: World) -> Trainer:
     language.model.to(world.device)
     world.copy_from_first([tensor.detach() for tensor in (*language.model.parameters(), *language.model.buffers())])
     cp = make_context(config, world, language)
-    objective = Objective(language, config.loss_chunks, job.task.guesses)
-    module = distribute(objective, config.engine, world.mesh, config.timeout)
-    optimizer = torch.optim.AdamW(
-        language.model.parameters(),
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    trainer = Trainer(config, world, language, module, optimizer, cp)
+    trainer = Trainer(config, world, language, make_engine(job.objective(language), config, world), cp)
     world.at("loading the checkpoint")
     if saved is not None:
-        checkpoint.load(saved, language.model, optimizer)
+        checkpoint.load(saved, trainer.engine)
     if world.rank == 0:
         begin(job, saved is None)
     return trainer
@@ -212,12 +208,11 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
 
 
 def _save(job: Job, trainer: Trainer) -> Path:
-    assert trainer.optimizer is not None
     world, settings = trainer.world, resume.settings_of(job.config)
     world.step = None
     world.at(f"saving after step {job.progress['step']}")
     try:
-        return checkpoint.save(job.run, trainer.model, trainer.optimizer, job.progress, settings, job.good, world)
+        return checkpoint.save(job.run, trainer.engine, job.progress, settings, job.good, world)
     except OSError as error:
         raise OSError(
             f"step {job.progress['step']} could not be saved: {error}; {checkpoint.remaining(job.run)}; make room, or "

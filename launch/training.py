@@ -11,7 +11,7 @@ from torch import nn
 import ringattn
 from launch.config import Config
 from launch.data import Sample
-from launch.engine import clip, summing
+from launch.engines import Engine
 from launch.flop import model_flop
 from launch.language import Inputs, Language, Masks
 from launch.processes import World
@@ -74,14 +74,13 @@ class Outcome:
 
 @dataclass(slots=True)
 class Trainer:
-    """The model and what it is trained with. `module` is the objective as the engine wraps it; `cp` is the context of
-    the latest sample."""
+    """The model and what it is trained with. `engine` has its parameters; `cp` is the context of the latest
+    sample."""
 
     config: Config
     world: World
     language: Language
-    module: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    engine: Engine
     cp: ringattn.ContextParallel
     required: int = 0
     flop: int = 0
@@ -98,19 +97,18 @@ class Trainer:
 
     def loss_and_gradients(self, samples: Sequence[Sample], asked: bool = False) -> Outcome:
         """The outcome of the samples of all ranks, but for the norm; the gradient of its loss is added to the
-        parameters' `.grad`, and is that of one process on every rank. `samples` are this replica's, one micro-batch
-        each; `asked` is whether this rank was asked to stop."""
+        engine's, and is that of one process on every rank. `samples` are this replica's, one micro-batch each;
+        `asked` is whether this rank was asked to stop."""
         self.world.at("dealing out the samples")
         inputs = self._inputs(samples)
         # they stay on the device: a step waits for it once, at the sum
         shares, right = torch.zeros((), device=self.world.device), torch.zeros((), device=self.world.device)
         for index, one in enumerate(inputs):
-            with summing(self.module, last=index == len(inputs) - 1):
+            with self.engine.summing(last=index == len(inputs) - 1):
                 self.world.at("forward")
-                with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-                    share, guessed = self.module(one)
+                share, guessed = self.engine(one)
                 self.world.at("backward and the sum of gradients")
-                share.backward()
+                self.engine.backward(share * self.engine.loss_scale)
             shares, right = shares + share.detach(), right + guessed
         self.world.at("the sum of losses")
         loss, total, stop = self.world.sum_([shares, right, asked])
@@ -121,8 +119,7 @@ class Trainer:
     def answer(self, sample: Sample) -> tuple[int, int]:
         """How many targets of the replicas' samples are guessed right, and how many there are."""
         (inputs,) = self._inputs([sample])
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            _, right = self.module(inputs)
+        _, right = self.engine(inputs)
         return int(self.world.sum_([right])[0]), int(inputs.count)
 
     def _inputs(self, samples: Sequence[Sample]) -> list[Inputs]:
@@ -172,15 +169,9 @@ class Trainer:
 
     def step(self, samples: Sequence[Sample], lr: float, stop: bool) -> Outcome:
         """Trains on the samples. Where any rank was asked to stop, all of them stop together."""
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
+        self.engine.zero_grad()
         found = self.loss_and_gradients(samples, stop)
-        self.world.at("the gradient's norm")
-        norm = clip(self.module, self.config.optimizer.clip)
-        if not math.isfinite(found.loss) or not math.isfinite(norm):
-            return replace(found, norm=norm)  # the caller stops; the parameters are those of the step before
-        self.world.at("the optimizer")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return replace(found, norm=norm)
+        if not math.isfinite(found.loss):
+            return replace(found, norm=math.nan)  # the caller stops; the parameters are those of the step before
+        self.world.at("the gradient's norm and the optimizer")
+        return replace(found, norm=self.engine.step(lr))

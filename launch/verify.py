@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launch.engine import whole
-from launch.language import Objective
+from launch.engines import make_engine
 from launch.processes import World
 from launch.run import Job, build
 from launch.training import Trainer, make_context
@@ -46,14 +45,13 @@ def verify(job: Job, trainer: Trainer) -> Comparison:
     """Compares the next step; the parameters stay as they are and the gradients are cleared. Called by every
     rank, all of which get rank 0's comparison."""
     loss = trainer.loss_and_gradients(job.samples(trainer.world)).loss
-    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
-    gradients = {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None}
+    weights, gradients = trainer.engine.weights(), trainer.engine.gradients()
     comparison = None
     if trainer.world.rank == 0:
         alone = _alone(job, trainer, weights)
         expected = alone.loss_and_gradients(job.samples_of_all(trainer.world)).loss
         comparison = _compare(trainer.config.dtype, loss, gradients, alone, expected)
-    trainer.module.zero_grad()
+    trainer.engine.zero_grad()
     return trainer.world.gather(comparison)[0]
 
 
@@ -61,13 +59,13 @@ def _alone(job: Job, trainer: Trainer, weights: dict[str, Tensor]) -> Trainer:
     """A trainer of the same model on one process."""
     world, language = World(device=trainer.world.device), build(job.config)
     language.model.to(world.device).load_state_dict(weights)
-    objective = Objective(language, job.config.loss_chunks, job.task.guesses)
-    return Trainer(job.config, world, language, objective, None, make_context(job.config, world, language))
+    engine = make_engine(job.objective(language), job.config, world)
+    return Trainer(job.config, world, language, engine, make_context(job.config, world, language))
 
 
 def _compare(dtype: str, loss: float, gradients: dict[str, Tensor], alone: Trainer, expected: float) -> Comparison:
     worst = (-1.0, "")
-    references = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
+    references = alone.engine.gradients()
     # what is zero but for rounding (a router without a choice) is compared with the largest of all
     rounding = 8 * torch.finfo(torch.float64 if dtype == "float64" else torch.float32).eps
     least = rounding * max(float(reference.abs().max()) for reference in references.values()) + TINY

@@ -20,7 +20,6 @@ import ringattn
 from launch import checkpoint
 from launch.config import CONFIGS, Config, OptimizerConfig, dump, load
 from launch.data import Sample, open_text
-from launch.engine import whole
 from launch.language import Inputs, Objective
 from launch.mask_text import parse_mask
 from launch.model import Decoder, rotate
@@ -177,7 +176,7 @@ def first_steps(rank: int, world_size: int, configs: list[Config]) -> list[tuple
         for sample in samples_of(config):
             trainer.model.zero_grad()
             loss = trainer.loss_and_gradients([sample]).loss
-            gradients = {name: whole(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
+            gradients = {name: whole.numpy().copy() for name, whole in trainer.engine.gradients().items()}
             found.append((loss, gradients))
     return found
 

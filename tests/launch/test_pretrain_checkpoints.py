@@ -309,18 +309,20 @@ def overflowing(rank: int, world_size: int, config: Any, run: Path, what: str) -
     """Trains with an update of step 3 that overflows on all ranks, or a moment that is no number on one."""
     job = prepare(config, run, go_on=False, overwrite=False)
     trainer = start(job, world_of(rank, world_size))
-    step = trainer.optimizer.step
+    step = trainer.engine.optimizer.step
 
     def poison(*arguments: Any, **named: Any) -> None:
         step(*arguments, **named)
         if job.progress["step"] == 3:
             parameter = trainer.model.layers[1].up.weight
-            tensor = parameter.detach() if what == "parameter" else trainer.optimizer.state[parameter]["exp_avg_sq"]
+            tensor = (
+                parameter.detach() if what == "parameter" else trainer.engine.optimizer.state[parameter]["exp_avg_sq"]
+            )
             local = getattr(tensor, "to_local", lambda: tensor)()
             if what == "parameter" or rank == world_size - 1:
                 local.view(-1)[0] = float("inf")
 
-    trainer.optimizer.step = poison
+    trainer.engine.optimizer.step = poison
     with pytest.raises(FloatingPointError, match="is not finite on rank") as caught:
         train(job, trainer, StopAt(job, world_of(rank, world_size), -1))
     return str(caught.value)

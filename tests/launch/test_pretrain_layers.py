@@ -11,7 +11,6 @@ from torch import nn
 
 import ringattn
 from launch.config import CONFIGS, Config, load
-from launch.engine import whole
 from launch.flop import peak
 from launch.mask_text import parse_mask
 from launch.processes import World
@@ -28,7 +27,7 @@ def first_step(rank: int, world_size: int, config: Config) -> tuple[float, dict[
     world = world_of(rank, world_size)
     trainer = start(job, world)
     loss = trainer.loss_and_gradients(job.samples(world)).loss
-    gradients = {name: whole(p.grad).numpy().copy() for name, p in trainer.model.named_parameters()}
+    gradients = {name: whole.numpy().copy() for name, whole in trainer.engine.gradients().items()}
     return loss, gradients, trainer.counters().flop
 
 

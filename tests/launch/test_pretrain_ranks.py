@@ -17,7 +17,6 @@ from transformers import Phi3Config
 
 from launch.config import LengthsConfig, ModelConfig, OptimizerConfig, RecallConfig
 from launch.data import open_text
-from launch.engine import whole
 from launch.processes import World
 from launch.recall import recall
 from launch.run import prepare, start
@@ -53,8 +52,7 @@ def two_steps(rank: int, world_size: int, config: Any, gradients_of: int) -> tup
         found = trainer.step(job.samples(world), 1e-3, False)
         losses.append(found.loss)
         if step == gradients_of:
-            named = trainer.model.named_parameters()
-            gradients = {name: whole(p.grad).numpy().copy() for name, p in named if p.grad is not None}
+            gradients = {name: whole.numpy().copy() for name, whole in trainer.engine.gradients().items()}
         job.move(world, found)
     return losses, gradients
 
