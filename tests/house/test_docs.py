@@ -111,12 +111,13 @@ def deepspeed_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_deepspeed_block_equals_one_process() -> None:
     code = blocks("README.md")["Under DeepSpeed"][0]
     assert code.endswith("engine.step()\n")
     model, ids = build(configs()["gemma3"]), Rows(1).ids
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    for found in run_processes(deepspeed_block, 2, code, timeout=100):
+    for found in run_processes(deepspeed_block, 2, code, timeout=280):
         for name, parameter in model.named_parameters():
             bound = 1e-5 * float(parameter.grad.abs().max())  # fp32 weights
             torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)

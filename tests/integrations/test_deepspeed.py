@@ -2,6 +2,7 @@
 would make them wrong is refused on all ranks."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from ringattn.testing import run_processes
 from tests.support import zero
 
+pytestmark = pytest.mark.timeout(300)
 STEPS = 5
 STAGES = (0, 1, 2, 3)
 
@@ -31,7 +33,7 @@ def stages(rank: int, world: int, context: int, steps: int, which: tuple[int, ..
 
 def check(data: int, context: int, steps: int, which: tuple[int, ...]) -> None:
     exact, bound = bounds(data, steps)
-    for runs in run_processes(stages, data * context, context, steps, which, timeout=110):
+    for runs in run_processes(stages, data * context, context, steps, which, timeout=280):
         for stage, found in zip(which, runs, strict=True):
             assert found.losses == pytest.approx(exact.losses, rel=bound[1]), stage
             errors = found.error(exact)
@@ -71,7 +73,7 @@ def test_precisions_and_divisions_that_are_taken_are_right() -> None:
     change = max(
         float((rough.weights[k] - exact.weights[k]).norm() / (start[k] - exact.weights[k]).norm()) for k in start
     )
-    for runs in run_processes(precisions, 2, timeout=110):
+    for runs in run_processes(precisions, 2, timeout=280):
         for name, found in zip(PRECISIONS, runs, strict=True):
             errors = {
                 k: float((found.weights[k] - exact.weights[k]).norm() / (start[k] - exact.weights[k]).norm())
@@ -128,7 +130,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     zero.begin(rank, world)
     import deepspeed
 
-    from ringattn.integrations.deepspeed import initialize, loss_scale
+    from ringattn.integrations.deepspeed import check_trainer, initialize, loss_scale
 
     def start(model: nn.Module | None = None, **options: Any) -> str:
         wrong, stage = options.pop("wrong", {}), options.pop("stage", 0)
@@ -149,6 +151,9 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     found["differ in config"] = start(wrong={"steps_per_print": 3})
     found["PipelineModule has pipeline stages"] = start(pipeline)
     found["MoE"] = start(experts)
+    plugin = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=zero.settings(0)))
+    accelerator = SimpleNamespace(state=plugin, parallelism_config=SimpleNamespace(sp_size=1 + rank))
+    found["sp_size=2"] = said(check_trainer, SimpleNamespace(model=zero.model_of(), accelerator=accelerator))
     found["missing.json"] = said(initialize, zero.model_of(), "missing.json")
     model = zero.model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -161,6 +166,6 @@ def refusals(rank: int, world: int) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_what_one_rank_refuses_all_refuse() -> None:
-    for found in run_processes(refusals, 2, timeout=110):
+    for found in run_processes(refusals, 2, timeout=280):
         for name, text in found.items():
             assert text.startswith("ValueError") and name in text, (name, text)

@@ -105,10 +105,17 @@ def backward(engine: Any, share: Tensor, *, retain_graph: bool = False) -> None:
 def check_trainer(trainer: Any) -> None:
     """Refuses for Transformers' Trainer what :func:`initialize` refuses: Trainer makes its engine itself, later. A call
     of all ranks; see there."""
-    agree(
-        "Trainer with deepspeed=",
-        lambda: _facts(trainer.model, trainer.accelerator.state.deepspeed_plugin.deepspeed_config),
-    )
+
+    def facts() -> dict[str, str]:
+        ranks = getattr(trainer.accelerator.parallelism_config, "sp_size", 1)
+        if ranks > 1:
+            raise ValueError(
+                f"sp_size={ranks} of accelerate's ParallelismConfig: it gives DeepSpeed an mpu, by which gradients are "
+                "divided otherwise, and attention of its own; leave it out"
+            )
+        return _facts(trainer.model, trainer.accelerator.state.deepspeed_plugin.deepspeed_config)
+
+    agree("Trainer with deepspeed=", facts)
 
 
 def _facts(model: nn.Module, config: Mapping[str, Any]) -> dict[str, str]:
