@@ -25,6 +25,7 @@ SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(INSTALLED))
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# DS_BUILD_OPS=0: DeepSpeed, which comes as source, compiles nothing, so that no compiler is needed
 setup: $(INSTALLED) ## make .venv and install everything into it; happens by itself, once
 
 $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
@@ -34,7 +35,7 @@ $(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@test -x $(VENV)/bin/python || $(BASE_PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: $(BASE_PYTHON) has no working venv module;" \
 	    "install it (Debian and Ubuntu: apt install python3-venv)"; exit 1; }
-	$(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e ".[dev]"
 	@touch $@
 
 pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--overwrite --verify --steps 4"

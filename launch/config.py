@@ -30,6 +30,7 @@ MODEL = {
     ),
     "rope_base": number(1, math.inf, 10000.0),
 }
+DEEPSPEED = {"stage": integer(1, 3, 1)}
 LENGTHS = {"median": integer(2, COUNT, 1000), "sigma": number(0, 8, 1.0)}
 RECALL = {
     "pairs": integer(1, SIZE, 4),
@@ -97,6 +98,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeepspeedConfig:
+    """What engine "deepspeed" is told, and no other: the stage of ZeRO. (Stage 0 is what ddp does.)"""
+
+    stage: int = 1
+
+    def __post_init__(self) -> None:
+        check(_values(self), DEEPSPEED, "deepspeed.")
+
+
+@dataclass(frozen=True, slots=True)
 class LengthsConfig:
     """Lengths of documents that the text is cut into before it is packed: log-normal, as those of crawled text are,
     half of them above `median` tokens; one in six is longer than `median * exp(sigma)`. Files stay apart too."""
@@ -157,7 +168,8 @@ class Config:
     ramp: stages of shorter sequences before that (`StageConfig`), in tables [[ramp]].
     masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
-    document; lengths: cut the text into such. engine: ddp (parameters on every rank) or fsdp (sharded over all ranks).
+    document; lengths: cut the text into such. engine: ddp (parameters on every rank), fsdp
+    (sharded over all ranks) or deepspeed (ZeRO, see [deepspeed]).
     layout, schedule, ulysses, kernel: of the context (`ringattn.ContextParallel`): how a sequence lies over its ranks,
     how K/V travels (double_ring where the launcher tells of several nodes), over how many neighbours heads are split
     ("auto": by cost), and what computes.
@@ -186,6 +198,7 @@ class Config:
     recall: RecallConfig | None = None
     ramp: tuple[StageConfig, ...] = ()
     engine: str = "ddp"
+    deepspeed: DeepspeedConfig | None = None
     data_parallel: int = 1
     accumulate: int = 1
     loss_chunks: int = 8
@@ -244,6 +257,11 @@ class Config:
         check_choice("dtype", self.dtype, DTYPES)
         self._check_how()
         check_choice("engine", self.engine, engines.NAMES)
+        if self.engine == "deepspeed" and self.dtype == "float64":
+            raise ValueError(
+                "engine is 'deepspeed' with dtype 'float64', but ZeRO keeps weights and sums in float32; set dtype = "
+                '"float32", or another engine'
+            )
         check_choice("transport", self.transport, TRANSPORTS)
         self._check_ramp()
         if self.profile and self.profile[0] >= self.steps:

@@ -31,7 +31,7 @@ def main(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="drop the run's checkpoint")] = False,
     steps: Annotated[int | None, typer.Option(help="how many steps in all")] = None,
     model: Annotated[str | None, typer.Option(help="hf:CONFIG.json: a Transformers model, its weights random")] = None,
-    engine: Annotated[str | None, typer.Option(help="ddp or fsdp: how parameters lie on the ranks")] = None,
+    engine: Annotated[str | None, typer.Option(help="ddp, fsdp or deepspeed: how parameters lie on the ranks")] = None,
     data_parallel: Annotated[int | None, typer.Option(help="replicas; the other ranks share a sequence")] = None,
     accumulate: Annotated[int | None, typer.Option(help="sequences of a replica in a step")] = None,
     transport: Annotated[str | None, typer.Option(help="auto or mpi: what attention's messages go over")] = None,

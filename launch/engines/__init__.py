@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from launch.engines.base import MODEL, OPTIMIZER, Engine, Part, Read, weights_of
 from launch.engines.ddp import Ddp
+from launch.engines.deepspeed import Deepspeed
 from launch.engines.fsdp import Fsdp
 from launch.engines.plain import Plain
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "MODEL", "NAMES", "OPTIMIZER", "Engine", "Part", "Read", "make_engine", "weights_of"]
 
-ENGINES: tuple[type[Engine], ...] = (Ddp, Fsdp)
+ENGINES: tuple[type[Engine], ...] = (Ddp, Fsdp, Deepspeed)
 NAMES = tuple(engine.name for engine in ENGINES)
 
 

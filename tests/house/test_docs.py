@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ringattn
 from ringattn.testing import run_processes
+from tests.support import zero
 from tests.support.hf_models import build, configs
 from tests.support.rows import Rows
 
@@ -115,6 +116,29 @@ def test_the_adapters_block_equals_one_process() -> None:
         for name, gradient in one.items():
             bound = 2e-6 * float(gradient.abs().max()) + 1e-12
             torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound)
+
+
+def deepspeed_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
+    zero.begin(rank, world_size)
+    from deepspeed.utils import safe_get_full_grad
+
+    config = configs()["gemma3"]
+    names = everything() | {"seqlen": SEQLEN, "config": config, "model": build(config).float(), "ids": Rows(1).ids}
+    exec(code.replace("engine.step()", ""), names)  # which drops them
+    return {name: safe_get_full_grad(p).double() for name, p in names["model"].named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_deepspeed_block_equals_one_process() -> None:
+    code = blocks("README.md")["Under DeepSpeed"][0]
+    assert code.endswith("engine.step()\n")
+    model, ids = build(configs()["gemma3"]), Rows(1).ids
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for found in run_processes(deepspeed_block, 2, code, timeout=280):
+        for name, parameter in model.named_parameters():
+            bound = 1e-5 * float(parameter.grad.abs().max())  # fp32 weights
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)
 
 
 WIDTH, IDS = 12, 31

@@ -77,6 +77,7 @@ class ShardedTrainerMixin:
 
     Raises `NotImplementedError` for what would take a shard for a whole sequence (`compute_metrics`, `predict()`, label
     smoothing, `compute_loss_func`, NEFTune), and for a `train_sampling_strategy` that orders samples by their length.
+    With `deepspeed=` it raises `ValueError` for settings that `ringattn.integrations.deepspeed.initialize` refuses.
     """
 
     def __init__(
@@ -100,6 +101,10 @@ class ShardedTrainerMixin:
                 f"train_sampling_strategy={trainer.args.train_sampling_strategy!r}: ranks of a context read the same "
                 f"samples, in the order of {' or '.join(SAMPLING)}; choose one of these"
             )
+        if trainer.is_deepspeed_enabled:
+            from ringattn.integrations.deepspeed import check_trainer
+
+            check_trainer(trainer)
         self._ring, self._data, self._multiple = ring, data, multiple
         self._micro_batch = -1, 0  # the step, and how many of its micro-batches have begun
         self._targets = 0  # of the last batch
