@@ -1,7 +1,6 @@
 """What README and the migration page tell people to write works, on two processes, and gives what one process gives."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,32 +16,11 @@ import ringattn
 from ringattn.testing import run_processes
 from tests.support import zero
 from tests.support.hf_models import build, configs
+from tests.support.pages import blocks, everything
 from tests.support.rows import Rows
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 10  # lines of code, blank ones and comments apart
-
-
-def blocks(page: str) -> dict[str, list[str]]:
-    """The Python blocks of a page by the heading they stand under."""
-    found: dict[str, list[str]] = {}
-    for section in re.split(r"^#+ (?=[A-Z])", (ROOT / page).read_text(), flags=re.MULTILINE)[1:]:
-        heading, _, text = section.partition("\n")
-        if code := re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-            found[heading] = code
-    return found
-
-
-def everything() -> dict[str, Any]:
-    """The names that the blocks say they come from."""
-    from transformers import Trainer
-
-    from ringattn.integrations import fsdp, transformers
-
-    names = {"ringattn": ringattn, "torch": torch, "dist": dist, "F": F, "Trainer": Trainer}
-    for module in (fsdp, transformers):
-        names |= {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return names
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/migration.md"])

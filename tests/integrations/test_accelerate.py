@@ -19,8 +19,8 @@ from ringattn.integrations.accelerate import context_parallel, loss_scale
 from ringattn.integrations.transformers import ShardedTrainerMixin
 from ringattn.loss import IGNORED
 from ringattn.testing import run_processes
-from tests.house.test_docs import blocks, everything
 from tests.support.hf_models import VOCABULARY, build, configs
+from tests.support.pages import blocks, everything
 
 SEQLEN, STEPS, RATE = 21, 3, 0.1
 ROUNDING = 4e-6  # of Transformers' fp32 loss and softmax, by steps

@@ -155,8 +155,13 @@ def start(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_steps_equal_one_process(data: int, tmp_path: Path) -> None:
-    ((losses, weights),) = run_processes(trained, 1, 1, str(tmp_path))
-    for found, theirs in run_processes(trained, 2 * data, 2, str(tmp_path)):
-        assert found == pytest.approx(losses, rel=1e-6) and len(found) == STEPS
+    ((logged, weights),) = run_processes(trained, 1, 1, str(tmp_path), timeout=100)
+    world = 2 * data
+    for found, theirs in run_processes(trained, world, 2, str(tmp_path), timeout=100):
+        assert len(found) == STEPS
+        for (loss, norm), (expected, of_one) in zip(found, logged, strict=True):
+            assert norm == pytest.approx(of_one, rel=ROUNDING)
+            # with torch 2.13 the loss is one of all ranks already when torchtitan sums it over them for its log
+            assert loss / world == pytest.approx(expected, rel=ROUNDING)
         for name, weight in weights.items():
             torch.testing.assert_close(theirs[name], weight, rtol=0, atol=ROUNDING)
