@@ -96,9 +96,11 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        q, k, v = in_chunks(self.project, self.chunks, x, rotation)
-        (x,) = in_chunks(self.conclude, self.chunks, x, attend(self.index, q, k, v))
-        return x
+        if self.chunks == 1:
+            return self.conclude(x, attend(self.index, *self.project(x, rotation)))
+        q, k, v = ringattn.tiled(self.project, x, rotation, tiles=self.chunks)
+        concluded: Tensor = ringattn.tiled(self.conclude, x, attend(self.index, q, k, v), tiles=self.chunks)
+        return concluded
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attends: q, k and v."""
@@ -109,20 +111,11 @@ class Layer(nn.Module):
         q, k = rotate(qk, rotation).split((heads, kv_heads), dim=2)
         return q, k, v
 
-    def conclude(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+    def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """What attention's result and the MLP make of x."""
         x = x + self.output(attended.flatten(2))
         gate, value = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return (x + self.down(F.silu(gate) * value),)
-
-
-def in_chunks(part: Callable[..., tuple[Tensor, ...]], chunks: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`part` of tensors [batch or 1, tokens, ...], in pieces of the tokens of which none keeps its activations."""
-    if chunks == 1:
-        return part(*inputs)
-    pieces = zip(*(x.chunk(chunks, dim=1) for x in inputs), strict=True)
-    found = [checkpoint(part, *piece, use_reentrant=False) for piece in pieces]
-    return tuple(torch.cat(column, dim=1) for column in zip(*found, strict=True))
+        return x + self.down(F.silu(gate) * value)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
