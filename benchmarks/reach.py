@@ -54,7 +54,7 @@ class Way:
     guess: int
     loss_chunks: int = 1
     recompute: bool = False
-    tiles: int = 1
+    tiles: int = 0
     offload: bool = False
 
 

@@ -24,7 +24,7 @@ class Decoder(nn.Module):
     `residual` is the dtype of what is held of a token between layers; None is that of the embedding's weights."""
 
     def __init__(
-        self, config: ModelConfig, recompute: bool = False, chunks: int = 1, residual: torch.dtype | None = None
+        self, config: ModelConfig, recompute: bool = False, chunks: int = 0, residual: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -80,10 +80,10 @@ class Norm(nn.RMSNorm):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)).
 
-    All but attention works on each token alone. With more than one of `chunks` it is computed in so many pieces of the
-    tokens, and again in backward piece by piece: then the inner widths are never held of all tokens at once."""
+    All but attention works on each token alone. With `chunks` it is computed in so many pieces of the tokens, and again
+    in backward piece by piece: then the inner widths are never held of all tokens at once. 0: at once, and held."""
 
-    def __init__(self, config: ModelConfig, index: int, chunks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, index: int, chunks: int = 0) -> None:
         super().__init__()
         self.index, self.chunks = index, chunks
         self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -96,7 +96,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        if self.chunks == 1:
+        if not self.chunks:
             return self.conclude(x, attend(self.index, *self.project(x, rotation)))
         q, k, v = ringattn.tiled(self.project, x, rotation, tiles=self.chunks)
         concluded: Tensor = ringattn.tiled(self.conclude, x, attend(self.index, q, k, v), tiles=self.chunks)
@@ -128,7 +128,10 @@ def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
     """A fresh decoder as the job sees it; `masks` are repeated over the depth."""
     check_memory(_parameters(config))
     residual = torch.bfloat16 if job.residual == "bfloat16" else None
-    model = Decoder(config, job.recompute, job.token_chunks, residual)
+    chunks, recompute = job.token_chunks if job.token_chunks > 1 else 0, job.recompute
+    if recompute and job.offload:  # what checkpointing keeps of attention would stay; pieces hold nothing of their own
+        chunks, recompute = job.token_chunks, False
+    model = Decoder(config, recompute, chunks, residual)
 
     def hidden(inputs: Inputs) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

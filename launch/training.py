@@ -29,7 +29,7 @@ def make_context(config: Config, world: World, language: Language) -> ringattn.C
         ulysses=config.ulysses if world.size > 1 else 1,  # the one rank that `verify` compares with has no neighbours
         kernel=config.kernel,
         shape=attention_shape(config, language),
-        options=ringattn.Options(timeout=config.timeout),
+        options=ringattn.Options(timeout=config.timeout, offload=config.offload),
     )
 
 
@@ -108,7 +108,8 @@ class Trainer:
             with summing(self.module, last=index == len(inputs) - 1):
                 self.world.at("forward")
                 with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-                    share, guessed = self.module(one)
+                    with ringattn.offloaded(self.config.offload):
+                        share, guessed = self.module(one)
                 self.world.at("backward and the sum of gradients")
                 share.backward()
             shares, right = shares + share.detach(), right + guessed

@@ -166,7 +166,9 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         sums: list[Tensor | None] = [None] * len(tensors)
-        with torch.enable_grad(), ctx.surroundings.again():
+        # pieces save for themselves, whatever is done around backward() with what is saved
+        saving = saved_tensors_hooks(Tensor.detach, lambda x: x)
+        with torch.enable_grad(), ctx.surroundings.again(), saving:
             for start, piece in ctx.call.pieces(tensors[: ctx.count]):
                 _differentiate(ctx.call, start, piece, tensors, wanted, douts, sums)
         return None, None, None, *(x if x is None else x.to(y.dtype) for x, y in zip(sums, tensors, strict=True))

@@ -186,6 +186,7 @@ class File:
         data = _bytes(x.detach() if dense else torch.empty_like(self.like, device="cpu").copy_(x))
         try:
             self.file: Any = tempfile.TemporaryFile(dir=directory, buffering=0)
+            weakref.finalize(self, self.file.close)
             self._write(data)
         except OSError as error:
             raise OSError(
