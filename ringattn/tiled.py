@@ -65,7 +65,7 @@ def tiled(fn: Callable[..., Any], x: Tensor, *others: Tensor, tiles: int, dim: i
     if not torch.is_grad_enabled():
         return call.run(inputs).returned
     surroundings = _Surroundings.now(x.device.type, inputs)
-    with saved_tensors_hooks(lambda _: None, lambda _: None):  # a graph to be looked at, which holds nothing
+    with saved_tensors_hooks(_nothing, _nothing):  # a graph to be looked at, which holds nothing
         found = call.run(inputs)
     if any(found.differentiable):
         again = call, surroundings, found.differentiable
@@ -162,7 +162,7 @@ class _Tiled(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
         sums: list[Tensor | None] = [None] * len(tensors)
@@ -260,6 +260,10 @@ def _gathers(what: str) -> NotImplementedError:
         f"fn holds {what}, which fully_shard has wrapped and which would gather and sum for each piece: wrap the "
         "module whose forward calls tiled()"
     )
+
+
+def _nothing(_: Any) -> Any:
+    return None
 
 
 def _leaf(x: Tensor, needed: bool) -> Tensor:

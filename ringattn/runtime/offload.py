@@ -223,7 +223,7 @@ class File:
 
 def _bytes(x: Tensor) -> memoryview:
     """Those of a tensor of the host without gaps, in the order of memory."""
-    return memoryview(x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy())
+    return memoryview(x.as_strided((x.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 class PinnedCopy:
