@@ -184,6 +184,9 @@ class Config:
     tensorboard: the metrics are written for TensorBoard too. max_logit: in every so many-th step the largest logit of
     attention is among them, which costs one more forward of attention there; 0 for never. profile: the first and the
     last step, as the metrics count them, of which each rank writes traces.
+    offload: what backward needs of the layers is meanwhile in pinned memory of a GPU's host (true), or in files of a
+    directory (its path); with recompute the decoder's layers then put away their q, k and v, too, and compute the rest
+    again.
     share_gpus: more ranks of one machine than it has GPUs share these, over sockets, which is slow: for tests."""
 
     name: str
@@ -208,6 +211,7 @@ class Config:
     residual: str = "float32"
     recompute: bool = False
     token_chunks: int = 1
+    offload: bool | str = False
     share_gpus: bool = False
     layout: str = "auto"
     schedule: str = "auto"
@@ -326,6 +330,10 @@ class Config:
         """How the built-in decoder's layers are computed, and on whose GPU."""
         if self.share_gpus and self.device != "cuda":
             raise ValueError(f'share_gpus is set with device {self.device!r}; leave it out, or set device = "cuda"')
+        if self.offload is True and self.device != "cuda":
+            raise ValueError(
+                f"offload is true with device {self.device!r}, which has no other memory: give the path of a directory"
+            )
         check_choice("residual", self.residual, RESIDUALS)
         if self.residual != "float32" and self.dtype != "bfloat16":
             raise ValueError(

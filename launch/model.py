@@ -25,7 +25,7 @@ class Decoder(nn.Module):
     `residual` is the dtype of what is held of a token between layers; None is that of the embedding's weights."""
 
     def __init__(
-        self, config: ModelConfig, recompute: bool = False, chunks: int = 1, residual: torch.dtype | None = None
+        self, config: ModelConfig, recompute: bool = False, chunks: int = 0, residual: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.config = config
@@ -81,10 +81,10 @@ class Norm(nn.RMSNorm):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)).
 
-    All but attention works on each token alone. With more than one of `chunks` it is computed in so many pieces of the
-    tokens, and again in backward piece by piece: then the inner widths are never held of all tokens at once."""
+    All but attention works on each token alone. With `chunks` it is computed in so many pieces of the tokens, and again
+    in backward piece by piece: then the inner widths are never held of all tokens at once. 0: at once, and held."""
 
-    def __init__(self, config: ModelConfig, index: int, chunks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, index: int, chunks: int = 0) -> None:
         super().__init__()
         self.index, self.chunks = index, chunks
         self.heads = (config.num_heads, config.num_kv_heads, config.head_dim)
@@ -97,9 +97,11 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Attend) -> Tensor:
-        q, k, v = in_chunks(self.project, self.chunks, x, rotation)
-        (x,) = in_chunks(self.conclude, self.chunks, x, attend(self.index, q, k, v))
-        return x
+        if not self.chunks:
+            return self.conclude(x, attend(self.index, *self.project(x, rotation)))
+        q, k, v = ringattn.tiled(self.project, x, rotation, tiles=self.chunks)
+        concluded: Tensor = ringattn.tiled(self.conclude, x, attend(self.index, q, k, v), tiles=self.chunks)
+        return concluded
 
     def project(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What attends: q, k and v."""
@@ -110,20 +112,11 @@ class Layer(nn.Module):
         q, k = rotate(qk, rotation).split((heads, kv_heads), dim=2)
         return q, k, v
 
-    def conclude(self, x: Tensor, attended: Tensor) -> tuple[Tensor]:
+    def conclude(self, x: Tensor, attended: Tensor) -> Tensor:
         """What attention's result and the MLP make of x."""
         x = x + self.output(attended.flatten(2))
         gate, value = self.up(self.mlp_norm(x)).chunk(2, dim=-1)
-        return (x + self.down(F.silu(gate) * value),)
-
-
-def in_chunks(part: Callable[..., tuple[Tensor, ...]], chunks: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`part` of tensors [batch or 1, tokens, ...], in pieces of the tokens of which none keeps its activations."""
-    if chunks == 1:
-        return part(*inputs)
-    pieces = zip(*(x.chunk(chunks, dim=1) for x in inputs), strict=True)
-    found = [checkpoint(part, *piece, use_reentrant=False) for piece in pieces]
-    return tuple(torch.cat(column, dim=1) for column in zip(*found, strict=True))
+        return x + self.down(F.silu(gate) * value)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -136,7 +129,10 @@ def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
     """A fresh decoder as the job sees it; `masks` are repeated over the depth."""
     check_memory(_parameters(config))
     residual = torch.bfloat16 if job.residual == "bfloat16" else None
-    model = Decoder(config, job.recompute, job.token_chunks, residual)
+    chunks, recompute = job.token_chunks if job.token_chunks > 1 else 0, job.recompute
+    if recompute and job.offload:  # what checkpointing keeps of attention would stay; pieces hold nothing of their own
+        chunks, recompute = job.token_chunks, False
+    model = Decoder(config, recompute, chunks, residual)
 
     def hidden(inputs: Inputs) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

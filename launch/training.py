@@ -29,7 +29,7 @@ def make_context(config: Config, world: World, language: Language) -> ringattn.C
         ulysses=config.ulysses if world.size > 1 else 1,  # the one rank that `verify` compares with has no neighbours
         kernel=config.kernel,
         shape=attention_shape(config, language),
-        options=ringattn.Options(timeout=config.timeout),
+        options=ringattn.Options(timeout=config.timeout, offload=config.offload),
     )
 
 
@@ -120,7 +120,8 @@ class Trainer:
         for index, one in enumerate(inputs):
             with self.engine.summing(last=index == len(inputs) - 1):
                 self.world.at("forward")
-                share, guessed = self.engine(one)
+                with ringattn.offloaded(self.config.offload):
+                    share, guessed = self.engine(one)
                 self.world.at("backward and the sum of gradients")
                 self.engine.backward(share * self.engine.loss_scale)
             shares, right = shares + share.detach(), right + guessed

@@ -28,7 +28,9 @@ from ringattn.planning.rates import Rates
 from ringattn.planning.shape import Shape
 from ringattn.planning.topology import Link, Topology
 from ringattn.rolling import roll
+from ringattn.runtime.offload import offloaded
 from ringattn.runtime.settings import Options
+from ringattn.tiled import tiled
 
 __all__ = [
     "Assignment",
@@ -56,9 +58,11 @@ __all__ = [
     "longformer",
     "loss",
     "measure_links",
+    "offloaded",
     "pack",
     "prefix_lm",
     "roll",
     "sliding_window",
     "strided",
+    "tiled",
 ]

@@ -17,6 +17,7 @@ from ringattn.masks import Mask
 from ringattn.runtime.binding import Checked
 from ringattn.runtime.dispatch import PLAIN, Attention, draw, execution, looked_on
 from ringattn.runtime.execution import Execution
+from ringattn.runtime.offload import refuse_graph, saving
 from ringattn.runtime.record import arguments
 from ringattn.validation import checked_call
 
@@ -91,13 +92,15 @@ def attention(
     arguments = q, k, v, cp, mask, scale, softcap, bias, sinks, dropout_p, seed, return_lse, label
     if torch.compiler.is_compiling():
         try:
+            refuse_graph(cp.binding.shelf)
             out, lse = _attend(*arguments)
         except (ValueError, TypeError, NotImplementedError) as error:  # to be raised when the graph runs, on all ranks
             out, lse = torch.ops.ringattn.refused_attention(q, cp.handle, type(error).__name__, error.args[0])
     else:
         called = f"attention; {label}" if label else "attention"
         with together(cp.link.transport, called):  # what one rank refuses, all of them refuse
-            out, lse = _attend(*arguments)
+            with saving(cp.binding.shelf, q):
+                out, lse = _attend(*arguments)
     return (out, lse) if return_lse else out
 
 

@@ -33,6 +33,7 @@ from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
 from ringattn.runtime.nodes import Nodes
+from ringattn.runtime.offload import Shelf, Where
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.settings import ContextSettings, Load
 from ringattn.runtime.splits import split_offers
@@ -53,6 +54,7 @@ class Shared:
     nodes: Nodes | None = None
     among: tuple[int, ...] | None = None
     graphs: Graphs = field(init=False)
+    shelves: dict[Where, Shelf] = field(default_factory=dict)
     token: bytes = field(default_factory=lambda: uuid.uuid4().bytes)
     recent: OrderedDict[bytes, Binding] = field(default_factory=OrderedDict)
     links: dict[tuple[int, ...], Link] = field(default_factory=dict)  # of subsets: they hold what these have compared
@@ -73,6 +75,10 @@ class Shared:
         if len(self.subsets) > SUBSETS:
             self.subsets.popitem(last=False)
         return self.subsets[members]
+
+    def shelf(self, where: Where) -> Shelf | None:
+        """Where calls with this `Options.offload` put away what they save, all on one, as backward asks for them."""
+        return None if where is False else self.shelves.setdefault(where, Shelf(where))
 
     def bind(self, settings: ContextSettings) -> Binding:
         """The binding of these settings, a known one if there is one."""
@@ -119,6 +125,7 @@ class Binding:
 
     def __init__(self, settings: ContextSettings, shared: Shared, digest: bytes) -> None:
         self.link, self.digest, self.graphs = shared.link, digest, shared.graphs
+        self.shelf = shared.shelf(settings.options.offload)
         self.handle = handle_of(digest)
         self.rank, self.world_size = self.link.transport.rank, self.link.transport.world_size
         self.masks = {mask.digest: mask for mask in settings.masks}

@@ -20,6 +20,7 @@ from ringattn.planning.shape import TYPICAL, Shape
 from ringattn.planning.topology import Topology
 from ringattn.planning.wanted import ALL_WANTED, Wanted
 from ringattn.runtime.nodes import Nodes
+from ringattn.runtime.offload import Where, where_of
 
 BYTES = 1 << 62  # no limit on bytes is larger
 MULTIPROCESSORS = 128  # fewer than a GPU has
@@ -53,6 +54,9 @@ class Options:
     head_chunks: a call goes by so many groups of heads, one after the other, which use the same memory between their
         all-to-all and back: with ``ulysses`` what a call needs beyond its inputs and results is that of one group
         (Untied Ulysses, arXiv 2602.21196). KV heads that several groups need travel for each of them.
+    offload: where q, k, v, out and lse of a call are between its forward and its backward: False (where they were),
+        True (pinned memory of a GPU's host), or a directory (files without a name); see `ringattn.offloaded`, which
+        does the same for all that a block saves, and has the say where both are.
     graphs: whether calls on a CUDA device are captured in CUDA graphs at the second of a kind and replayed from then
         on: auto (where its host would be the slower of the two), on (refused where it cannot be), off.
     """
@@ -69,6 +73,7 @@ class Options:
     compare_every: int = 64
     communicators: int = 0
     head_chunks: int = 1
+    offload: Where = False
     graphs: str = "auto"
 
     def __post_init__(self) -> None:
@@ -94,6 +99,7 @@ class Options:
             plain["kernel_rates"] = path("Options.kernel_rates", self.kernel_rates)
             KernelRates.read(Path(str(plain["kernel_rates"])))
         plain["head_chunks"] = integer("Options.head_chunks", self.head_chunks, 1)
+        plain["offload"] = where_of("Options.offload", self.offload)
         plain["communicators"] = integer("Options.communicators", self.communicators, 0, 2)
         if not isinstance(self.graphs, str) or self.graphs not in GRAPHS:
             raise ValueError(f"Options.graphs={shown(self.graphs)}: must be one of {', '.join(GRAPHS)}")

@@ -155,6 +155,28 @@ def test_the_loss_block_equals_one_process() -> None:
         torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_the_block_of_one_device_has_the_gradients_of_the_whole(tmp_path: Path) -> None:
+    """With its scratch in a folder that is there, and beside the same layers without either."""
+    torch.manual_seed(0)
+    down, up = nn.Linear(8, 16), nn.Linear(16, 8)
+    names = everything() | {"cp": ringattn.ContextParallel(None, SEQLEN), "o_proj": nn.Linear(16, 16).double()}
+    names |= {"hidden": torch.randn(1, SEQLEN, 16, dtype=torch.float64, requires_grad=True)}
+    inner, heads = nn.Sequential(up, nn.SiLU(), down).double(), nn.Linear(16, 48).double()
+    names |= {"mlp": lambda x: x + inner(x), "qkv": lambda x: heads(x).unflatten(-1, (6, 8)).split(2, dim=2)}
+    code = blocks("README.md")["Longer on one device"][0].replace("/scratch", str(tmp_path))
+    parameters = [names["hidden"], *inner.parameters(), *heads.parameters(), *names["o_proj"].parameters()]
+    found = []
+    for tiled in (ringattn.tiled, lambda fn, x, tiles: fn(x)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ringattn, "tiled", tiled)
+            exec(code, names)
+        found.append([x.grad for x in parameters])
+        for x in parameters:
+            x.grad = None
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.slow
 def test_the_check_block_names_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = blocks("README.md")["Is my model right?"][0]

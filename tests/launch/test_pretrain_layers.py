@@ -16,6 +16,7 @@ from launch.mask_text import parse_mask
 from launch.processes import World
 from launch.run import prepare, start, train
 from launch.training import Trainer
+from ringattn.runtime.offload import Shelf
 from ringattn.testing import run_processes
 from tests.support.grids import mostly_slow
 from tests.support.pretrain import NOWHERE, TINY, StopAt, largest_difference, tiny, world_of
@@ -38,6 +39,28 @@ def test_layers_in_chunks_are_layers(recompute: bool, text: Path) -> None:
     found, found_gradients, _ = first_step(0, 1, tiny(text, token_chunks=5, recompute=recompute))
     assert found == pytest.approx(loss, rel=1e-14)
     assert largest_difference(found_gradients, gradients) < 1e-13
+
+
+@pytest.mark.parametrize("chunks", [1, 5])
+def test_layers_that_are_put_away_are_layers(chunks: int, text: Path, tmp_path: Path) -> None:
+    """With `recompute` all that layers keep passes by, and nothing of it stays in memory."""
+    kept, plain = [], first_step(0, 1, tiny(text))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    def put(shelf: Shelf, x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.shape)
+        return x.detach()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shelf, "put", put)
+        first_step(0, 1, tiny(text, token_chunks=chunks, recompute=True, offload=str(scratch)))
+    heads = TINY.model.num_heads, TINY.model.head_dim
+    assert sum(shape[2:] == heads for shape in kept) >= 2 * TINY.model.num_layers  # q and out
+    found = first_step(0, 1, tiny(text, token_chunks=chunks, recompute=True, offload=str(scratch)))
+    assert found[0] == pytest.approx(plain[0], rel=1e-14)
+    assert largest_difference(found[1], plain[1]) < 1e-13
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("engine", mostly_slow(["ddp", "fsdp"], ["fsdp"]))
@@ -92,6 +115,7 @@ def test_the_residual_stream_has_the_dtype_that_is_asked_for(text: Path) -> None
         ({"residual": "float16", "dtype": "bfloat16"}, "unknown residual 'float16'"),
         ({"token_chunks": 0}, "token_chunks is 0"),
         ({"share_gpus": True}, "share_gpus is set with device 'cpu'"),
+        ({"offload": True}, "offload is true with device 'cpu'"),
         ({"token_chunks": 300}, "token_chunks is 300 for 257 tokens"),
         ({"token_chunks": 2, "hf": "x.json", "model": None, "masks": ()}, "has layers of its own"),
     ],
@@ -101,13 +125,14 @@ def test_what_cannot_work_is_refused(changes: dict[str, Any], said: str) -> None
         dataclasses.replace(TINY, **changes)
 
 
-@pytest.mark.parametrize("name", ["gpu-1", "gpu-1-8b-layers", "gpu-8"])
+@pytest.mark.parametrize("name", ["gpu-1", "gpu-1-8b-layers", "gpu-8", "llama3-8b-1m"])
 def test_configs_for_gpus_train_when_they_are_small(name: str, text: Path) -> None:
     config = load(CONFIGS / f"{name}.toml")
     assert config.device == "cuda" and config.model is not None
     layers, sizes = min(config.model.num_layers, 4), {"d_model": 16, "num_heads": 2, "num_kv_heads": 1, "d_ff": 24}
     small = dataclasses.replace(config.model, num_layers=layers, head_dim=8, **sizes)
-    config = dataclasses.replace(config, device="cpu", seqlen=192, data=(str(text),), model=small)
+    here: dict[str, Any] = {"device": "cpu", "data_parallel": 1, "ulysses": 1, "offload": False}
+    config = dataclasses.replace(config, **here, seqlen=192, data=(str(text),), model=small)
     trainer, samples = trainer_of(config)
     losses = [trainer.step(samples, 1e-2, stop=False).loss for _ in range(2)]
     assert losses[1] < losses[0] < 6
