@@ -88,7 +88,7 @@ MORE = [
     (3, "step 3, forward", "SIGSTOP"),
     (2, "step 3, backward", "SIGSTOP"),
     (2, "the summary", "SIGSTOP"),
-    (3, "step 3, the optimizer", "raises"),
+    (3, "step 3, the gradient's norm and the optimizer", "raises"),
     (3, "saving after step 4", "refuses"),
 ]
 
