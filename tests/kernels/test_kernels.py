@@ -18,14 +18,17 @@ from tests.support.one_tile import (
     DEVICES,
     SCALE,
     TILES,
+    WANTED,
     Problem,
     assert_within_law,
     autograd_result,
+    check_wanted,
     empty_partial,
     kernel_result,
     make_call,
     make_problem,
     rows_of,
+    some_grads,
     zero_grads,
 )
 from tests.support.tiles import Window, attends
@@ -124,6 +127,19 @@ def test_strided_views_of_inputs_and_accumulators(kernel: Kernel, window: Window
     for got, want in zip([acc.out, acc.lse, grads.dq, grads.dk, grads.dv], expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert home.out[:, 1::2].isnan().all(), "rows between the strided ones were written"
+
+
+@pytest.mark.parametrize("window", [(None, 0), (20, 9)], ids=str)
+@each_kernel
+def test_gradients_that_are_not_wanted_are_left_out(kernel: Kernel, window: Window) -> None:
+    p = make_problem(50, 50, window)
+    acc, whole = empty_partial(p), zero_grads(p)
+    kernel.forward_tile(p.q, p.k, p.v, TileScores(window, SCALE), acc, fresh=True)
+    kernel.backward_tile(rows_of(p, acc), p.k, p.v, TileScores(window, SCALE), whole)
+    for wanted in WANTED:
+        grads = some_grads(p, wanted)
+        kernel.backward_tile(rows_of(p, acc), p.k, p.v, TileScores(window, SCALE), grads)
+        check_wanted(grads, wanted, whole)
 
 
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (30, None), (20, 9)], ids=str)

@@ -21,12 +21,15 @@ from tests.support.one_tile import (
     DEVICES,
     SCALE,
     TILES,
+    WANTED,
     assert_within_law,
+    check_wanted,
     empty_partial,
     kernel_result,
     make_call,
     make_problem,
     rows_of,
+    some_grads,
     zero_grads,
 )
 from tests.support.tiles import OneTile, Window
@@ -95,6 +98,18 @@ def test_gradients_that_are_fresh_are_written_and_others_added_to(device):
             (dq, dk, dv), (added.dq, added.dk, added.dv), (fresh[0], *2 * fresh[1:]), strict=True
         ):
             torch.testing.assert_close(found, want if first else want + 2.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_that_are_not_wanted_are_left_out(device):
+    p = make_problem(20, 30, (None, 9), dtype=torch.float32, heads=(2, 1), batch=1, device=device)
+    acc, whole = empty_partial(p), zero_grads(p)
+    OneTile(TRITON).forward_tile(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
+    OneTile(TRITON).backward_tile(rows_of(p, acc), p.k, p.v, TileScores(p.window, SCALE), whole)
+    for wanted in WANTED:
+        grads = some_grads(p, wanted)
+        OneTile(TRITON).backward_tile(rows_of(p, acc), p.k, p.v, TileScores(p.window, SCALE), grads)
+        check_wanted(grads, wanted, whole)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -126,6 +126,25 @@ def zero_grads(p: Problem) -> Grads:
     return Grads(*(torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in (p.q, p.k, p.v)))
 
 
+WANTED = ((True, False, False), (False, True, False), (False, False, True), (True, False, True))  # of dq, dk and dv
+
+
+def some_grads(p: Problem, wanted: tuple[bool, bool, bool]) -> Grads:
+    """Zeros for those that are wanted, None for the others."""
+    zeros = zero_grads(p)
+    dq, dk, dv = (x if asked else None for x, asked in zip((zeros.dq, zeros.dk, zeros.dv), wanted, strict=True))
+    return Grads(dq, dk, dv)
+
+
+def check_wanted(grads: Grads, wanted: tuple[bool, bool, bool], whole: Grads) -> None:
+    """Asserts that they are what they are among all three."""
+    pairs = (grads.dq, whole.dq), (grads.dk, whole.dk), (grads.dv, whole.dv)
+    for (found, truth), asked in zip(pairs, wanted, strict=True):
+        assert (found is not None) == asked
+        if asked:
+            torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
+
+
 def kernel_result(kernel: Kernel, p: Problem) -> list[Tensor]:
     acc, grads = empty_partial(p), zero_grads(p)
     kernel.forward_tile(p.q, p.k, p.v, TileScores(p.window, SCALE), acc, fresh=True)
