@@ -182,7 +182,7 @@ class Config:
     recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
     all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
     tensorboard: the metrics are written for TensorBoard too. max_logit: in every so many-th step the largest logit of
-    attention is among them, which costs one more forward of attention there; 0 for never. profile: the first and the
+    attention is among them, which costs another product of q and k there; 0 for never. profile: the first and the
     last step, as the metrics count them, of which each rank writes traces.
     offload: what backward needs of the layers is meanwhile in pinned memory of a GPU's host (true), or in files of a
     directory (its path); with recompute the decoder's layers then put away their q, k and v, too, and compute the rest

@@ -15,7 +15,6 @@ from launch.data import VOCABULARY
 from launch.language import Inputs, Language, Masks, check_memory
 from ringattn.integrations.checkpointing import keep_attention
 
-SHARPNESS = 1024
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> out, all [batch, tokens, heads, dim]
 
 
@@ -136,9 +135,12 @@ def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
 
     def hidden(inputs: Inputs) -> Tensor:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if inputs.largest is not None:
-                inputs.largest.append(largest_logit(q, k, v, inputs.cp, inputs.masks[layer]))
-            return ringattn.attention(q, k, v, cp=inputs.cp, mask=inputs.masks[layer], label=f"layer {layer}")
+            cp, mask, label = inputs.cp, inputs.masks[layer], f"layer {layer}"
+            if inputs.largest is None:
+                return ringattn.attention(q, k, v, cp=cp, mask=mask, label=label)
+            out, largest = ringattn.attention(q, k, v, cp=cp, mask=mask, return_max_logit=True, label=label)
+            inputs.largest.append(largest)
+            return out
 
         return model(inputs.tokens, inputs.cp.position_ids.to(inputs.tokens.device), attend)
 
@@ -147,17 +149,6 @@ def decoder(job: Config, config: ModelConfig, masks: Masks) -> Language:
     distinct = tuple(dict.fromkeys(of_layers))
     matmuls = _matmuls(config)
     return Language(model, list(model.layers), hidden, model.head, of_layers, distinct, shape, VOCABULARY, matmuls)
-
-
-@torch.no_grad()
-def largest_logit(q: Tensor, k: Tensor, v: Tensor, cp: ringattn.ContextParallel, mask: ringattn.Mask) -> Tensor:
-    """Of this rank's queries q [batch, local_seqlen, heads, dim], with all keys that they see: fp32, no dims. A softmax
-    `SHARPNESS` times as sharp has it as its lse, to within ln(keys) / SHARPNESS above: 0.014 for a million keys. So it
-    takes a forward of attention, and any kernel and schedule."""
-    scale = SHARPNESS * q.shape[-1] ** -0.5
-    _, lse = ringattn.attention(q, k, v, cp=cp, mask=mask, scale=scale, return_lse=True, label="largest logit")
-    found: Tensor = lse.amax() / SHARPNESS
-    return found
 
 
 def _matmuls(config: ModelConfig) -> int:

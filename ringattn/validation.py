@@ -205,9 +205,10 @@ def check_names(layout: str | Layout, schedule: str, kernel: str, kv_layout: str
 def checked_call(
     q: Tensor, k: Tensor, v: Tensor, cp: ContextParallel, mask: Mask | None, scale: float | None,
     softcap: float | None, bias: Tensor | Rule | None, sinks: Tensor | None, dropout_p: float, seed: int | None,
-    return_lse: bool, label: str,
+    return_max_logit: bool, return_lse: bool, label: str,
 ) -> CallRecord:  # fmt: skip
     """The call, if all its arguments fit."""
+    return_max_logit = flag("return_max_logit", return_max_logit)
     return_lse = flag("return_lse", return_lse)
     _check_types(q, k, v, bias, sinks)
     scale, softcap, dropout_p, seed = _check_numbers(scale, softcap, dropout_p, seed)
@@ -223,7 +224,7 @@ def checked_call(
     params = rule.params.to(q.device, accumulator_dtype(q.dtype)) if rule else None
     return CallRecord(
         q, k, v, bias, rule.name if rule else "", params, sinks, cp.handle, mask_handle, scale, softcap, dropout_p,
-        NO_SEED if seed is None else seed, grads, return_lse and bool(grads), label,
+        NO_SEED if seed is None else seed, grads, return_lse and bool(grads), return_max_logit, label,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from ringattn.kernels.flash3 import Flash3
 from ringattn.kernels.flash4 import Flash4
 from ringattn.kernels.flash4_blocks import Flash4Blocks
 from ringattn.kernels.hub import HubFlash2, HubFlash3
+from ringattn.kernels.largest import Largest
 from ringattn.kernels.rates import rates_of
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
@@ -21,5 +22,6 @@ KERNELS: tuple[Kernel, ...] = (
 )  # fmt: skip
 
 __all__ = [
-    "KERNELS", "Call", "Grads", "Kernel", "Rows", "Selection", "TileCalls", "choose", "rates_of", "tile_calls",
+    "KERNELS", "Call", "Grads", "Kernel", "Largest", "Rows", "Selection", "TileCalls", "choose", "rates_of",
+    "tile_calls",
 ]  # fmt: skip

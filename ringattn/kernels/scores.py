@@ -10,7 +10,7 @@ the number of ranks nor the order of tiles changes it. Kernels see one tile at a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
@@ -133,6 +133,11 @@ class Scores:
         asked = {"softcap": self.softcap, "bias": self.bias, "dropout": self.dropout}
         rule = set() if self.rule is None else {self.rule.name}
         return frozenset(rule.union(name for name, value in asked.items() if value is not None))
+
+    @property
+    def of_logits(self) -> Scores:
+        """The same of the logits alone: dropout is of what follows from them."""
+        return replace(self, dropout=None, dbias=None)
 
     @property
     def positional(self) -> bool:

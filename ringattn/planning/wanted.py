@@ -33,4 +33,4 @@ class Wanted(NamedTuple):
         return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:]))) or "none"
 
 
-ALL_WANTED = Wanted()
+ALL_WANTED, NONE_WANTED = Wanted(), Wanted(False, False, False)

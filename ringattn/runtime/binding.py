@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ringattn.geometry.layouts import Layouts
 from ringattn.geometry.masks import Expression
-from ringattn.kernels import KERNELS, Call, Selection, rates_of
+from ringattn.kernels import KERNELS, Call, Largest, Selection, rates_of
 from ringattn.kernels import choose as choose_kernel
 from ringattn.kernels.scores import Scores
 from ringattn.planning.heads import Split
@@ -28,7 +28,7 @@ from ringattn.planning.plan import Plan
 from ringattn.planning.program import Program
 from ringattn.planning.schedules import Schedule, by_name, room_of
 from ringattn.planning.turns import compile_program
-from ringattn.planning.wanted import ALL_WANTED, Wanted
+from ringattn.planning.wanted import ALL_WANTED, NONE_WANTED, Wanted
 from ringattn.runtime.graphs import Graphs
 from ringattn.runtime.heads import seats
 from ringattn.runtime.link import Link
@@ -113,11 +113,13 @@ def handle_of(digest: bytes) -> Tensor:
 
 
 class Checked(NamedTuple):
-    """A call whose arguments fit: prepared, how its logits are made, and whether a gradient is wanted."""
+    """A call whose arguments fit: prepared, how its logits are made, whether a gradient is wanted, and what finds the
+    largest logits, if these are."""
 
     call: Prepared
     scores: Scores
     grad: bool
+    largest: Prepared | None
 
 
 class Binding:
@@ -177,6 +179,10 @@ class Binding:
                 self._prepared.popitem(last=False)
         return known
 
+    def largest(self, mask: Expression, kind: Kind, scores: Scores) -> Prepared:
+        """What finds the largest logits of such a call: the forward program of its queries and keys without values."""
+        return self.prepared(mask, kind._replace(v_head_dim=0), scores.of_logits, False, NONE_WANTED)
+
     def _prepare(self, mask: Expression, kind: Kind, scores: Scores, dlse: bool, wanted: Wanted) -> Prepared:
         """The first part of a call, which knows the others: one, unless heads go by chunks."""
         options = self.settings.options
@@ -188,7 +194,7 @@ class Binding:
             load = Load(seat.kv_heads(kind), row_bytes, stacking, scores.bias is not None, wanted)
             kernels = self.kernels(mask, seat.computed(kind), scores.features, dlse)
             parts.append(Prepared(self.program(mask, load), kernels, kind, mask, scores, seat))
-            parts[-1].eager = self.graphs.refuse(parts[-1], self.plans[mask], options)
+            parts[-1].eager = "" if kind.valueless else self.graphs.refuse(parts[-1], self.plans[mask], options)
         parts[0].parts = tuple(parts)
         return parts[0]
 
@@ -201,12 +207,13 @@ class Binding:
         options, capability, name = self.settings.options, (0, 0), "cpu"
         if kind.device.type == "cuda":
             capability, name = torch.cuda.get_device_capability(kind.device), torch.cuda.get_device_name(kind.device)
-        rates = rates_of(name, options.kernel_rates)
         call = Call(
             kind.device.type, kind.dtype, kind.head_dim, kind.v_head_dim, kind.num_heads, kind.num_kv_heads,
             self.plans[mask].windowed, features, dlse, capability, options.deterministic, options.sm_margin,
         )  # fmt: skip
-        return choose_kernel(self.settings.kernel, call, KERNELS, rates)
+        if kind.valueless:
+            return choose_kernel("auto", call, (Largest(),))
+        return choose_kernel(self.settings.kernel, call, KERNELS, rates_of(name, options.kernel_rates))
 
     def expected_kernels(self, mask: Expression) -> Selection | None:
         """The kernels of the calls a plan was made for; None where the device they are for is not here.

@@ -33,8 +33,10 @@ def execution(
     rule = None if call.rule_params is None else RULES[call.rule](call.rule_params)
     dropout = Dropout(call.dropout_p, drawn) if call.dropout_p else None
     scores = Scores(call.scale, call.softcap, call.bias, dbias, rule, dropout)
-    prepared = binding.prepared(mask, kind_of(call.q, call.k, call.v), scores, call.dlse, call.wanted)
-    return Execution(binding, prepared, scores, call.sinks, bool(call.grads), call.rule, call.label)
+    kind = kind_of(call.q, call.k, call.v)
+    prepared = binding.prepared(mask, kind, scores, call.dlse, call.wanted)
+    largest = binding.largest(mask, kind, scores) if call.max_logit else None
+    return Execution(binding, prepared, scores, call.sinks, bool(call.grads), call.rule, call.label, largest)
 
 
 def kind_of(q: Tensor, k: Tensor, v: Tensor) -> Kind:
@@ -57,14 +59,14 @@ def draw(binding: Binding, dropout_p: float, seed: int) -> int:
 # -- operators ----------------------------------------------------------------------------------
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = CallRecord(*args)
     binding = find(call.context)
     with together(binding.link.transport, FORWARD), torch.autocast(call.q.device.type, enabled=False):
         drawn = torch.tensor([draw(binding, call.dropout_p, call.seed)], device="cpu")
         made = execution(binding, binding.mask_of(call.mask), call, int(drawn))
-        out, lse = made.forward(call.q, call.k, call.v)
-    return out, lse, drawn
+        out, lse, largest = made.forward(call.q, call.k, call.v)
+    return out, lse, drawn, call.q.new_empty(0, dtype=torch.float32) if largest is None else largest
 
 
 def _backward(*args: Any) -> list[Tensor]:
@@ -81,7 +83,7 @@ def _backward(*args: Any) -> list[Tensor]:
 
 attention_operator = torch.library.custom_op(
     "ringattn::attention", _forward, mutates_args=(), tags=_nondeterministic,
-    schema=schema(CallRecord, "(Tensor, Tensor, Tensor)"),
+    schema=schema(CallRecord, "(Tensor, Tensor, Tensor, Tensor)"),
 )  # fmt: skip
 attention_backward_operator = torch.library.custom_op(
     "ringattn::attention_backward", _backward, mutates_args=(), schema=schema(BackwardRecord, "Tensor[]")
@@ -94,7 +96,8 @@ def _(*args):  # type: ignore[no-untyped-def]
     batch, seqlen, heads, _ = call.q.shape
     out = call.q.new_empty(batch, seqlen, heads, call.v.shape[-1])
     lse = call.q.new_empty(batch, heads, seqlen, dtype=accumulator_dtype(call.q.dtype))
-    return out, lse, torch.empty(1, dtype=torch.int64)
+    largest = call.q.new_empty((batch, heads) if call.max_logit else 0, dtype=torch.float32)
+    return out, lse, torch.empty(1, dtype=torch.int64), largest
 
 
 @attention_backward_operator.register_fake
@@ -103,18 +106,18 @@ def _(*args):  # type: ignore[no-untyped-def]
     return [torch.empty_like(getattr(call, name)) for name in call.wants]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = CallRecord(*inputs)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *output[:3])
     ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.tensors = [isinstance(value, Tensor) for value in inputs]
     # alive until backward, whatever the user drops
     ctx.binding = find(call.context) if type(call.context) is Tensor else None
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     # a graph that is traced knows no ranks
     with nullcontext() if ctx.binding is None else together(ctx.binding.link.transport, BACKWARD):
         _once()
@@ -139,7 +142,7 @@ def _once(dout: Tensor | None = None) -> None:
 
 
 @torch.library.custom_op("ringattn::refused_attention", mutates_args=())
-def refused_attention_operator(q: Tensor, context: Tensor, kind: str, text: str) -> tuple[Tensor, Tensor]:
+def refused_attention_operator(q: Tensor, context: Tensor, kind: str, text: str) -> tuple[Tensor, Tensor, Tensor]:
     """Stands in a compiled graph for a call that was refused while it was traced, which no other rank would hear of."""
     refusals: dict[str, type[Exception]] = {"TypeError": TypeError, "NotImplementedError": NotImplementedError}
     with together(find(context).link.transport, FORWARD):
@@ -148,7 +151,7 @@ def refused_attention_operator(q: Tensor, context: Tensor, kind: str, text: str)
 
 @refused_attention_operator.register_fake
 def _(q, context, kind, text):  # type: ignore[no-untyped-def]
-    return torch.empty_like(q), torch.empty_like(q)
+    return torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
 
 
 refused_attention_operator.register_autograd(lambda ctx, *_: (None,) * 4)
@@ -184,16 +187,18 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, made: Execution, *extras: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``extras``: none, or a bias tensor, the numbers of a bias rule, and sinks."""
-        out, lse = made.forward(q, k, v)
+        out, lse, largest = made.forward(q, k, v)
         ctx.set_materialize_grads(False)
         ctx.made = made.without_tensors()
         ctx.save_for_backward(q, k, v, out, lse, *extras)
-        return out, lse
+        if largest is not None:
+            ctx.mark_non_differentiable(largest)
+        return out, lse, largest
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         made: Execution = ctx.made
         with together(made.binding.link.transport, BACKWARD):
             _once(dout)

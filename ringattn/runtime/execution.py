@@ -18,18 +18,20 @@ from ringattn.planning.wanted import Wanted
 from ringattn.runtime import heads, loops
 from ringattn.runtime.binding import Binding
 from ringattn.runtime.capture import Found, Inputs, Loop, Walk
+from ringattn.runtime.largest import by_head, of_all_ranks
 from ringattn.runtime.link import Link, Messages
 from ringattn.runtime.prepared import Prepared
 from ringattn.runtime.timeline import Timeline
 
 FORWARD, BACKWARD = "attention forward", "attention backward"
 NOT_FINITE = "holds NaN or infinity"
+Results = tuple[Tensor, Tensor, Tensor | None]  # out, lse, and the largest logits where they are asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """A prepared call with what it alone brings along: how its logits are made, its sinks ``[num_heads]``, and whether
-    some gradient is wanted, of sinks too."""
+    """A prepared call with what it alone brings along: how its logits are made, its sinks ``[num_heads]``, whether some
+    gradient is wanted, of sinks too, and what finds its ``largest`` logits, if these are."""
 
     binding: Binding
     call: Prepared
@@ -38,23 +40,34 @@ class Execution:
     grad: bool = False
     rule: str = ""  # the name of the bias rule
     label: str = ""
+    largest: Prepared | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``out`` and ``lse``, on all ranks together."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+        """``out`` and ``lse``, on all ranks together, and the largest logits where they are asked for."""
         with together(self.binding.link.transport, FORWARD):
             return self._forward(q, k, v)
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         if self.binding.settings.options.check_nan:
             _check_finite(self.binding, q=q, k=k, v=v)
         link = self._begin(FORWARD)
-        swap = self.call.seat.swap
-        if swap is None:
+        if self.call.seat.swap is None:
             out, lse = self._attend(q, k, v, self.sinks, self.scores)
         else:
             out, lse = self._attend_together(link, q, k, v)
-        link.finish(q.device.type, needed=self._needed)
-        return out, lse
+        found = None if self.largest is None else self._largest(self.largest, link, q, k)
+        link.finish(q.device.type, needed=self._needed or found is not None)
+        return out, lse, found
+
+    def _largest(self, call: Prepared, link: Messages, q: Tensor, k: Tensor) -> Tensor:
+        """Of all ranks' queries, fp32 ``[batch, heads]``: the forward program walked once more, without values. A sink
+        is no key's logit."""
+        made, nothing = replace(self, call=call, sinks=None, scores=self.scores.of_logits), k[..., :0]
+        if call.seat.swap is None:
+            _, rows = made._attend(q, k, nothing, None, made.scores)
+        else:
+            _, rows = made._attend_together(link, q, k, nothing)
+        return of_all_ranks(link, by_head(rows), self.binding.rank, self.binding.world_size)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores) -> tuple[Tensor, Tensor]:
         """``out`` and ``lse`` of what this rank computes."""
@@ -174,6 +187,7 @@ class Execution:
             self.sinks is not None,
             self.grad,
             wanted.inputs,
+            self.largest is not None,
         )
         link.begin(
             name, (binding.digest, self.call.signature, extras), partial(self._facts, extras), device, own,
@@ -205,7 +219,7 @@ class Execution:
         }
 
     def _brought(self, extras: Extras) -> dict[str, str]:
-        """What a call may have beside q, k and v."""
+        """What a call may have beside q, k and v, or be asked for beside out."""
         rule, wanted = self.scores.rule, {True: "wanted", False: "not wanted"}
         facts = {
             "bias": None if extras.bias is None else f"[{extras.bias[0]}, {extras.bias[1]}, ...]",
@@ -213,6 +227,7 @@ class Execution:
             "bias rule": None if rule is None else _in_words(rule),
             "dropout": None if extras.dropout is None else f"p {extras.dropout}",
             "sinks": "given" if extras.sinks else None,
+            "largest logits": "asked for" if extras.max_logit else None,
         }
         return {name: said for name, said in facts.items() if said is not None}
 
@@ -227,6 +242,7 @@ class Extras(NamedTuple):
     sinks: bool
     grad: bool
     wanted: tuple[bool, bool, bool]  # of q, k and v
+    max_logit: bool
 
 
 def _in_words(rule: Rule) -> str:

@@ -33,7 +33,7 @@ Differentiate = Callable[[Saved, Scores, Sequence[torch.dtype]], tuple[Tensor | 
 
 
 class Batch(NamedTuple):
-    """The messages of an all-to-all."""
+    """Messages between turns: those of an all-to-all, and others of no program."""
 
     what: str
     sends: list[tuple[Tensor, int]]

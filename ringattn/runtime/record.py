@@ -21,7 +21,7 @@ class CallRecord:
 
     ``rule`` and ``rule_params`` make a bias rule; ``seed`` is NO_SEED for the context's next; ``grads`` names the
     tensors whose gradients are wanted, of q, k, v, bias and sinks, joined by commas; ``dlse`` says that lse may have
-    one; texts call it by its ``label``.
+    one, ``max_logit`` that the largest logits are asked for; texts call it by its ``label``.
     """
 
     q: Tensor
@@ -39,6 +39,7 @@ class CallRecord:
     seed: int
     grads: str
     dlse: bool
+    max_logit: bool
     label: str
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 from ringattn.comm import Homeward
 from ringattn.kernels import Grads, Rows
 from ringattn.kernels.base import row_delta
+from ringattn.kernels.largest import lift
 from ringattn.kernels.partial import Partial, accumulator_dtype, fold
 from ringattn.kernels.passes import accumulate
 from ringattn.planning.program import Buffer, Copy, Parcel, Row
@@ -29,7 +30,8 @@ Action = Callable[["Own"], None]
 
 
 class Kind(NamedTuple):
-    """The shapes, dtype and device of a call."""
+    """The shapes, dtype and device of a call. One without values, ``v_head_dim`` 0, asks for its rows' largest logits,
+    in the place of their lse."""
 
     batch: int
     num_heads: int
@@ -43,6 +45,10 @@ class Kind(NamedTuple):
     def wide(self) -> torch.dtype:
         """That of the accumulators."""
         return accumulator_dtype(self.dtype)
+
+    @property
+    def valueless(self) -> bool:
+        return self.v_head_dim == 0
 
     def dtype_of(self, row: Row) -> torch.dtype:
         return self.dtype if row.kept else self.wide
@@ -116,8 +122,12 @@ class Memory:
             parts = [self.gradients(source[there], copy.row) for there, _ in copy.pairs]
             rows = [(slice(None), here, heads) for _, here in copy.pairs]
             return [_AddHome(*part, index) for part, index in zip(parts, rows, strict=True)]
-        make = _Merge if copy.row is Row.PARTIAL else _AddQueries
+        make = self._merge if copy.row is Row.PARTIAL else _AddQueries
         return [make(source[there], here) for there, here in copy.pairs]
+
+    @property
+    def _merge(self) -> type[_Merge] | type[_Lift]:
+        return _Lift if self.kind.valueless else _Merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +234,17 @@ class _Merge:
     def __call__(self, own: Own) -> None:
         out, lse = self.source[..., :-2], self.source[..., -2:]
         fold(own.acc.rows(self.rows), out.transpose(0, 1), lse.double().sum(-1).permute(1, 2, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lift:
+    """The largest logits of own queries, come home."""
+
+    source: Tensor
+    rows: slice
+
+    def __call__(self, own: Own) -> None:
+        lift(own.acc.lse[:, :, self.rows], self.source.double().sum(-1).permute(1, 2, 0))
 
 
 def pack_partial(acc: Partial, target: Tensor) -> None:

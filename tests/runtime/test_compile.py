@@ -170,19 +170,20 @@ def test_checkpointing_saves_the_ring_by_name(schedule, how):
         assert counted["backward kv"] == once["backward kv"]
 
 
-def operands(inputs, cp):
+def operands(inputs, cp, max_logit=False):
     """Of the operator, for a plain call."""
     features = None, "", None, None  # bias, rule and its numbers, sinks
-    return *inputs, *features, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True, False, False, ""
+    return *inputs, *features, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, "q,k,v", False, max_logit, ""
 
 
 def test_the_operator_passes_pytorchs_own_checks():
     q, k, v, *_ = tensors(batch=1)
     cp = ra.ContextParallel(None, S, mask=LOCAL)
     inputs = [t.requires_grad_() for t in (q, k, v)]
-    arguments = operands(inputs, cp)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
+    for max_logit in (False, True):
+        arguments = operands(inputs, cp, max_logit)
+        torch.library.opcheck(torch.ops.ringattn.attention.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
