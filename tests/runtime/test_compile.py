@@ -173,7 +173,7 @@ def test_checkpointing_saves_the_ring_by_name(schedule, how):
 def operands(inputs, cp):
     """Of the operator, for a plain call."""
     features = None, "", None, None  # bias, rule and its numbers, sinks
-    return *inputs, *features, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, True, False, False, ""
+    return *inputs, *features, cp.handle, cp.mask_handles[0], 0.3, None, 0.0, -1, "q,k,v", False, ""
 
 
 def test_the_operator_passes_pytorchs_own_checks():
