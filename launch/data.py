@@ -7,7 +7,7 @@ import os
 import random
 import stat
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -164,13 +164,18 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _walk(path: Path) -> list[Path]:
-    """All that lies below a directory, in order. Raises OSError for one that cannot be looked into."""
+def _walk(path: Path, skipped: Collection[str] = ()) -> list[Path]:
+    """All that lies below a directory, in order, but for what lies in folders of these names. Raises OSError for one
+    that cannot be looked into."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
-    return sorted(Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+    found = []
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = [name for name in folders if name not in skipped]
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
 
 
 def _holds_text(file: Path) -> bool:
@@ -183,8 +188,7 @@ def _holds_text(file: Path) -> bool:
 
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    sources = (path for path in sorted(root.rglob("*.py")) if not LIBRARY_SKIPS & set(path.relative_to(root).parts))
-    found = [path for path in sources if path.stat().st_size]
+    found = [path for path in _walk(root, LIBRARY_SKIPS) if path.suffix == ".py" and path.stat().st_size]
     if not found:
         raise ValueError(f"no Python sources under {root}; give text with --data")
     return found
