@@ -80,7 +80,7 @@ def test_trainer_refuses_what_initialize_refuses(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trainer_equals_one_process(tmp_path: Path) -> None:
     ((losses, exact),) = run_processes(trainer, 1, tmp_path, None, timeout=280)
-    start = dict(zero.model_of().named_parameters())
+    start = {name: p.detach() for name, p in zero.model_of().named_parameters()}
     config = zero.settings(3, zero_force_ds_cpu_optimizer=False)
     config |= dict.fromkeys(
         ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"

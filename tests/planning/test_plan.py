@@ -90,7 +90,8 @@ def test_cover(name, layout):
 @pytest.mark.parametrize("name", cases.ALL)
 def test_cover_on_eight_ranks_and_other_lengths(name, layout):
     mask, predicate = cases.ALL[name]
-    for size in (None, 2, 4):
+    turn = (list(cases.ALL).index(name) + list(LAYOUTS).index(layout)) % 2
+    for size in (None, (2, 4)[turn]):
         check_cover(replace(plan_of(mask, layout, 8), ranks_per_node=size), cases.dense(predicate))
     for q_len, kv_len, q_offset in ((13, 29, 16), (1, 29, 28)) if name in cases.SIMPLE else ():
         for world in (2, 5):
