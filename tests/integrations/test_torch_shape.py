@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import ringattn as ra
+from ringattn.comm import PeerError
 from ringattn.integrations.checkpointing import keep_attention
 from ringattn.integrations.torch import (
     RingAttention,
@@ -446,9 +447,27 @@ def heard(rank: int, world: int) -> None:
             attend(q)
 
 
+def left_by_one(rank: int, world: int) -> None:
+    """Rank 1 raises an error of its own before a call that the other makes: none of its later regions answers that."""
+    mesh = cp_mesh(world)
+    for batch in range(2):
+        q = torch.full((1, 2, S, 4), float(batch))
+        with pytest.raises((KeyError, PeerError)) as caught:
+            with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+                if rank == 1:
+                    raise KeyError("own")
+                F.scaled_dot_product_attention(q, q, q)
+        assert isinstance(caught.value, KeyError) or "KeyError: 'own'" in str(caught.value), caught.value
+        q = torch.full((1, 2, S, 4), 7.0)
+        with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+            found = F.scaled_dot_product_attention(q, q, q)
+        torch.testing.assert_close(found, torch.full_like(found, 7.0))
+
+
 def refusals(rank: int, world: int) -> None:
     refused(rank, world)
     heard(rank, world)
+    left_by_one(rank, world)
 
 
 def test_what_cannot_be_kept_is_refused_by_all_ranks() -> None:
