@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import ringattn
-from ringattn.budget import from_config, model, reach
+from ringattn.budget import ModelShape, from_config, model, reach
 from ringattn.budget.models import FAMILIES, shipped
 from ringattn.integrations.transformers import beyond_positions
 
@@ -205,3 +205,15 @@ def test_reach_says_what_the_integration_says() -> None:
     assert said.startswith("qwen3-8b: 1,048,576 tokens a sequence, and max_position_embeddings is 40,960")
     assert '"rope_type": "yarn", "factor": 26.0' in said
     assert reach(from_config(PLAIN), 1 << 30) is None  # nothing is said of its positions
+
+
+def test_models_of_published_runs_are_known() -> None:
+    runs = json.loads((Path(__file__).parent / "published.json").read_text())["runs"]
+    shapes = {run["name"]: read(run["model"]) for run in runs}
+    assert len(shapes) == len(runs) == 22 and sum(run["figure"] for run in runs) == 11
+    assert all(run["sources"] and run["unknown"] and run["settings"]["batch"] == 1 for run in runs)
+    assert shapes["oomb-qwen2.5-7b-1"].parameters == 7_615_616_512  # its page at huggingface.co
+
+
+def read(named: str | dict[str, object]) -> ModelShape:
+    return model(named) if isinstance(named, str) else from_config(named)
