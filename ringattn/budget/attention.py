@@ -4,6 +4,7 @@ allocates while it runs."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
@@ -23,8 +24,32 @@ from ringattn.runtime.link import Messages
 from ringattn.runtime.wire import Kind
 from ringattn.runtime.workspace import Workspace
 
+NAMES = "rows of the batch", "heads", "KV heads"
 BUFFERS, MASKS = "attention buffers", "kernel's masks"
 SPLIT = named("query x key rows of the operator", 64 * 512)  # what PyTorch's CPU operator works through at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Of a rank: what its calls keep all the time, what they take while they run, and what the first backward leaves
+    behind for good."""
+
+    buffers: tuple[Tensor, ...]
+    scratch: Scratch
+    grown: tuple[Tensor, ...] = ()
+
+
+def scratch_of(cp: ContextParallel, device: str, threads: int = 1, rows: int = 1) -> Attention:
+    """Of the calls of a context whose shape was told, ``rows`` at a time: its programs' buffers, the head all-to-all's
+    and the kernel's."""
+    kind = kind_of(cp, device)
+    kind = kind._replace(batch=kind.batch * rows)
+    programs = [cp.program(mask) for mask in cp.masks]
+    there = (*buffers(programs, kind), *swaps(cp, kind))
+    if device != "cpu":
+        return Attention(there, flash_scratch(cp, kind))
+    scratch, masks = cpu_scratch(programs, kind, threads)
+    return Attention((*there, *masks[:1]), scratch, masks[1:])
 
 
 def kind_of(cp: ContextParallel, device: str = "cpu") -> Kind:
@@ -105,6 +130,29 @@ def _swap(swap: heads.HeadSwap, kind: Kind, own: Sequence[int], link: Messages) 
     swap.forward(link, (q, k, v, None, scores), attend, homes)
     grads = heads.homes_of_gradients(swap, (q, k, v), kind.wide, ALL_WANTED)
     swap.backward(link, (q, k, v, homes[0], heads.row(homes[1]), homes[0], None), scores, differentiate, grads)
+
+
+# -- fused kernels on a GPU ----------------------------------------------------------------------
+
+
+def flash_scratch(cp: ContextParallel, kind: Kind) -> Scratch:
+    """What FlashAttention's kernels take: a call's own out and lse forward, where results are merged; backward dq in
+    fp32, two numbers a row, and dq, dk and dv of a call in the dtype of the inputs (its `flash_bwd` allocates them)."""
+    rows = named("local tokens of the team", max(int(x) for x in cp.binding.computed.q.sizes))
+    split = named("ranks of the head axis", cp.ulysses)
+    batch, heads_, kv = (named(n, x) for n, x in zip(NAMES, kind[:3], strict=True))
+    dim, size, wide = named("head size", kind.head_dim), named("bytes", kind.dtype.itemsize), named("bytes in fp32", 4)
+    query = batch * rows * heads_.over(split) * dim
+    key = batch * rows * kv.over(split) * dim
+    number = batch * rows * heads_.over(split) * wide
+    ahead = Tensor(SCRATCH, "a call's out", query * size), Tensor(SCRATCH, "a call's lse", number)
+    back = (
+        Tensor(SCRATCH, "dq in fp32", query * wide),
+        Tensor(SCRATCH, "softmax's sums", 2 * number),
+        Tensor(SCRATCH, "a call's dq", query * size),
+        Tensor(SCRATCH, "a call's dk and dv", 2 * key * size),
+    )
+    return Scratch(ahead, back)
 
 
 # -- PyTorch's operators on a CPU -----------------------------------------------------------------
@@ -203,4 +251,4 @@ def _masks(part: sdpa.Part, kind: Kind, backward: bool) -> dict[str, Amount]:
     return {f"forward, windows of {width}": made}
 
 
-__all__ = ["BUFFERS", "buffers", "cpu_scratch", "kind_of", "swaps"]
+__all__ = ["BUFFERS", "Attention", "buffers", "scratch_of"]

@@ -259,7 +259,7 @@ class LayerCode:
         tape.run(
             "attention", (q, k, v), (out, lse), keeps=(q, k, v, out, lse),
             scratch=(*running, *self.scratch.forward),
-            backward_scratch=(*(sums if apart else ()), *self.scratch.backward),
+            backward_scratch=self.scratch.backward, sums=sums if apart else (),
         )  # fmt: skip
         return out
 

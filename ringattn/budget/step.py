@@ -53,6 +53,14 @@ class Step:
     gathering: Gathering | None = None
     generators: bool = True
     grown: Alive = ()
+    accumulates: bool = False
+
+    def accumulating(self) -> Step:
+        """The same for the later of several micro-batches: the gradients of those before lie there all the time."""
+        tables = () if self.model.tied else (self._table,)
+        found = [x for shape in self.model.layers for x in self.layers[shape].left]
+        gradients = _each([*self.tail.left, *tables, *found])
+        return replace(self, around=(*self.around, *gradients), accumulates=True)
 
     @cached_property
     def width(self) -> Amount:
@@ -103,13 +111,14 @@ class Step:
         yield from self._backward(always, held)
 
     def _backward(self, always: Alive, held: list[Alive]) -> Iterator[Moment]:
-        made, gathering = [_each(self.tail.left)], self.gathering
+        gathering = self.gathering
+        made: list[Alive] = [] if self.accumulates else [_each(self.tail.left)]
         leaving: Alive = ()
         for number in reversed(range(len(self.model.layers))):
             first = number == len(self.model.layers) - 1
             layer = self._first_backward if first else self.layers[self.model.layers[number]]
             held.pop()
-            others = (*always, *_flat(held), *_flat(made), *layer.given)
+            others = (*always, *_flat(held), *_flat(made))
             if gathering:
                 before = self.layers[self.model.layers[number - 1]].left if number else ()
                 others = (*others, *gathering.whole(layer.left), *leaving)
@@ -118,7 +127,8 @@ class Step:
             for moment in layer.backward:
                 yield moment.beside(others, f"layer {number}, {moment.name}")
             always = (*always, *self.grown) if first else always
-            made.append(gathering.sharded(layer.left) if gathering else _each(layer.left))
+            if not self.accumulates:
+                made.append(gathering.sharded(layer.left) if gathering else _each(layer.left))
             if gathering:
                 leaving = gathering.leaving(layer.left)
                 others = (*always, *_flat(held), *_flat(made), *_each(layer.left), *leaving, *gathering.arrived(before))
@@ -127,8 +137,9 @@ class Step:
         dx = _gradient_of("the embedding's result", size)
         others = (*always, *_flat(made), (self._table, 1), *leaving)
         yield Moment("embedding, backward", ((dx, 1), *others))
-        made.append(((self._table, 1),))
-        if gathering:
+        if not self.accumulates:
+            made.append(((self._table, 1),))
+        if gathering and not self.accumulates:
             yield Moment("root, gradients summed", (*others, *gathering.leaving(self._root)))
             made = [gathering.sharded(self._root), *made[1:-1]]
         always = (*self.persistent, *self.around, *self.grown)
@@ -256,13 +267,13 @@ def _at_once(step: Step, code: LayerCode) -> LayerMoments:
     if way.recompute == "none":
         kept = step._put_away(tape.kept())
         moment, left = tape.backward(away=set(tape.kept()) - set(kept))
-        return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment,), left)
+        return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment.beside(given),), left)
     moment, left = tape.backward()
     attended = step._put_away([x for x in tape.kept() if x.kind == OUT]) if way.recompute == "attention" else []
     again = tape.forward(again=True)
     rerun = again.beside(_each([_gradient_of("the layer's result", x.size)]), f"computed again: {again.name}")
     held = (*_each(attended), *step._states(1), *stays)
-    return LayerMoments(given, held, tape.forward(), (rerun, moment), left)
+    return LayerMoments(given, held, tape.forward(), (rerun.beside(given), moment.beside(given)), left)
 
 
 def _tiled(step: Step, code: LayerCode) -> LayerMoments:
@@ -290,19 +301,19 @@ def _tiled(step: Step, code: LayerCode) -> LayerMoments:
     again = largest([moment, conclude.forward()])
     weights = _each(of_conclusion)
     kept = (*(whole if not way.offload else ()), *attended)
-    again = again.beside((*kept, *weights, *_each([dresult, dx, dout])), f"conclusion of a piece: {again.name}")
+    again = again.beside((*given, *kept, *weights, *_each([dresult, dx, dout])), f"conclusion of a piece: {again.name}")
     moment, _ = attention.backward()
-    attending = moment.beside((*_each([q, k, v]), (dx, 1), *weights), moment.name)
+    attending = moment.beside((*(() if way.offload else given), *_each([q, k, v]), (dx, 1), *weights), moment.name)
     moment, of_projection = project.backward()
     grads = [_gradient_of(y.name, y.size) for y in (q, k, v)]
     piece = largest([moment, project.forward()])
     twice = _gradient_of("x by the projection", x.size)
     projecting = piece.beside(
-        (*weights, *_each([dx, twice, *grads]), *_each(of_projection)), f"projection of a piece: {piece.name}"
+        (*given, *weights, *_each([dx, twice, *grads]), *_each(of_projection)), f"projection of a piece: {piece.name}"
     )
     back = [again, attending, projecting]
     if way.recompute != "none":
-        rerun = largest(forward).beside(((dresult, 1),), "computed again")
+        rerun = largest(forward).beside((*given, (dresult, 1)), "computed again")
         back = [rerun, *(m.beside(_each([q, k, v])) if m is again else m for m in back)]
     return LayerMoments(given, held, largest(forward), tuple(back), (*of_conclusion, *of_projection))
 

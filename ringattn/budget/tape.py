@@ -43,7 +43,7 @@ class Tensor:
 class Operation:
     """``keeps`` what its backward reads. ``passes``: the gradient of its result is handed on as it is, as an addition's
     or a view's is. ``weights``: bytes of the gradients of parameters that it makes. ``scratch``: what it takes while it
-    runs, and while its backward does."""
+    runs, and while its backward does; ``sums``: in what gradients are added up there before they are cast."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -53,6 +53,7 @@ class Operation:
     weights: tuple[Tensor, ...] = ()
     scratch: tuple[Tensor, ...] = ()
     backward_scratch: tuple[Tensor, ...] = ()
+    sums: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,10 @@ class Tape:
             there = [x for x in _left(readers, given) if x not in away or x in read]
             made = self._made(op, gradients)
             left += op.weights
-            now = [*there, *left, *op.backward_scratch, *gradients.values(), *made.values()]
-            moments.append(_moment(f"{op.name}, backward", now))
+            now = [*there, *left, *op.sums, *gradients.values()]
+            results = made.values()
+            for more in ((*op.backward_scratch,), results) if op.sums else ((*op.backward_scratch, *results),):
+                moments.append(_moment(f"{op.name}, backward", [*now, *more]))
             for x in op.outputs:
                 gradients.pop(x, None)
             readers.subtract({x.storage: 1 for x in op.keeps})
