@@ -18,6 +18,7 @@ from ringattn.kernels import sdpa, windows
 from ringattn.kernels.scores import Scores
 from ringattn.planning.launches import Launch
 from ringattn.planning.program import Buffer, Program
+from ringattn.planning.shape import TYPICAL
 from ringattn.planning.wanted import ALL_WANTED
 from ringattn.runtime import heads
 from ringattn.runtime.link import Messages
@@ -45,16 +46,17 @@ def scratch_of(cp: ContextParallel, device: str, threads: int = 1, rows: int = 1
     kind = kind_of(cp, device)
     kind = kind._replace(batch=kind.batch * rows)
     programs = [cp.program(mask) for mask in cp.masks]
-    there = (*buffers(programs, kind), *swaps(cp, kind))
+    computed = _seats(cp, kind)[0].computed(kind)
+    there = (*buffers(programs, computed), *swaps(cp, kind))
     if device != "cpu":
         return Attention(there, flash_scratch(cp, kind))
-    scratch, masks = cpu_scratch(programs, kind, threads)
+    scratch, masks = cpu_scratch(programs, computed, threads)
     return Attention((*there, *masks[:1]), scratch, masks[1:])
 
 
 def kind_of(cp: ContextParallel, device: str = "cpu") -> Kind:
     """The calls of a context with a shape."""
-    shape = cp.binding.settings.terms.shape
+    shape = cp.binding.settings.shape or TYPICAL
     sizes = shape.batch, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.values
     return Kind(*sizes, getattr(torch, shape.dtype), torch.device(device))
 
@@ -95,14 +97,19 @@ class Recorder:
 
 def swaps(cp: ContextParallel, kind: Kind) -> tuple[Tensor, ...]:
     """Buffers of the head all-to-all, forward and backward, as it asks for them."""
-    binding, recorder = cp.binding, Recorder()
-    team = [[int(layout.sizes[rank]) for rank in binding.split.team] for layout in binding.held]
+    split, recorder = cp.binding.split, Recorder()
     on, link = kind._replace(device=torch.device("meta")), cast(Messages, recorder)
-    for seat in heads.seats(binding.split, on, binding.settings.options.head_chunks, team):
+    for seat in _seats(cp, on):
         if seat.swap is not None:
-            _swap(seat.swap, on, [sizes[binding.split.member] for sizes in team], link)
+            _swap(seat.swap, on, [sizes[split.member] for sizes in seat.swap.sizes], link)
     flat = recorder.workspace.flat()
     return tuple(_flat(slot, x) for (slot, *_), x in flat.items())
+
+
+def _seats(cp: ContextParallel, kind: Kind) -> tuple[heads.Seat, ...]:
+    binding = cp.binding
+    team = [[int(layout.sizes[rank]) for rank in binding.split.team] for layout in binding.held]
+    return heads.seats(binding.split, kind, binding.settings.options.head_chunks, team)
 
 
 def _flat(slot: str, x: torch.Tensor) -> Tensor:
@@ -139,7 +146,7 @@ def flash_scratch(cp: ContextParallel, kind: Kind) -> Scratch:
     """What FlashAttention's kernels take: a call's own out and lse forward, where results are merged; backward dq in
     fp32, two numbers a row, and dq, dk and dv of a call in the dtype of the inputs (its `flash_bwd` allocates them)."""
     rows = named("local tokens of the team", max(int(x) for x in cp.binding.computed.q.sizes))
-    split = named("ranks of the head axis", cp.ulysses)
+    split = named("ranks of the head axis x chunks of heads", cp.ulysses * cp.binding.settings.options.head_chunks)
     batch, heads_, kv = (named(n, x) for n, x in zip(NAMES, kind[:3], strict=True))
     dim, size, wide = named("head size", kind.head_dim), named("bytes", kind.dtype.itemsize), named("bytes in fp32", 4)
     query = batch * rows * heads_.over(split) * dim

@@ -209,12 +209,14 @@ class Step:
 class Gathering:
     """Parameters in parts on so many ``ranks``, brought together a layer at a time as FSDP2 does: the next one while
     one computes, while gradients of the one before are on their way to their parts. ``size``: bytes of a gathered
-    number; ``copies``: that gloo gathers into memory of its own first."""
+    number; ``copies``: that gloo gathers into memory of its own first; ``gradient``: bytes of one in parts, where they
+    are not a weight's."""
 
     ranks: int
     weight: Amount
     size: Amount
     copies: bool = False
+    gradient: Amount | None = None
 
     def whole(self, gradients: Sequence[Tensor]) -> Alive:
         """Parameters while they are whole: as many as they have gradients."""
@@ -235,7 +237,11 @@ class Gathering:
     def sharded(self, gradients: Sequence[Tensor]) -> Alive:
         """This rank's part of them."""
         parts = named("ranks", self.ranks)
-        return tuple((replace(x, size=x.size.over(parts)), 1) for x in gradients)
+        if self.gradient is None or self.gradient.value == self.weight.value:
+            return tuple((replace(x, size=x.size.over(parts)), 1) for x in gradients)
+        numbers = sum(x.size.value for x in gradients) // max(self.weight.value, 1)
+        size = (named("parameters", numbers) * self.gradient).over(parts)
+        return ((Tensor(WEIGHTS, "gradients in parts", size), 1),)
 
     def _as(self, name: str, gradients: Sequence[Tensor]) -> Alive:
         """As many bytes as their numbers take when gathered."""
@@ -246,13 +252,15 @@ class Gathering:
 @dataclass(frozen=True)
 class LayerMoments:
     """A layer: what it is ``given`` and holds while it runs, what is ``held`` of it between forward and backward (its
-    input included), the largest moment forward and those backward, and the gradients that it leaves."""
+    input included), the largest moment forward and those backward, the gradients that it leaves, and what is ``kept``
+    for backward, wherever that is."""
 
     given: Alive
     held: Alive
     forward: Moment
     backward: tuple[Moment, ...]
     left: tuple[Tensor, ...]
+    kept: Alive = ()
 
 
 def _moments(step: Step, code: LayerCode) -> LayerMoments:
@@ -267,13 +275,16 @@ def _at_once(step: Step, code: LayerCode) -> LayerMoments:
     if way.recompute == "none":
         kept = step._put_away(tape.kept())
         moment, left = tape.backward(away=set(tape.kept()) - set(kept))
-        return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment.beside(given),), left)
+        whole = (*given, *_each(tape.kept()))
+        return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment.beside(given),), left, whole)
     moment, left = tape.backward()
     attended = step._put_away([x for x in tape.kept() if x.kind == OUT]) if way.recompute == "attention" else []
     again = tape.forward(again=True)
     rerun = again.beside(_each([_gradient_of("the layer's result", x.size)]), f"computed again: {again.name}")
     held = (*_each(attended), *step._states(1), *stays)
-    return LayerMoments(given, held, tape.forward(), (rerun.beside(given), moment.beside(given)), left)
+    whole = (*given, *_each([x for x in tape.kept() if x.kind == OUT and way.recompute == "attention"]))
+    back = rerun.beside(given), moment.beside(given)
+    return LayerMoments(given, held, tape.forward(), back, left, whole)
 
 
 def _tiled(step: Step, code: LayerCode) -> LayerMoments:
@@ -295,7 +306,10 @@ def _tiled(step: Step, code: LayerCode) -> LayerMoments:
     ]
     dresult, dx, dout = (_gradient_of(*of) for of in (("the layer's result", x.size), ("x", x.size), ("out", out.size)))
     whole = _each([q, k, v]) if way.recompute == "none" else ()
-    held = (*_each(step._put_away([q, k, v] if way.recompute == "none" else [])), *_each(step._put_away([out, lse])))
+    held = (
+        *_each(step._put_away([q, k, v] if way.recompute == "none" else [])),
+        *_each(step._put_away([] if way.recompute == "full" else [out, lse])),
+    )
     held = (*held, *step._states(2 if way.recompute == "none" else 1), *(given if not way.offload else ()))
     moment, of_conclusion = conclude.backward()
     again = largest([moment, conclude.forward()])
@@ -315,7 +329,9 @@ def _tiled(step: Step, code: LayerCode) -> LayerMoments:
     if way.recompute != "none":
         rerun = largest(forward).beside((*given, (dresult, 1)), "computed again")
         back = [rerun, *(m.beside(_each([q, k, v])) if m is again else m for m in back)]
-    return LayerMoments(given, held, largest(forward), tuple(back), (*of_conclusion, *of_projection))
+    left = (*of_conclusion, *of_projection)
+    stored = (*given, *whole, *(attended if way.recompute != "full" else ()))
+    return LayerMoments(given, held, largest(forward), tuple(back), left, stored)
 
 
 def _gradient_of(name: str, size: Amount) -> Tensor:

@@ -27,7 +27,8 @@ def test_a_run_says_what_its_first_step_takes(text: Path, capsys: pytest.Capture
     run_until(0, 1, config, NOWHERE / "budget", False, -1)
     said = capsys.readouterr().out
     planned = re.search(r"memory planned: ([\d.]+) MiB a rank at the peak, l.*MLP inner", said)
-    found = re.search(r"memory of the first step: ([\d.]+) MiB a rank at the peak, ([\d.]+) % (more|less) than planned", said)
+    verdict = r"memory of the first step: ([\d.]+) MiB a rank at the peak, ([\d.]+) % (more|less) than planned"
+    found = re.search(verdict, said)
     assert planned and found, said
     assert float(found[2]) < 10 and "warning: the first step" not in said
     assert float(found[1]) == pytest.approx(float(planned[1]), rel=0.1)
