@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from launch.config import Config, ModelConfig, OptimizerConfig
 from launch.memory import measured
 from launch.processes import World
 from launch.run import prepare, start
+from ringattn.budget import ModelShape, from_config, model, plan
 from ringattn.kernels import windows
 from ringattn.testing import run_processes
 
@@ -120,12 +121,79 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main(output: str = "budget-cpu") -> None:
+# -- what others have published ------------------------------------------------------------------
+
+PUBLISHED = Path(__file__).parents[1] / "tests" / "budget" / "published.json"
+NEAR = 0.15
+MEMORY = {"H100-80GB": "80GiB", "H200": "141GB"}
+
+
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """A published run in the planner's words."""
+    s, shape = run["settings"], model_of(run)
+    fused = s["loss_rows"] == "liger"
+    # TRL's tiles are computed again within their layer's checkpoint, which keeps what all of them keep
+    tiled = s["mlp_rows"] and not run["name"].startswith("trl")
+    local = -(-run["seqlen"] // (s["ring"] * s["ulysses"]))
+    rows = s["loss_rows"]
+    if fused:  # the next power of two, as Liger's fused linear cross entropy chooses
+        rows = 1 << (-(-local // -(-shape.vocabulary // shape.width)) - 1).bit_length()
+    states = "all" if s["offload_parameters"] else "optimizer" if s["offload_optimizer"] else "none"
+    return {
+        "nodes": -(-run["gpus"] // 8), "gpus": min(run["gpus"], 8), "memory": MEMORY[run["gpu"]],
+        "shard": "fsdp" if s["weight_bytes"] == 4 else "zero3", "offload_states": states,
+        "optimizer": "adamw" if s["optimizer_bytes"] else "sgd", "recompute": "full",
+        "offload": s["checkpointing"] == "offloaded", "loss_chunks": 1 if rows is None else max(1, local // rows),
+        "token_chunks": max(1, local // s["mlp_rows"]) if tiled else 1, "ulysses": s["ulysses"],
+        "data": run["gpus"] // (s["ring"] * s["ulysses"]), "head_chunks": s["head_chunks"],
+        "transient": True, "fused_loss": fused,
+    }  # fmt: skip
+
+
+def model_of(run: dict[str, Any]) -> ModelShape:
+    """Its model's shape."""
+    return from_config(run["model"], run["name"]) if isinstance(run["model"], dict) else model(run["model"])
+
+
+def published() -> list[dict[str, Any]]:
+    """Of each figure what was published, and what the planner says of the same settings: bytes at the peak, or the
+    longest sequence that fits."""
+    rows = []
+    for run in json.loads(PUBLISHED.read_text())["runs"]:
+        found = plan(model_of(run), run["seqlen"], **settings_of(run))
+        if "longest" in run:
+            said, ours, unit = run["seqlen"], found.longest, "tokens"
+        elif "peak_gb" in run:
+            said, ours, unit = int(run["peak_gb"] * 1e9), found.peak, "bytes"
+        else:
+            said, ours, unit = int(run["device_gib"] * 2**30), found.peak + found.reserve, "bytes"
+        row = {"name": run["name"], "figure": run["figure"], "published": said, "planned": ours, "unit": unit}
+        rows.append(row | {"ratio": ours / said, "reproduced": abs(ours / said - 1) <= NEAR, "at": found.moment})
+    return rows
+
+
+def show_published(rows: list[dict[str, Any]]) -> None:
+    """As a table."""
+    for row in rows:
+        verdict = "within 15 %" if row["reproduced"] else "not reproduced"
+        print(
+            f"{row['name']:46} {'figure' if row['figure'] else '':7} published {row['published']:>16,} {row['unit']}, "
+            f"planned {row['planned']:>16,}: {row['ratio']:.2f}  {verdict}  {row['at']}"
+        )
+
+
+def main(output: str = "", published_only: Annotated[bool, typer.Option("--published")] = False) -> None:
     """Measure, print and write JSON."""
+    if published_only:
+        found = published()
+        show_published(found)
+        write(output or "published-cpu", {"rows": found})
+        return
     found = rows()
     for row in found:
         print(line(row))
-    write(output, {"base": str(BASE), "rows": [{**row, "ratio": row["planned"] / row["measured"]} for row in found]})
+    result = [{**row, "ratio": row["planned"] / row["measured"]} for row in found]
+    write(output or "budget-cpu", {"base": str(BASE), "rows": result})
 
 
 if __name__ == "__main__":

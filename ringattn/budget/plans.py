@@ -197,10 +197,11 @@ def plan(model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80G
         settings: nodes, gpus (of a node), batch (sequences of a replica at a time), dtype (bfloat16, float32),
             optimizer (adamw, adamw8bit, muon, sgd), shard (none, fsdp, zero1, zero2, zero3), recompute (none;
             attention: a layer keeps its input and attention's result; full), offload (what layers keep is on the host),
-            offload_states (parameters in parts, gradients and optimizer on the host), loss_chunks, token_chunks (pieces
-            of all but attention), head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code (whose
-            layers: transformers, or the pretraining job's decoder), device (a GPU's name), reserve (bytes beside
-            tensors).
+            offload_states (what is on the host: none, optimizer, or all: parameters and
+            gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks
+            (pieces of all but attention), head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code
+            (whose layers: transformers, or the pretraining job's decoder), device (a GPU's name), reserve (bytes beside
+            tensors), transient (attention's buffers are freed behind each call, as other libraries' are).
 
     Raises:
         ValueError: a name, number or split that cannot be, with the rule and the remedy.
@@ -227,6 +228,7 @@ def planned(setup: Setup) -> Plan:
     shape = Shape(first.num_heads, first.num_kv_heads, first.head_dim, first.v_head_dim, setup.batch, setup.dtype)
     how = setup.layout, setup.schedule, setup.ulysses, setup.head_chunks, setup.device
     placed = _placed(setup.context, setup.seqlen, setup.masks(), shape, *how)
+    placed = placed.transient() if setup.transient else placed
     return Plan(setup, _step(setup, placed), placed, reach(setup.model, setup.seqlen))
 
 
@@ -241,6 +243,14 @@ class Placed:
     schedule: str
     seconds: float
     received: int
+
+    def transient(self) -> Placed:
+        """With buffers that are there only while a call runs."""
+        of = self.attention
+        ahead, back = (*of.scratch.forward, *of.buffers), (*of.scratch.backward, *of.buffers)
+        return replace(
+            self, attention=replace(of, buffers=(), scratch=replace(of.scratch, forward=ahead, backward=back))
+        )
 
     def grown(self, tokens: int) -> Placed:
         """With so many tokens: all that attention takes is a multiple of them."""
@@ -281,8 +291,8 @@ def _step(setup: Setup, placed: Placed) -> Step:
     shard, numerics, attention = shards(setup.dtype)[setup.shard], _numerics(setup), placed.attention
     tokens = named("local tokens", placed.tokens) * named("batch", setup.batch)
     chunks = setup.token_chunks if setup.token_chunks > 1 else 0
-    way = Way(setup.recompute, chunks, setup.offload, setup.loss_chunks)
-    sharded = named("bytes of a gradient in parts", 0 if setup.offload_states else shard.part_gradients)
+    way = Way(setup.recompute, chunks, setup.offload, setup.loss_chunks, setup.fused_loss)
+    sharded = named("bytes of a gradient in parts", 0 if setup.offload_states == "all" else shard.part_gradients)
     gathering = Gathering(setup.world, numerics.weight, numerics.weight, gradient=sharded) if shard.gathered else None
     return Step(
         setup.model, setup.code, tokens, numerics, way, attention.scratch,
@@ -307,10 +317,14 @@ def _persistent(setup: Setup, shard: Shard) -> Iterator[Tensor]:
         yield Tensor("parameters", "weights", parameters * named("bytes", shard.whole_weights))
     if shard.buckets:
         yield Tensor("communication buffers", "buckets of gradients", parameters * named("bytes", shard.buckets))
-    if setup.offload_states:
+    if setup.offload_states == "all":
         return
     if shard.part_weights:
         yield Tensor("parameters", "weights in parts", (parameters * named("bytes", shard.part_weights)).over(ranks))
+    if setup.offload_states == "optimizer":
+        return
+    if shard.master:
+        yield Tensor("parameters", "fp32 weights in parts", (parameters * named("bytes", shard.master)).over(ranks))
     matrix, other = OPTIMIZERS[setup.optimizer]
     rest = model.embedding + model.head
     inner = named("parameters of layers", model.parameters - rest) * named("bytes of state", matrix)
@@ -350,8 +364,8 @@ def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"offload": True}
     if setup.optimizer == "adamw":
         yield {"optimizer": "adamw8bit"}
-    if not setup.offload_states and setup.shard != "none":
-        yield {"offload_states": True}
+    if setup.offload_states != "all" and setup.shard not in ("none", "zero1"):
+        yield {"offload_states": "all"}
     for factor in (2, 4, 8, 16):
         yield {"nodes": setup.nodes * factor}
 

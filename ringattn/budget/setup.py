@@ -14,6 +14,7 @@ from ringattn.mask_text import parse_mask
 from ringattn.masks import Mask, sliding_window
 
 RECOMPUTE = ("none", "attention", "full")
+STATES = ("none", "optimizer", "all")
 CODES = ("transformers", "decoder")
 DTYPES = ("bfloat16", "float32")
 MOST = 1 << 40
@@ -24,12 +25,13 @@ OPTIMIZERS = {"adamw": (8, 8), "adamw8bit": (2, 2), "muon": (4, 8), "sgd": (0, 0
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What of a parameter lies whole on each rank, and what in parts over all of them, in bytes: weights, gradients,
-    weights in fp32 beside those. ``gathered``: weights are brought together a layer at a time."""
+    ``master``: fp32 weights beside those, in parts. ``gathered``: weights are brought together a layer at a time."""
 
     whole_weights: int
     whole_gradients: int
     part_weights: int
     part_gradients: int
+    master: int = 0
     buckets: int = 0
     gathered: bool = False
     moments_whole: bool = False
@@ -43,9 +45,9 @@ def shards(dtype: str) -> dict[str, Shard]:
     return {
         "none": Shard(4, 4, 0, 0, buckets=4, moments_whole=True),
         "fsdp": Shard(0, 0, 4, 4, gathered=True),
-        "zero1": Shard(low, low, master, 0),
-        "zero2": Shard(low, 0, master, low),
-        "zero3": Shard(0, 0, low + master, low, gathered=True),
+        "zero1": Shard(low, low, 0, 0, master),
+        "zero2": Shard(low, 0, 0, low, master),
+        "zero3": Shard(0, 0, low, low, master, gathered=True),
     }
 
 
@@ -67,8 +69,9 @@ class Setup:
     shard: str = "fsdp"
     recompute: str = "full"
     offload: bool = False
-    offload_states: bool = False
+    offload_states: str = "none"
     loss_chunks: int = 8
+    fused_loss: bool = False
     token_chunks: int = 1
     head_chunks: int = 1
     mask: str = "causal()"
@@ -79,6 +82,7 @@ class Setup:
     code: str = "transformers"
     device: str = "H100"
     reserve: int | None = None
+    transient: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seqlen", "nodes", "gpus", "memory", "batch", "loss_chunks", "token_chunks", "head_chunks"):
@@ -87,7 +91,7 @@ class Setup:
             integer(name, getattr(self, name), 1, MOST)
         for name, choices in (
             ("dtype", DTYPES), ("optimizer", tuple(OPTIMIZERS)), ("shard", SHARDS), ("recompute", RECOMPUTE),
-            ("code", CODES),
+            ("code", CODES), ("offload_states", STATES),
         ):  # fmt: skip
             choose(name, getattr(self, name), choices)
         self._check_split()

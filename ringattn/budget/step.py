@@ -27,12 +27,14 @@ Alive = tuple[tuple[Tensor, int], ...]
 class Way:
     """How a step saves memory. recompute: none, attention (a layer keeps its input and attention's result) or full (its
     input). token_chunks: pieces in which all but attention is computed, and again backward; 0: all at once. offload:
-    what is kept is elsewhere meanwhile. loss_chunks: pieces of the logits."""
+    what is kept is elsewhere meanwhile. loss_chunks: pieces of the logits. fused_loss: their gradient is computed
+    forward and takes their place, as in Liger's fused linear cross entropy (arXiv 2410.10989)."""
 
     recompute: str = "none"
     token_chunks: int = 0
     offload: bool = False
     loss_chunks: int = 8
+    fused_loss: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Step:
         norm = Tape((x,))
         hidden = code.norm(norm, x, self.tokens)
         norm.results = (hidden,)
+        if self.way.fused_loss:
+            return self._fused(norm, x, hidden)
         kept = self._put_away([*norm.kept(), hidden.storage])
         held = (*_each(kept), *self._states(chunks.value))
         piece = self._piece(code, self.tokens.over(chunks), hidden)
@@ -182,6 +186,18 @@ class Step:
         final = moment.beside(_each(left))
         given = () if self.way.offload else ((x, 1),)
         return LayerMoments(given, held, forward, (pieces, both, final), (*left, *weights))
+
+    def _fused(self, norm: Tape, x: Tensor, hidden: Tensor) -> LayerMoments:
+        n, rows = self.numerics, self.tokens.over(named("loss chunks", self.way.loss_chunks))
+        vocabulary = named("vocabulary", self.model.vocabulary)
+        logits = Tensor(LOGITS, "logits of a chunk, then their gradient", rows * vocabulary * n.compute)
+        weight = Tensor(WEIGHTS, "weight of head", vocabulary * self.width * n.weight)
+        back = _gradient_of("the last norm's result", hidden.size)
+        kept = (*_each(self._put_away(norm.kept())), (back, 1), (weight, 1))
+        forward = Moment("logits of a chunk", _each([*norm.kept(), hidden, back, weight, logits]))
+        moment, weights = norm.backward()
+        given = () if self.way.offload else ((x, 1),)
+        return LayerMoments(given, kept, forward, (moment.beside(((weight, 1),)),), (weight, *weights))
 
     def _piece(self, code: LayerCode, rows: Amount, hidden: Tensor) -> Tape:
         n, vocabulary = self.numerics, named("vocabulary", self.model.vocabulary)

@@ -29,8 +29,9 @@ Optimizer = Annotated[str, typer.Option(help="adamw, adamw8bit, muon, sgd")]
 Shard = Annotated[str, typer.Option(help="fsdp, zero1, zero2, zero3, none")]
 Recompute = Annotated[str, typer.Option(help="none; attention: keeps its result; full")]
 Offload = Annotated[bool, typer.Option("--offload", help="what layers keep is on the host")]
-OffloadStates = Annotated[bool, typer.Option("--offload-states", help="parameters in parts and optimizer on the host")]
+OffloadStates = Annotated[str, typer.Option(help="on the host: none, optimizer, or all that lies in parts")]
 LossChunks = Annotated[str, typer.Option(help="pieces of the logits")]
+FusedLoss = Annotated[bool, typer.Option("--fused-loss", help="their gradients in their place, as Liger's")]
 TokenChunks = Annotated[str, typer.Option(help="pieces of all but attention")]
 HeadChunks = Annotated[int, typer.Option(help="groups of heads, one after the other")]
 Mask = Annotated[str, typer.Option(help='as text: "sliding_window(4095) & causal()"')]
@@ -45,8 +46,9 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 def memory_command(
     model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", device: Device = "H100",
     batch: Batch = 1, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp",
-    recompute: Recompute = "full", offload: Offload = False, offload_states: OffloadStates = False,
-    loss_chunks: LossChunks = "8", token_chunks: TokenChunks = "1", head_chunks: HeadChunks = 1,
+    recompute: Recompute = "full", offload: Offload = False, offload_states: OffloadStates = "none",
+    loss_chunks: LossChunks = "8", fused_loss: FusedLoss = False, token_chunks: TokenChunks = "1",
+    head_chunks: HeadChunks = 1,
     mask: Mask = "causal()", layout: Layout = "auto", schedule: Schedule = "auto", ulysses: Ulysses = 1, data: Data = 1,
     code: Annotated[str, typer.Option(help="whose layers: transformers, decoder")] = "transformers",
     explain: Annotated[bool, typer.Option("--explain", help="every number as a formula with the values")] = False,
