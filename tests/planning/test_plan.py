@@ -426,6 +426,16 @@ def test_a_layout_that_would_explode_is_left_out_or_refused():
     assert choose(problem(many, seqlen=2 * CALL_BUDGET, world=1), "zigzag").taken.q_layout.name == "zigzag"
 
 
+def test_a_layout_that_would_take_minutes_to_plan_is_refused_at_once():
+    """A cyclic million of queries; a window over them, or a query over such a cache, is planned."""
+    seqlen = 1 << 20
+    with pytest.raises(ValueError, match=r"'cyclic' cuts 1,048,576 queries into 16,384 runs, which meet .* 20,000,000"):
+        choose(problem(ra.causal(), seqlen=seqlen, world=8), "cyclic")
+    assert choose(problem(ra.sliding_window(1023), seqlen=seqlen, world=8), "cyclic").taken.q_layout.name == "cyclic"
+    cached = ra.ContextParallel(PlanningRank(0, 8), 1, kv_seqlen=seqlen, q_offset=seqlen - 1, kv_layout="cyclic")
+    assert cached.k_layout.name == "cyclic"
+
+
 def test_many_small_tiles_lose():
     """Two hundred documents in stripes are thousands of tiny tiles."""
     mask = ra.documents(documents_of(1 << 17, 200)) & ra.causal()
