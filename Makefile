@@ -45,7 +45,7 @@ pretrain: $(SETUP) ## train: CONFIG=cpu-128k NPROC=2 THREADS=1, more in ARGS="--
 test: $(SETUP) ## the tests, without the slow ones, in two processes: WORKERS=2
 	$(PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: $(SETUP) ## the slow tests alone, in two processes too; ARGS=--soak repeats what depends on chance more often
+test-slow: $(SETUP) ## the slow tests alone, in two processes too; ARGS=--soak: the longest, too, and chance tried more often
 	$(PYTHON) -m pytest --run-slow -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: test test-slow ## all tests

@@ -30,6 +30,7 @@ from ringattn.planning.topology import Link, Topology
 from ringattn.rolling import roll
 from ringattn.runtime.offload import offloaded
 from ringattn.runtime.settings import Options
+from ringattn.show import show
 from ringattn.tiled import tiled
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "pack",
     "prefix_lm",
     "roll",
+    "show",
     "sliding_window",
     "strided",
     "tiled",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
@@ -245,6 +246,11 @@ class ContextParallel:
             ValueError: a profile of this context, or of one with which it shares its link, is open already.
         """
         return profiled(self.link, self._whole.link.transport.rank)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the first mask over the layout, each rank's work and needs, and :meth:`describe`."""
+        words = f"<details><summary>describe()</summary><pre>{escape(self.describe())}</pre></details>"
+        return self.plan._repr_html_() + words
 
     def __repr__(self) -> str:
         among = self.binding.settings.among

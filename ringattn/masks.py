@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from html import escape
 
 import torch
 
 from ringattn.arguments.values import LARGEST, boundaries, flag, integer, integers, seed_of
 from ringattn.geometry import rules
 from ringattn.geometry.masks import Expression
+from ringattn.pictures.mask import of_its_own
+from ringattn.pictures.svg import svg
 
 
 class Mask(Expression):
@@ -24,6 +27,14 @@ class Mask(Expression):
         Raises ``ValueError`` beyond 2**34 pairs, a byte each.
         """
         return torch.from_numpy(self.pairs(q_len, kv_len, q_offset))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture at a length that suits the mask, which it names. ``ringattn.show`` has the
+        others."""
+        try:
+            return svg(of_its_own(self))
+        except ValueError:  # no length fits all its parts
+            return f"<code>{escape(repr(self))}</code>"
 
 
 def full() -> Mask:

@@ -27,7 +27,7 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
-    parser.addoption("--soak", action="store_true", help="repeat what depends on chance many times instead of a few")
+    parser.addoption("--soak", action="store_true", help="what is marked soak too, and chance tried many times over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --run-slow"))
+        if "soak" in item.keywords and not config.getoption("--soak"):
+            item.add_marker(pytest.mark.skip(reason="soak: runs with --run-slow --soak"))
         limit = item.get_closest_marker("timeout")
         seconds = limit.args[0] if limit else float(config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(patience(seconds)), append=False)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ringattn.check import CheckError, Settings, check
 from ringattn.cli.machine import check_here
+from ringattn.cli.pictures import picture
 from ringattn.cli.plan import app as plan_app
 from ringattn.cli.rates import write_rates
 from ringattn.cli.table import show
@@ -116,4 +117,49 @@ def calibrate_command(
         console.print(f"wrote {write_rates(output, console)}", markup=False, highlight=False, soft_wrap=True)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command("show")
+def show_command(
+    mask: Annotated[str, typer.Argument(help="as in Python: 'longformer(1023, 64) & documents([0, 4000, 16384])'")],
+    seqlen: Annotated[str | None, typer.Option(help="tokens: 131072, 128K, 1M")] = None,
+    view: Annotated[str | None, typer.Option(help="mask, layout, schedule, work, layouts")] = None,
+    out: Annotated[Path | None, typer.Option(help="a file: .svg, .html (zoom, hover), .png, .txt")] = None,
+    ranks: Annotated[str | None, typer.Option(help="of the world that is planned for; default 8")] = None,
+    layout: Annotated[str | None, typer.Option(help="auto, balanced, contiguous, zigzag, striped, cyclic")] = None,
+    kv_layout: Annotated[str | None, typer.Option(help="of the keys, where they lie otherwise")] = None,
+    schedule: Annotated[str | None, typer.Option(help="auto, ring, exchange, gather, double_ring")] = None,
+    ulysses: Annotated[str | None, typer.Option(help="ranks of the head axis, or auto")] = None,
+    heads: Annotated[str | None, typer.Option(help="of calls: query heads, KV heads, head size, as 32,8,128")] = None,
+    kv_seqlen: Annotated[str | None, typer.Option(help="keys, where they are another sequence")] = None,
+    q_offset: Annotated[str | None, typer.Option(help="position of the first query")] = None,
+    device: Annotated[str | None, typer.Option(help="for seconds: a GPU's name, or cpu; default NVIDIA H100")] = None,
+) -> None:
+    """Draw a mask and what is planned for it, as text or, with --out, as a file.
+
+    \b
+        ringattn show 'longformer(1023, 64)' --seqlen 1M
+        ringattn show 'causal()' --seqlen 128K --ranks 8 --layout zigzag --schedule ring --view schedule --out ring.html
+
+    Views: mask (which blocks attend), layout (who holds what), schedule (who computes and sends what when), work
+    (pairs, bytes and seconds of each rank), layouts (all of them side by side). Exit code 2: what is asked for cannot
+    be drawn, and why.
+    """
+    given = dict(
+        seqlen=seqlen, ranks=ranks, layout=layout, kv_layout=kv_layout, schedule=schedule, ulysses=ulysses,
+        kv_seqlen=kv_seqlen, q_offset=q_offset, device=device,
+    )  # fmt: skip
+    try:
+        made = picture(mask, out, view, given, heads)
+        if out is None:
+            print(made)
+        else:
+            made.save(out)
+    except ValueError as error:
+        if isinstance(error, UnicodeEncodeError):
+            error = ValueError(
+                f"this terminal writes {error.encoding} and the text has blocks of Unicode; name a file, --out"
+            )
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

@@ -69,6 +69,16 @@ class Cost:
     moved: tuple[int, int]  # bytes that travel to a rank inside of its node and from others, forward and backward
 
 
+@dataclass(frozen=True, eq=False)
+class Spent:
+    """Seconds of each rank, forward and backward: what it computes; with what of its transfers it waits for; with
+    steps, messages and calls, where these are not hidden."""
+
+    compute: Seconds
+    device: Seconds
+    total: Seconds
+
+
 def cheaper(plan: Plan, schedules: Sequence[str], terms: Terms) -> Plan:
     """The plan, or the one in which queries travel where that costs less under one of the schedules."""
     thin = terms.shape.thin
@@ -99,16 +109,23 @@ def costs(plan: Plan, names: Sequence[str], terms: Terms) -> list[Cost]:
     found = []
     for schedule, (cut, fits), one in zip(schedules, cuts, made, strict=True):
         flow = schedule.flow(plan, cut)
-        seconds = _seconds(plan, flow, cut if schedule.by_heads else 1, one, terms)
+        seconds = _spent(plan, flow, cut if schedule.by_heads else 1, one, terms).total
         tokens = terms.topology.received(flow.moved, plan.world_size)
         inside, between = (int(terms.token.sum()) * many for many in tokens)
         found.append(Cost(float(seconds.max()), most, int(one.calls.max()), balance, fits, (inside, between)))
     return found
 
 
-def _seconds(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -> Seconds:
-    """Of each rank, forward and backward. ``parts``: in which a token travels, by its heads."""
-    shape, seconds = terms.shape, np.zeros(1)
+def spent(plan: Plan, schedule: Schedule, cut: int, terms: Terms) -> Spent:
+    """Where every rank's seconds go under one schedule with its cut."""
+    made = estimates(plan, [(schedule, cut)], terms.stacking)[0]
+    return _spent(plan, schedule.flow(plan, cut), cut if schedule.by_heads else 1, made, terms)
+
+
+def _spent(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -> Spent:
+    """``parts``: in which a token travels, by its heads."""
+    shape, nothing = terms.shape, np.zeros(plan.world_size)
+    summed = Spent(nothing, nothing, nothing)
     merged = np.maximum(made.rows - plan.q_layout.sizes, 0)
     all_work = terms.work(plan.work_by_kind)
     own_work = terms.work(plan.own_work) if flow.hider == "own" else all_work
@@ -123,8 +140,9 @@ def _seconds(plan: Plan, flow: Flow, parts: int, made: Estimate, terms: Terms) -
         first = flow.exposed * transfer
         hider = compute if flow.hider == "all" else own_work[number]
         device = compute + first + unhidden(transfer - first, hider, terms.rates)
-        seconds = seconds + (np.maximum(device, calls + steps) if terms.rates.queued else device + steps)
-    return seconds
+        total = np.maximum(device, calls + steps) if terms.rates.queued else device + steps
+        summed = Spent(summed.compute + compute, summed.device + device, summed.total + total)
+    return summed
 
 
 def host_and_device(plan: Plan, rank: int, program: Program, terms: Terms) -> tuple[float, float]:

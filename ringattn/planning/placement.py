@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ringattn.geometry.bands import HI, K_AXIS, KN, LO, Q_AXIS, QN, QS
+from ringattn.geometry.bands import HI, K_AXIS, KN, KS, LO, Q_AXIS, QN, QS
 from ringattn.geometry.layouts import LAYOUTS, NAMED, Layout, chunks, contiguous, dealt
 from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.spans import Ints, columns
@@ -33,6 +33,8 @@ CALL_BUDGET = 20_000
 # a layout to be compared with others: more cost seconds.
 PIECE_BUDGET = 500_000
 MEETING_BUDGET = 2_500_000
+# The same for a layout that was asked for, whatever it is compared with: more cost minutes and gigabytes.
+ASKED_BUDGET = 20_000_000
 # Chunks a rank that are tried: more are more even, and need more foreign keys and kernel calls.
 CHUNKS = (2, 4, 8, 16, 32, 64)
 # A layout that costs less than this times the mean work is good enough: no better one is searched for.
@@ -188,6 +190,13 @@ def given(problem: Problem, q_layout: Layout, k_layout: Layout) -> Choice:
             f"{CALL_BUDGET:,}: every piece of the mask on every span of the layout is one; use layout='auto', or "
             f"'contiguous' (about {fewest:,} calls)"
         )
+    meetings = max(_meetings(mask, q_layout, k_layout) for mask in problem.masks)
+    if meetings > ASKED_BUDGET:
+        raise ValueError(
+            f"layout={q_layout.name!r} cuts {problem.q_len:,} queries into {len(q_layout.table):,} runs, which meet "
+            f"runs of keys about {meetings:,} times under this mask, and the budget is {ASKED_BUDGET:,}: more take "
+            "minutes to plan; use layout='auto', or 'zigzag'"
+        )
     taken = Candidate(problem, q_layout, k_layout)
     return Choice(taken, problem.schedules if len(problem.schedules) == 1 else _ranking(taken), "asked for")
 
@@ -267,6 +276,16 @@ def _parts(mask: BoundMask, q_layout: Layout, k_layout: Layout) -> Ints:
         return parts
     met = np.minimum(k_layout.met(*data[:, K_AXIS[:3]].T), k_layout.world_size)
     return np.asarray(parts * np.minimum(met, data[:, HI] - data[:, LO] + 1), np.int64)
+
+
+def _meetings(mask: BoundMask, q_layout: Layout, k_layout: Layout) -> int:
+    """How often a run of queries meets a run of keys that it needs, about: of the runs of keys that a band meets, those
+    that lie within its bounds of a run of queries."""
+    data = mask.whole.data
+    runs = np.maximum(q_layout.met(*(data[:, Q_AXIS[:3]] - np.array([mask.q_offset, 0, 0])).T), 1)
+    keys, length = k_layout.met(*data[:, K_AXIS[:3]].T), data[:, KN] * data[:, KS]
+    reach = (data[:, QN] * data[:, QS] // runs + data[:, HI] - data[:, LO]) / np.maximum(length, 1)
+    return int((runs * np.minimum(keys, keys * reach + 1)).sum())
 
 
 def _calls(problem: Problem, q_layout: Layout, k_layout: Layout) -> int:

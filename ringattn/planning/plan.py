@@ -20,6 +20,8 @@ from ringattn.geometry.masks import BoundMask
 from ringattn.geometry.regular import areas, regular
 from ringattn.geometry.spans import INF, Ints, columns, expand, meeting
 from ringattn.geometry.tiles import Tiles, cut, localise
+from ringattn.pictures.svg import svg
+from ringattn.pictures.text import text
 from ringattn.planning.contacts import Contacts, contacts_of
 from ringattn.planning.travel import part
 
@@ -27,7 +29,7 @@ from ringattn.planning.travel import part
 RESIDUES = 1 << 17
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Who computes what and who needs which keys, for one bound mask over ``world_size`` ranks.
 
@@ -41,6 +43,21 @@ class Plan:
     k_layout: Layout
     travel: int = 0
     ranks_per_node: int | None = None
+
+    def __repr__(self) -> str:
+        keys = "" if self.k_layout is self.q_layout else f", keys {self.k_layout!r}"
+        return f"Plan({self.mask.mask}, {self.q_layout!r}{keys})"
+
+    def __str__(self) -> str:
+        from ringattn.planning.scenes.plan import picture  # which reads plans
+
+        return text(picture(self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the mask over the layout, each rank's pairs and needs."""
+        from ringattn.planning.scenes.plan import picture
+
+        return svg(picture(self))
 
     @property
     def world_size(self) -> int:

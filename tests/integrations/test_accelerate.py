@@ -139,7 +139,7 @@ def trained(rank: int, world: int, context: int, folder: Path, code: str) -> tup
 @pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
 def test_trainer_equals_one_process(data: int, context: int, tmp_path: Path) -> None:
     losses, parameters = one_process(accumulated=2)
-    (code,) = blocks("docs/frameworks.md")["Accelerate"]
+    (code,) = blocks("docs/engines.md")["Accelerate"]
     for found, weights in run_processes(trained, data * context, context, tmp_path, code):
         assert found == pytest.approx(losses, abs=6e-5)  # Trainer logs five digits
         same(weights, parameters)

@@ -18,6 +18,7 @@ from ringattn.loss import IGNORED, count_targets, linear_token_mean, token_mean
 from ringattn.testing import dense_attention, run_processes
 from tests.support import zero
 from tests.support.hf_models import VOCABULARY, build, configs
+from tests.support.pages import blocks
 
 pytestmark = pytest.mark.timeout(300)
 ROUNDING = 2e-6  # of fp32 sums, relative to the norm of a parameter's gradient
@@ -157,6 +158,12 @@ def ulysses(rank: int, world: int) -> dict[str, Any]:
             found["release_ulysses"] = said(ring_of, zero.model_of())
         engine.destroy()
         release_ulysses()
+    names: dict[str, Any] = dict(init_device_mesh=init_device_mesh, ringattn=ringattn, seqlen=EVEN, model=build(config))
+    names["ids"] = batch["input_ids"]
+    exec(blocks("docs/engines.md")["DeepSpeed"][0], names)
+    mine = names["cp"].shard(batch["input_ids"]).chunk(2, dim=1)[mesh["ulysses"].get_local_rank()]
+    found["tokens of the page's block"] = float((names["piece"]["input_ids"] != mine).sum())
+    release_ulysses()
     found["a shard of 23 tokens"] = said(ring_of, zero.model_of(), seqlen=46)
     config = configs()["llama"]
     config.num_attention_heads, config.num_key_value_heads = 3, 3

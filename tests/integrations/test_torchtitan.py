@@ -20,7 +20,7 @@ from ringattn.testing import run_processes
 absent = importlib.util.find_spec("torchtitan") is None
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(absent, reason="needs torchtitan 0.3, see docs/frameworks.md"),
+    pytest.mark.skipif(absent, reason="needs torchtitan 0.3, see docs/engines.md"),
 ]
 
 VOCABULARY, SEQLEN, ROWS, STEPS = 61, 32, 4, 2

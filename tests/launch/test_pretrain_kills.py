@@ -69,13 +69,15 @@ def test_a_killed_rank_is_named_and_the_next_attempt_goes_on(tmp_path: Path, tex
     disturb(tmp_path, text, 2, "ddp", hits, 0)
 
 
-# by ranks and engine: how many hits, how many in a soak, and the phase of the first; together they meet all phases
-RUNS = {(2, "ddp"): (4, 15, 0), (3, "ddp"): (4, 11, 4), (3, "fsdp"): (3, 4, 8)}
+# by ranks and engine: how many hits, how many in a soak, and the phase of the first; the first two meet all phases
+RUNS = {(2, "ddp"): (6, 15, 0), (3, "fsdp"): (5, 11, 6), (3, "ddp"): (0, 4, 8)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("ranks", "engine"), RUNS)
+@pytest.mark.parametrize(
+    ("ranks", "engine"), [pytest.param(*run, marks=[] if RUNS[run][0] else pytest.mark.soak) for run in RUNS]
+)
 def test_hits_change_nothing(ranks: int, engine: str, tmp_path: Path, text: Path, soak: bool) -> None:
     few, many, first = RUNS[ranks, engine]
     count = many if soak else few

@@ -43,5 +43,6 @@ assert "torch._dynamo" in sys.modules
 @pytest.mark.timeout(320)
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_whatever_is_held_processes_end_as_such(world: int, tmp_path: Path, soak: bool) -> None:
-    runs = HELD * (3 if soak else 1)  # 7 things, at 3 numbers of processes
+    here = HELD if soak or world == 2 else HELD[world % 2 :: 2]  # of three processes one half, of four the other
+    runs = here * (3 if soak else 1)
     assert exit_codes(runs, world, tmp_path) == [[0] * world] * len(runs)

@@ -1,0 +1,81 @@
+"""A scene as text, for a terminal: shades for shares, letters for ranks, and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ringattn.pictures import numbers
+from ringattn.pictures.owners import Owners
+from ringattn.pictures.scene import Field, Panel, Scene
+
+WIDTH, HEIGHT = 64, 32  # cells of the largest grid; letters are twice as high as they are wide
+SHADES = ((0.0, " "), (0.1, "·"), (0.35, "░"), (0.65, "▒"), (0.999, "▓"), (2.0, "█"))
+LETTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def text(scene: Scene) -> str:
+    """Printable text, 100 letters wide at most but for names and numbers."""
+    lines = [scene.title, *scene.notes]
+    for panel in scene.panels:
+        lines += ["", panel.title]
+        lines += panel.lines or _panel(panel)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _panel(panel: Panel) -> Iterator[str]:
+    grid = panel.grid
+    if grid is None:
+        return
+    tall = max(round(HEIGHT * panel.height / max(panel.width, panel.height)), 1)
+    wide = max(round(WIDTH * panel.width / max(panel.width, panel.height)), 1)
+    if isinstance(grid, Field):
+        few = max(grid.queries[1] - grid.queries[0], grid.keys[1] - grid.keys[0]) <= HEIGHT
+        cells = grid.cells(tall, wide // 2 if few else wide)
+    else:
+        cells = grid
+        few = len(cells.cols) - 1 <= HEIGHT
+    names = [numbers.written(float(at), panel.y.unit) for at in cells.rows[:-1]]
+    margin = max(map(len, names), default=0)
+    strip = _letters(cells.row_owners)
+    above = _letters(cells.col_owners)
+    if above:
+        yield " " * (margin + 3) + "".join(letter * (2 if few else 1) for letter in above)
+    every = max(len(names) // 8, 1)
+    ink = _fitted(cells.ink, tall if not few else HEIGHT, wide)
+    for i, row in enumerate(ink):
+        name = names[i] if i % every == 0 and len(names) == len(ink) else ""
+        side = strip[i] if strip else " "
+        yield f"{name:>{margin}} {side}│" + "".join(_shade(share) * (2 if few else 1) for share in row)
+    first, last = (numbers.written(float(cells.cols[at]), panel.x.unit) for at in (0, -1))
+    line = "─" * (ink.shape[1] * (2 if few else 1))
+    yield f"{'':{margin}}  └{line}"
+    yield f"{'':{margin}}   {first}{last:>{max(len(line) - len(first), 1)}}"
+    if not isinstance(grid, Field):
+        return
+    yield f"{cells.scale}; {panel.x.label} across, {panel.y.label} down; shades: share of the pairs that attend" + (
+        "; letters: the rank that holds most of a row or column" if strip else ""
+    )
+
+
+def _shade(share: float) -> str:
+    return next(letter for most, letter in SHADES if share <= most)
+
+
+def _letters(of: Owners | None) -> list[str]:
+    """A letter for the rank of each stretch; none where ranks are more than letters."""
+    if of is None or max(of.first, default=0) >= len(LETTERS):
+        return []
+    return [LETTERS[rank] for rank in of.first]
+
+
+def _fitted(ink: np.ndarray, tall: int, wide: int) -> np.ndarray:
+    """At most so many rows and columns, each the mean of neighbours."""
+    for axis, most in enumerate((tall, wide)):
+        size = ink.shape[axis]
+        if size > most:
+            at = np.arange(most) * size // most
+            count = np.diff(np.append(at, size)).reshape((-1, 1) if axis == 0 else (1, -1))
+            ink = np.add.reduceat(ink, at, axis) / count
+    return ink

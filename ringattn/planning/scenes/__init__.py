@@ -1,0 +1,1 @@
+"""Plans, programs and choices as pictures: one file for each view."""

@@ -1,0 +1,83 @@
+"""Layouts side by side: each over the mask, and what it costs in balance, bytes and seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ringattn.pictures import mask, numbers
+from ringattn.pictures.charts import LONGEST
+from ringattn.pictures.scene import Axis, Panel, Rect, Scene
+from ringattn.planning.placement import Candidate, Offer, Problem, choose
+
+NAMES = ("contiguous", "zigzag", "striped", "balanced")
+SIDE = 4  # masks in a row
+SMALL = 190  # pixels of a mask
+PALE = ("#a8cfe6", "#f6d48f", "#8fd3bd")  # bars that names are written on
+
+
+def candidates(problem: Problem, names: Sequence[str] = NAMES) -> dict[str, Candidate | str]:
+    """The candidate of each layout by name, or why it cannot be taken."""
+    found: dict[str, Candidate | str] = {}
+    for name in names:
+        try:
+            found[name] = choose(problem, name).taken
+        except ValueError as refused:
+            found[name] = str(refused)
+    return found
+
+
+def picture(problem: Problem, found: dict[str, Candidate | str], notes: Sequence[str]) -> Scene:
+    """The first mask of the problem under each candidate; figures of their best schedules."""
+    taken = {name: made for name, made in found.items() if isinstance(made, Candidate)}
+    offers = {name: made.offers[0] for name, made in taken.items()}
+    left_out = [f"{name} left out: {why}" for name, why in found.items() if isinstance(why, str)]
+    bound = problem.masks[0]
+    small = [
+        _small(mask.over_layout(bound, made.q_layout, made.k_layout), name, offers[name], made.q_layout.interleaved)
+        for name, made in taken.items()
+    ]
+    rows = [tuple(small[first : first + SIDE]) for first in range(0, len(small), SIDE)]
+    figures = (
+        _figures("largest over mean work", "", PALE[0], {name: one.balance for name, one in offers.items()}, offers),
+        _figures(
+            "bytes to the rank that gets most",
+            "B",
+            PALE[1],
+            {n: float(sum(o.moved)) for n, o in offers.items()},
+            offers,
+        ),
+        _figures(
+            "seconds, both passes, estimated", "s", PALE[2], {name: one.seconds for name, one in offers.items()}, offers
+        ),
+    )
+    return Scene(f"layouts of {bound.mask}", (*notes, *left_out), (*rows, figures))
+
+
+def _small(scene: Scene, name: str, offer: Offer, interleaved: bool) -> Panel:
+    """The panel of a layout, small and without its legend."""
+    panel = scene.panels[0]
+    width, height = panel.width * SMALL // 512, panel.height * SMALL // 512
+    mixed = ", colours mixed" if interleaved else ""
+    return replace(
+        panel, title=f"{name}, {offer.schedule}{mixed}", width=width, height=height, legend=(), legend_title=""
+    )
+
+
+def _figures(title: str, unit: str, colour: str, values: dict[str, float], offers: dict[str, Offer]) -> Panel:
+    """Bars lying down, one for each layout, with its name and number on it."""
+    top = max(values.values(), default=0.0) or 1.0
+    marks, lines = [], []
+    for row, (name, value) in enumerate(values.items()):
+        word = f"{value:.3f}" if not unit else numbers.written(value, unit)
+        offer = offers[name]
+        note = (
+            f"{name} with {offer.schedule}\n{title}: {word}\nbalance {offer.balance:.3f}, "
+            f"{numbers.amount(sum(offer.moved), 'B')}, {numbers.seconds(offer.seconds)}, {offer.calls:,} kernel calls"
+        )
+        marks.append(Rect(0, row + 0.12, top, row + 0.88, "#f2f2f2", note, ""))
+        marks.append(Rect(0, row + 0.12, value, row + 0.88, colour, note, ""))
+        marks.append(Rect(0, row + 0.12, top, row + 0.88, "none", note, f"{name}  {word}"))
+        lines.append(f"{name:12} {'█' * round(LONGEST * value / top):{LONGEST}} {word}  ({offer.schedule})")
+    axis = Axis("", 0, len(values), "names", down=True)
+    return Panel(title, Axis("", 0, top, unit), axis, tuple(marks), SMALL, 26 * max(len(values), 1), lines=tuple(lines))

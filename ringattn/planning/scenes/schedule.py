@@ -1,0 +1,209 @@
+"""A schedule: who computes which tile in which turn, and who sends what to whom in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ringattn.pictures import numbers
+from ringattn.pictures.charts import matrix, summed_most
+from ringattn.pictures.colours import INK, Colours, of_ranks, of_shares, written
+from ringattn.pictures.mask import ranks_legend
+from ringattn.pictures.scene import Arrow, Axis, Layer, Panel, Rect, Scene
+from ringattn.planning.plan import Plan
+from ringattn.planning.scenes.work import NAMES
+from ringattn.planning.shape import Shape
+from ringattn.planning.survey import Meetings, Pass
+
+RANKS, TURNS, ARROWS = 16, 16, 160  # of a time line; beyond, matrices alone tell
+BOX = 0.64  # of a turn's width that the most work takes; messages are drawn in the rest
+LOOPS = ("forward", "backward")
+SWATCHES = 9  # of turns in a legend
+SEVERAL, ORANGE, VIOLET = "#b8b8b8", "#d55e00", "#7a3fb0"
+SENT: dict[str, tuple[set[str], str]] = {  # arrows by what they bring
+    INK: ({"kv"}, "sends K/V"),
+    ORANGE: ({"grad", "dk", "dv"}, "sends gradients of K/V"),
+    VIOLET: ({"q", "query", "partial", "dq"}, "sends queries, or results of them"),
+}
+
+
+def picture(
+    plan: Plan, name: str, shape: Shape, meetings: Meetings, loops: Sequence[Pass], notes: Sequence[str]
+) -> Scene:
+    """``loops``: both passes of all ranks' programs; none where these are too many."""
+    rows: list[tuple[Panel, ...]] = []
+    small = [loop for loop in loops if loop.turns and loop.turns <= TURNS and plan.world_size <= RANKS]
+    for number, loop in enumerate(small):
+        rows.append((_time_line(LOOPS[number], loop, meetings if number == 0 else None),))
+    said = list(notes)
+    if not small:
+        turns = [loop.pairs for loop in loops] or [meetings.by_turn]
+        rows.append(tuple(_by_turn(name, pairs) for name, pairs in zip(LOOPS, turns, strict=False)))
+    if any(len(loop.messages) > ARROWS for loop in small):
+        said.append(f"time lines with more than {ARROWS} messages leave out their arrows; the matrix has all of them")
+    if not loops:
+        said.append(
+            f"{plan.world_size:,} ranks: work and needs are the plan's, exactly; programs were not compiled, so what a "
+            "relay carries for others, and each turn's messages, are not drawn"
+        )
+    rows.append((_tiles(meetings), _bytes(plan, shape, meetings, loops)))
+    return Scene(f"schedule {name} of {plan.mask.mask}", tuple(said), tuple(rows))
+
+
+def _time_line(name: str, loop: Pass, meetings: Meetings | None) -> Panel:
+    """Boxes as long as the work of a rank in a turn, arrows as wide as its messages are large."""
+    ranks, turns = loop.pairs.shape
+    marks: list[Rect | Arrow] = list(_boxes(loop, meetings))
+    if len(loop.messages) <= ARROWS:
+        marks += _arrows(loop)
+    legend = [(colour, name) for colour, (kinds, name) in SENT.items() if kinds & set(loop.kinds)]
+    if meetings is not None:
+        of = [(colour, f"keys of {rank}") for colour, rank in ranks_legend(ranks)]
+        several = any(isinstance(mark, Rect) and mark.fill == SEVERAL for mark in marks)
+        legend = [*of, *([(SEVERAL, "keys of several ranks")] if several else []), *legend]
+    return Panel(
+        f"{name}: who computes and sends what in each turn",
+        Axis("turn", 0, turns, "turn"),
+        Axis("rank", 0, ranks, "rank", down=True),
+        tuple(marks),
+        int(np.clip(110 * turns, 260, 900)),
+        int(np.clip(34 * ranks, 90, 420)),
+        tuple(legend),
+        "pairs in boxes" + (", of a part of the heads" if meetings is not None and meetings.parts > 1 else ""),
+        tuple(_in_words(loop)),
+    )
+
+
+def _boxes(loop: Pass, meetings: Meetings | None) -> Iterator[Rect]:
+    """One for each rank and turn with work, of the colour of the keys' owner, where it is one."""
+    ranks, turns = loop.pairs.shape
+    colours, most = of_ranks(ranks), int(loop.pairs.max(initial=1)) or 1
+    for rank in range(ranks):
+        for turn in range(turns):
+            pairs = int(loop.pairs[rank, turn])
+            if not pairs:
+                continue
+            owners = _owners(meetings, rank, turn)
+            whose = f", with keys of {_listed(owners)}" if owners else ""
+            fill = written(colours[owners[0]]) if len(owners) == 1 else SEVERAL
+            calls = int(loop.calls[rank, turn])
+            many = f"{calls:,} kernel call{'' if calls == 1 else 's'}"
+            note = f"turn {turn}, rank {rank}{whose}\n{pairs:,} pairs in {many}"
+            right = turn + 0.03 + BOX * pairs / most
+            yield Rect(turn + 0.03, rank + 0.12, right, rank + 0.88, fill, note, numbers.amount(pairs))
+
+
+def _owners(meetings: Meetings | None, rank: int, turn: int) -> list[int]:
+    """Whose keys a rank computes with in a turn of the forward loop."""
+    if meetings is None:
+        return []
+    first = meetings.turn[rank]
+    here = (first <= turn) & (turn < first + meetings.parts) & (meetings.pairs[rank] > 0)
+    return [int(owner) for owner in np.flatnonzero(here)]
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return (
+        f"rank {ranks[0]}"
+        if len(ranks) == 1
+        else f"ranks {', '.join(map(str, ranks[:6]))}{' ...' if len(ranks) > 6 else ''}"
+    )
+
+
+def _arrows(loop: Pass) -> Iterator[Arrow]:
+    most = int(loop.messages[:, 3].max(initial=1)) or 1
+    for (turn, src, dst, size), kind in zip(loop.messages.tolist(), loop.kinds, strict=True):
+        note = f"turn {turn}, rank {src} to rank {dst}\n{size:,} bytes of {NAMES[kind]}"
+        colour = next(colour for colour, (kinds, _) in SENT.items() if kind in kinds)
+        width = 0.8 + 2.2 * size / most
+        yield Arrow(turn + BOX + 0.06, src + 0.5, turn + 0.98, dst + 0.5, colour, width, note)
+
+
+def _in_words(loop: Pass) -> Iterator[str]:
+    """Turn by turn and rank by rank, for a terminal."""
+    for turn in range(loop.turns):
+        rows = np.flatnonzero(loop.messages[:, 0] == turn)
+        yield f"turn {turn}"
+        for rank in range(len(loop.pairs)):
+            pairs, sent = int(loop.pairs[rank, turn]), [n for n in rows.tolist() if loop.messages[n, 1] == rank]
+            work = f"{numbers.amount(pairs):>8} pairs" if pairs else f"{'-':>8}      "
+            told = [
+                f"{numbers.amount(int(loop.messages[n, 3]), 'B')} {loop.kinds[n]} to {loop.messages[n, 2]}"
+                for n in sent
+            ]
+            more = f" and {len(told) - 4} more" if len(told) > 4 else ""
+            yield f"  rank {rank:<3} {work}  {'sends ' if told else ''}{', '.join(told[:4])}{more}".rstrip()
+
+
+def _by_turn(name: str, pairs: np.ndarray) -> Panel:
+    lines = (
+        f"turn {turn}: {numbers.amount(int(column.sum()))} pairs, the most {numbers.amount(int(column.max()))} on rank "
+        f"{int(np.argmax(column)):,}"
+        for turn, column in enumerate(pairs.T[:SWATCHES])
+    )
+    rest = (f"and {pairs.shape[1] - SWATCHES:,} more turns",) if pairs.shape[1] > SWATCHES else ()
+    return matrix(
+        f"{name}: pairs that each rank computes in each turn", "rank", "turn", [Layer("pairs", pairs)],
+        units=("rank", "turn"), size=(int(np.clip(60 * pairs.shape[1], 160, 460)), 300), legend=_amounts(pairs, ""),
+        lines=(*lines, *rest),
+    )  # fmt: skip
+
+
+def _tiles(meetings: Meetings) -> Panel:
+    """Pairs by the rank that computes and the rank whose keys they are, coloured by turn."""
+    here = meetings.pairs > 0
+    turn = np.where(here, meetings.turn, -1)
+    last = max(int(turn.max(initial=0)), 1)
+    seen = np.unique(turn[here])
+    chosen = seen[np.unique(np.linspace(0, max(len(seen) - 1, 0), SWATCHES).astype(int))].tolist() if len(seen) else []
+    first = f" (first of {meetings.parts}, for a part of the heads each)" if meetings.parts > 1 else ""
+    return matrix(
+        "tiles: whose keys, in which turn",
+        "rank",
+        "owner of the keys",
+        [Layer("pairs", meetings.pairs), Layer(f"turn{first}", turn, "turn")],
+        tint=_of_turns(np.maximum(turn, 0) / last),
+        legend=[(written(_of_turns(np.array(at / last))), f"turn {at:,}") for at in chosen],
+        lines=_grid(meetings) if len(turn) <= RANKS else (),
+    )
+
+
+def _of_turns(place: np.ndarray) -> Colours:
+    return of_shares(0.02 + 0.98 * place**2)  # the ink of shares is their root
+
+
+def _grid(meetings: Meetings) -> list[str]:
+    """Turns as numbers, by rank and owner."""
+    size = len(meetings.pairs)
+    lines = ["      keys of " + " ".join(f"{owner:>3}" for owner in range(size))]
+    for rank in range(size):
+        cells = (f"{meetings.turn[rank, o]:>3}" if meetings.pairs[rank, o] else "  ." for o in range(size))
+        lines.append(f"rank {rank:<8} " + " ".join(cells))
+    return lines
+
+
+def _bytes(plan: Plan, shape: Shape, meetings: Meetings, loops: Sequence[Pass]) -> Panel:
+    """Bytes from rank to rank, forward and backward."""
+    world = plan.world_size
+    if loops:
+        sent, title = np.zeros((world, world), np.int64), "bytes sent, forward and backward"
+        for loop in loops:
+            np.add.at(sent, (loop.messages[:, 1], loop.messages[:, 2]), loop.messages[:, 3])
+    else:
+        sent = meetings.needs.T * (shape.forward.token + shape.backward.token)
+        title = "bytes needed of others, both passes"
+    total = f"{numbers.amount(int(sent.sum()), 'B')} in all, the most from one rank to another "
+    lines = [total + numbers.amount(int(sent.max(initial=0)), "B")]
+    layers = [Layer("bytes", sent, "B")]
+    return matrix(title, "from rank", "to rank", layers, legend=_amounts(sent, "B"), lines=lines)
+
+
+def _amounts(values: np.ndarray, unit: str) -> list[tuple[str, str]]:
+    """Colours of some amounts, as :func:`matrix` draws them."""
+    most = summed_most(values)
+    return (
+        [(written(of_shares(np.array(part))), numbers.amount(part * most, unit)) for part in (0.0, 0.01, 0.1, 0.5, 1.0)]
+        if most
+        else []
+    )

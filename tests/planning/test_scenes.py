@@ -1,0 +1,105 @@
+"""Pictures of plans show the plan's own numbers: pairs, bytes, seconds, owners."""
+
+import numpy as np
+import pytest
+
+import ringattn
+from ringattn.comm import PlanningRank
+from ringattn.pictures.charts import Series, bars, matrix
+from ringattn.pictures.scene import Arrow, Cells, Field, Layer, Panel, Rect
+from ringattn.planning.cost import costs
+from ringattn.show import _loops, of_context
+from tests.support.cases import ALL
+
+MASK = ringattn.longformer(63, 8)
+
+
+def context(world: int = 4, seqlen: int = 1000, **settings) -> ringattn.ContextParallel:  # type: ignore[no-untyped-def]
+    rank = PlanningRank(0, world, device="NVIDIA H100")
+    return ringattn.ContextParallel(rank, seqlen, **{"mask": MASK, "layout": "zigzag", "schedule": "ring"} | settings)
+
+
+def heights(panel: Panel) -> np.ndarray:
+    """The top of the bars of each rank."""
+    rects = [mark for mark in panel.marks if isinstance(mark, Rect)]
+    tops = np.zeros(int(panel.x.stop))
+    for rect in rects:
+        tops[int(rect.x0)] = max(tops[int(rect.x0)], rect.y1)
+    return tops
+
+
+def test_work_is_the_plans_bytes_the_programs_and_seconds_the_costs() -> None:
+    cp = context()
+    scene = of_context(cp, "work")
+    pairs, moved, seconds = scene.panels
+    assert (heights(pairs) == cp.plan.work).all()
+    messages = np.concatenate([loop.messages for loop in _loops(cp)])
+    assert (heights(moved) == np.bincount(messages[:, 2], messages[:, 3], 4)).all()
+    terms = cp.binding.settings.terms
+    assert heights(seconds).max() == pytest.approx(costs(cp.plan, ["ring"], terms)[0].seconds, rel=1e-12)
+    slowest = int(heights(seconds).argmax())
+    assert any(f"critical path: rank {slowest}" in getattr(mark, "name", "") for mark in seconds.marks)
+
+
+def test_a_schedules_boxes_and_arrows_are_the_programs() -> None:
+    cp = context(schedule="exchange")
+    forward, backward, tiles, sent = of_context(cp, "schedule").panels
+    for panel, loop in zip((forward, backward), _loops(cp), strict=True):
+        boxes = {(int(m.y0), int(m.x0)): m for m in panel.marks if isinstance(m, Rect)}
+        assert set(boxes) == {tuple(place) for place in np.argwhere(loop.pairs > 0).tolist()}
+        assert all(f"{loop.pairs[place]:,} pairs" in box.note for place, box in boxes.items())
+        arrows = [m for m in panel.marks if isinstance(m, Arrow)]
+        told = sorted((int(a.x0), int(a.y0), int(a.y1), a.note.split("\n")[1].split()[0]) for a in arrows)
+        assert told == sorted((t, src, dst, f"{size:,}") for t, src, dst, size in loop.messages.tolist())
+    grid, matrix_ = tiles.grid, sent.grid
+    assert isinstance(grid, Cells) and isinstance(matrix_, Cells)
+    assert (grid.layers[0].values.sum(1) == cp.plan.work).all()
+    assert matrix_.layers[0].values.sum() == sum(int(loop.messages[:, 3].sum()) for loop in _loops(cp))
+
+
+def test_many_ranks_are_summed_exactly_and_said_to_be() -> None:
+    cp = context(1024, 1 << 17, layout="contiguous", schedule="exchange")
+    scene = of_context(cp, "schedule")
+    by_turn, tiles, needed = (panel.grid for panel in scene.panels)
+    assert isinstance(by_turn, Cells) and isinstance(tiles, Cells) and isinstance(needed, Cells)
+    assert tiles.ink.shape == (128, 128) and scene.panels[1].together == "a cell sums 8 x 8"
+    assert tiles.layers[0].values.sum() == by_turn.layers[0].values.sum() == cp.plan.work.sum()
+    shape = cp.binding.settings.terms.shape
+    token = shape.forward.token + shape.backward.token
+    assert needed.layers[0].values.sum() == token * cp.plan.received.sum()
+    assert any("programs were not compiled" in note for note in scene.notes)
+    pairs = of_context(cp, "work").panels[0]
+    assert pairs.together == "a bar is the most of 8 neighbours"
+    assert heights(pairs).max() == cp.plan.work.max()
+
+
+def test_layouts_have_the_costs_of_their_plans() -> None:
+    cp = context()
+    scene = of_context(cp, "layouts")
+    balance = next(panel for panel in scene.panels if panel.title == "largest over mean work")
+    for name in ("contiguous", "zigzag", "striped"):
+        work = context(layout=name).plan.work
+        assert any(f"{name}  {work.max() / work.mean():.3f}" == getattr(m, "label", "") for m in balance.marks)
+    assert {panel.title.split(",")[0] for panel in scene.panels[:4]} == {"contiguous", "zigzag", "striped", "balanced"}
+
+
+@pytest.mark.parametrize("name", ["causal", "global_scattered", "documents_causal"])
+@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+def test_a_plans_cells_are_of_their_owners(name: str, layout: str) -> None:
+    mask, seqlen = ALL[name][0], 29
+    plan = context(3, seqlen, mask=mask, layout=layout).plan
+    grid = ringattn.show(plan).scene.panels[0].grid
+    assert isinstance(grid, Field)
+    cells, dense = grid.cells(), mask.dense(seqlen, seqlen).numpy()
+    assert (cells.layers[0].values == dense).all()
+    for rank in range(3):
+        for position in plan.q_frame(rank).positions().tolist():
+            assert cells.words(position, 0)[0] == f"query {position}, of rank {rank}"
+            assert cells.words(0, position)[1] == f"key {position}, held by rank {rank}"
+
+
+def test_bars_and_matrices_of_nothing() -> None:
+    nothing = np.zeros(3, np.int64)
+    assert not [mark for mark in bars("x", "pairs", [Series("x", "#000000", nothing)]).marks if isinstance(mark, Rect)]
+    grid = matrix("x", "a", "b", [Layer("x", np.zeros((2, 2), np.int64))]).grid
+    assert isinstance(grid, Cells) and (grid.colours == 255).all()
