@@ -40,6 +40,7 @@ def main(
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which counts the first step's memory, is to be quiet
     # before torch is loaded: a rank that is left says whom it has lost
     stop = StopSignal(threads=True) if any(os.environ.get(name, "1") != "1" for name in SIZES) else None
     from launch.job import Request, perform

@@ -4,6 +4,7 @@ run ends or is stopped."""
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
+from launch.budget import Forecast, compared
 from launch.config import Config, check_heads
 from launch.data import Sample
 from launch.engines import make_engine
@@ -219,12 +221,13 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     and saves nothing, once the loss is not a number."""
     config, world, progress = job.config, trainer.world, job.progress
     with job.locks, _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
-        before, asked = trainer.counters(), False
+        before, asked, first = trainer.counters(), False, True
         if report and job.done:
             report.say(f"all steps were done before the restart: step {progress['step']}")
         while not job.done and not asked:
             _enter_stage(job, trainer, report)
-            record, asked = _step(job, trainer, stop)
+            record, asked = _step(job, trainer, stop, report, first)
+            first = False
             if report:
                 report.add(record)
             if config.save_every and progress["step"] % config.save_every == 0:
@@ -267,6 +270,21 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
     return report
 
 
+def _foretell(trainer: Trainer, samples: Sequence[Sample], report: Report | None) -> Forecast | None:
+    """Says what memory a step will take of the rank that takes most, where the ranks can tell."""
+    trainer.world.at("planning memory")
+    own: Forecast | None = None
+    try:
+        own = Forecast.of(trainer, samples)
+        said = (own.bytes, str(own))
+    except ValueError as unknown:
+        said = (0, str(unknown))
+    most = max(trainer.world.gather(said))
+    if report:
+        report.say(f"memory planned: {most[1]}" if most[0] else f"memory is not planned: {most[1]}")
+    return own
+
+
 def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
     """Where the next step is one of another stage, which is said."""
     stage = job.stage
@@ -283,17 +301,22 @@ def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
         )
 
 
-def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
-    """One step, with `progress` moved on; and whether any rank was asked to stop."""
+def _step(
+    job: Job, trainer: Trainer, stop: StopSignal, report: Report | None, first: bool
+) -> tuple[Record, bool]:  # fmt: skip
+    """One step, with `progress` moved on; and whether any rank was asked to stop. Of the `first` it is said what memory
+    it is planned to take, and what it took."""
     config, world, progress = job.config, trainer.world, job.progress
     step, position = progress["step"], progress["position"]
     begin, before = time.perf_counter(), trainer.counters()
     world.step = step
     world.at("reading data")
     samples = job.samples(world)
+    forecast = _foretell(trainer, samples, report) if first else None
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     written = traced(job.run, step, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
-    with written:
+    watch = first and not (config.traces(step) and config.device == "cpu")  # profiles do not nest
+    with written, compared(trainer, forecast, watch) as memory:
         found = trainer.step(samples, lr, stop.number != 0, config.watches_logits(step))
         seconds = time.perf_counter() - begin
     if not math.isfinite(found.loss) or not math.isfinite(found.norm):
@@ -301,6 +324,8 @@ def _step(job: Job, trainer: Trainer, stop: StopSignal) -> tuple[Record, bool]:
             f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; "
             f"{checkpoint.remaining(job.run)}; resume with a lower optimizer.lr"
         )
+    for line in memory if report else ():
+        report.say(line)  # type: ignore[union-attr]
     job.move(world, found)
     record = Record(
         step=step,

@@ -153,6 +153,13 @@ class Trainer:
         ]
 
     def _context_of(self, sample: Sample) -> tuple[ringattn.ContextParallel, Masks]:
+        """The context and the layers' masks for one sample, which count as what this rank does."""
+        self.cp, masks = self.context_for(sample)
+        self.required += self._least_bytes(masks) * len(sample.tokens)
+        self.flop += self._flop(masks) * len(sample.tokens)
+        return self.cp, masks
+
+    def context_for(self, sample: Sample) -> tuple[ringattn.ContextParallel, Masks]:
         """The context and the layers' masks for one sample: of its length, and with its documents kept apart."""
         masks, distinct, seqlen = self.language.masks, self.language.distinct, sample.tokens.shape[1]
         if len(sample.cu_seqlens) > 2:
@@ -160,9 +167,7 @@ class Trainer:
             masks = tuple(mask & documents for mask in masks)
             distinct = tuple(mask & documents for mask in distinct)
         if distinct != self.cp.masks or seqlen != self.cp.seqlen:
-            self.cp = self.cp.replace(seqlen=seqlen, mask=distinct)
-        self.required += self._least_bytes(masks) * len(sample.tokens)
-        self.flop += self._flop(masks) * len(sample.tokens)
+            return self.cp.replace(seqlen=seqlen, mask=distinct), masks
         return self.cp, masks
 
     def _flop(self, masks: Masks) -> int:

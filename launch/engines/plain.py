@@ -35,6 +35,7 @@ class Plain:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
+        self._begin_moments()
 
     def wrap(self, objective: "Objective", config: "Config", world: "World") -> nn.Module:
         """What a step calls in the objective's place."""
@@ -93,16 +94,18 @@ class Plain:
         for name, part in self.state():
             part.block.copy_(read(name, part.offsets, part.block.shape))
 
+    def _begin_moments(self) -> None:
+        """AdamW would make its state in the first step, which then took less memory than all others until its end."""
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW makes its state at the first step; until then it is zeros here."""
         for name, tensor in weights_of(self.model).items():
             yield MODEL + name, tensor.detach()
         for name, parameter in self.model.named_parameters():
-            if parameter not in self.optimizer.state:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
             for what, tensor in self.optimizer.state[parameter].items():
                 yield f"{OPTIMIZER}{name}.{what}", tensor.detach()

@@ -12,11 +12,13 @@ from rich.console import Console
 from ringattn.check import CheckError, Settings, check
 from ringattn.cli.machine import check_here
 from ringattn.cli.pictures import picture
+from ringattn.cli.plan import app as plan_app
 from ringattn.cli.rates import write_rates
 from ringattn.cli.table import show
 from ringattn.version import VERSION
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(plan_app, name="plan")
 OF_MACHINES = ("json", "timeout", "model")  # options that a check without a model knows
 
 

@@ -54,3 +54,7 @@ class Workspace:
     def buffers(self) -> list[Tensor]:
         """All buffers held now."""
         return list(self._flat.values())
+
+    def flat(self) -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
+        """The same by slot, dtype and device."""
+        return dict(self._flat)

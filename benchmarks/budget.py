@@ -1,0 +1,200 @@
+"""What steps of the pretraining job allocate, against what `ringattn.budget` says of them before: a table of
+configurations, each rank's peak above what lay there before the step, and where the account finds it.
+
+    python -m benchmarks.budget
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import typer
+
+from benchmarks.common import write
+from launch.budget import step_of
+from launch.config import Config, ModelConfig, OptimizerConfig
+from launch.memory import measured
+from launch.processes import World
+from launch.run import prepare, start
+from ringattn.budget import ModelShape, from_config, model, plan
+from ringattn.kernels import windows
+from ringattn.testing import run_processes
+
+WIDE = ModelConfig(d_model=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=320)
+HEAVY = ModelConfig(d_model=256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, d_ff=1024)
+OPTIMIZER = OptimizerConfig(lr=1e-3, warmup=1)
+BASE = Config(name="budget", seqlen=4096, steps=1, masks=("causal()",), model=WIDE, optimizer=OPTIMIZER)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 320,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+HF: dict[str, Any] = {"model": None, "masks": (), "hf": "llama.json"}
+# the name of a configuration, how many ranks, and what it has otherwise than BASE; "hf" and "offload" are made in a
+# directory of the run
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "short, whole logits": (1, {"seqlen": 1536, "loss_chunks": 1, "model": replace(WIDE, d_ff=160)}),
+    "recompute, documents": (1, {"recompute": True, "documents": True}),
+    "bfloat16": (1, {"dtype": "bfloat16"}),
+    "token_chunks": (1, {"token_chunks": 4}),
+    "offload": (1, {"recompute": True, "token_chunks": 4, "offload": "files", "dtype": "bfloat16"}),
+    "Llama": (1, {**HF}),
+    "Llama, recompute": (1, {**HF, "recompute": True}),
+    "2 ranks, ddp": (2, {}),
+    "2 ranks, fsdp": (2, {"engine": "fsdp", "model": HEAVY, "seqlen": 1024}),
+    "2 ranks, heads split": (2, {"ulysses": 2, "recompute": True}),
+    "2 ranks, Llama, fsdp, bfloat16": (2, {**HF, "engine": "fsdp", "recompute": True, "dtype": "bfloat16"}),
+    "4 ranks, fsdp, documents": (4, {"engine": "fsdp", "recompute": True, "token_chunks": 2, "documents": True}),
+    "4 ranks, 2 x 2": (4, {"data_parallel": 2, "accumulate": 2}),
+}
+
+
+def prepare_folder(folder: Path) -> None:
+    """The text, a Transformers config, and a directory to offload to."""
+    text = np.random.default_rng(0).integers(97, 110, 40_000, dtype=np.uint8).tobytes()
+    (folder / "text").mkdir()
+    for index, at in enumerate(range(0, len(text), 1900)):
+        (folder / "text" / f"{index:03}.txt").write_bytes(text[at : at + 1900])
+    (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "files").mkdir()
+
+
+def rank_of(rank: int, world: int, names: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """One rank's rows, of one configuration after the other."""
+    torch.set_num_threads(1)
+    group = dist.group.WORLD if world > 1 else None
+    return [_row(name, World(rank, world, torch.device("cpu"), group), folder) for name in names]
+
+
+def _row(name: str, world: World, folder: Path) -> dict[str, Any]:
+    changes = dict(CASES[name][1])
+    changes |= {key: str(folder / changes[key]) for key in ("hf", "offload") if key in changes}
+    config = replace(BASE, data=(str(folder / "text"),), **changes)
+    job = prepare(config, folder / f"run{world.rank}", False, True)
+    trainer = start(job, world)
+    samples = job.samples(world)
+    # what the row before has left, and the profiler would see go
+    gc.collect()
+    windows._mask.cache_clear(), windows._transposed_mask.cache_clear()  # as in a process of its own
+    planned = max(
+        (step_of(config, job.language, trainer.context_for(s)[0], world.size, len(s.tokens)).peak for s in samples),
+        key=lambda moment: moment.bytes,
+    )
+    with measured(world.device, trainer.cp.link.workspace) as found:
+        trainer.step(samples, 1e-3, False)
+    job.locks.close()
+    return {"name": name, "ranks": world.size, "planned": planned.bytes, "measured": found.peak, "at": planned.name}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Of every configuration the rank whose plan is furthest off."""
+    found: list[dict[str, Any]] = []
+    alone = [name for name, (ranks, _) in CASES.items() if ranks == 1]
+    # groups keep memory of theirs, which the profiler would see go later: several ranks have processes of their own
+    for names in (alone, *([name] for name in CASES if name not in alone)):
+        world = CASES[names[0]][0]
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_folder(Path(folder))
+            if world == 1:
+                ranks = [rank_of(0, 1, names, Path(folder))]
+            else:
+                ranks = run_processes(rank_of, world, names, Path(folder), timeout=100)
+        found += [max(of, key=lambda row: abs(row["planned"] / row["measured"] - 1)) for of in zip(*ranks, strict=True)]
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row, readable."""
+    return (
+        f"{row['name']:32} planned {row['planned'] / 2**20:7.2f} MiB, measured {row['measured'] / 2**20:7.2f} MiB, "
+        f"{100 * (row['planned'] / row['measured'] - 1):+5.1f} %  {row['at']}"
+    )
+
+
+# -- what others have published ------------------------------------------------------------------
+
+PUBLISHED = Path(__file__).parents[1] / "tests" / "budget" / "published.json"
+NEAR = 0.15
+MEMORY = {"H100-80GB": "80GiB", "H200": "141GB"}
+
+
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """A published run in the planner's words."""
+    s, shape = run["settings"], model_of(run)
+    fused = s["loss_rows"] == "liger"
+    # TRL's tiles are computed again within their layer's checkpoint, which keeps what all of them keep
+    tiled = s["mlp_rows"] and not run["name"].startswith("trl")
+    local = -(-run["seqlen"] // (s["ring"] * s["ulysses"]))
+    rows = s["loss_rows"]
+    if fused:  # the next power of two, as Liger's fused linear cross entropy chooses
+        rows = 1 << (-(-local // -(-shape.vocabulary // shape.width)) - 1).bit_length()
+    states = "all" if s["offload_parameters"] else "optimizer" if s["offload_optimizer"] else "none"
+    return {
+        "nodes": -(-run["gpus"] // 8), "gpus": min(run["gpus"], 8), "memory": MEMORY[run["gpu"]],
+        "shard": "fsdp" if s["weight_bytes"] == 4 else "zero3", "offload_states": states,
+        "optimizer": "adamw" if s["optimizer_bytes"] else "sgd", "recompute": "full",
+        "offload": s["checkpointing"] == "offloaded", "loss_chunks": 1 if rows is None else max(1, local // rows),
+        "token_chunks": max(1, local // s["mlp_rows"]) if tiled else 1, "ulysses": s["ulysses"],
+        "data": run["gpus"] // (s["ring"] * s["ulysses"]), "head_chunks": s["head_chunks"],
+        "transient": True, "fused_loss": fused,
+    }  # fmt: skip
+
+
+def model_of(run: dict[str, Any]) -> ModelShape:
+    """Its model's shape."""
+    return from_config(run["model"], run["name"]) if isinstance(run["model"], dict) else model(run["model"])
+
+
+def published() -> list[dict[str, Any]]:
+    """Of each figure what was published, and what the planner says of the same settings: bytes at the peak, or the
+    longest sequence that fits."""
+    rows = []
+    for run in json.loads(PUBLISHED.read_text())["runs"]:
+        found = plan(model_of(run), run["seqlen"], **settings_of(run))
+        if "longest" in run:
+            said, ours, unit = run["seqlen"], found.longest, "tokens"
+        elif "peak_gb" in run:
+            said, ours, unit = int(run["peak_gb"] * 1e9), found.peak, "bytes"
+        else:
+            said, ours, unit = int(run["device_gib"] * 2**30), found.peak + found.reserve, "bytes"
+        row = {"name": run["name"], "figure": run["figure"], "published": said, "planned": ours, "unit": unit}
+        rows.append(row | {"ratio": ours / said, "reproduced": abs(ours / said - 1) <= NEAR, "at": found.moment})
+    return rows
+
+
+def show_published(rows: list[dict[str, Any]]) -> None:
+    """As a table."""
+    for row in rows:
+        verdict = "within 15 %" if row["reproduced"] else "not reproduced"
+        print(
+            f"{row['name']:46} {'figure' if row['figure'] else '':7} published {row['published']:>16,} {row['unit']}, "
+            f"planned {row['planned']:>16,}: {row['ratio']:.2f}  {verdict}  {row['at']}"
+        )
+
+
+def main(output: str = "", published_only: Annotated[bool, typer.Option("--published")] = False) -> None:
+    """Measure, print and write JSON."""
+    if published_only:
+        found = published()
+        show_published(found)
+        write(output or "published-cpu", {"rows": found})
+        return
+    found = rows()
+    for row in found:
+        print(line(row))
+    result = [{**row, "ratio": row["planned"] / row["measured"]} for row in found]
+    write(output or "budget-cpu", {"base": str(BASE), "rows": result})
+
+
+if __name__ == "__main__":
+    typer.run(main)

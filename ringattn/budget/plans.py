@@ -1,0 +1,378 @@
+"""Plans: a run's memory on the rank that takes most, whether it fits, how far it could go, what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+from ringattn.budget.amounts import Amount, named
+from ringattn.budget.attention import Attention, scratch_of
+from ringattn.budget.layers import Numerics
+from ringattn.budget.model_shape import ModelShape
+from ringattn.budget.models import model as model_of
+from ringattn.budget.positions import reach
+from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, choose, shards, tokens_of
+from ringattn.budget.step import Gathering, Step, Way
+from ringattn.budget.tape import Moment, Tensor
+from ringattn.comm.planning_rank import PlanningRank
+from ringattn.context import ContextParallel
+from ringattn.masks import Mask
+from ringattn.planning.shape import Shape
+from ringattn.runtime.settings import Options
+
+# What a process takes beside PyTorch's tensors: CUDA's context and kernels, NCCL's buffers ("about 1 GiB" and "several
+# GiB" in ALST, arXiv:2506.13996, section 3.2), and what the allocator cannot hand out of what it holds, here a
+# twenty-fifth of the memory. Assumed, not measured; `reserve` sets another.
+CONTEXT, PART = 2 << 30, 25
+STEP = 1024  # tokens that the longest sequence is a multiple of, times the ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Memory of one kind and name at the peak: ``bytes``, of ``count`` tensors of one ``formula``."""
+
+    kind: str
+    name: str
+    bytes: int
+    count: int
+    formula: str
+
+    def __str__(self) -> str:
+        times = f"{self.count} x ({self.formula})" if self.count > 1 else self.formula
+        return f"{self.kind}: {self.name}: {times} = {self.bytes:,}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that would be others, and what the peak would then be."""
+
+    settings: dict[str, Any]
+    peak: int
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{said}: {gigabytes(self.peak)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory of a run on the rank that takes most, all in bytes.
+
+    items: what lies there at the peak, which is at ``moment``; their sum is ``peak``. reserve: what is taken beside
+    tensors. headroom: what is left, negative where it does not ``fits``. warning: of positions beyond the model's.
+    """
+
+    setup: Setup
+    step: Step
+    placed: Placed
+    warning: str | None
+
+    @cached_property
+    def peak_moment(self) -> Moment:
+        return self.step.peak
+
+    @property
+    def moment(self) -> str:
+        return self.peak_moment.name
+
+    @property
+    def peak(self) -> int:
+        return self.peak_moment.bytes
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        counts: dict[tuple[str, str, str], tuple[int, int]] = {}
+        for tensor, count in self.peak_moment.alive:
+            key = tensor.kind, tensor.name, str(tensor.size)
+            counts[key] = counts.get(key, (0, 0))[0] + count, tensor.size.value
+        return tuple(Item(kind, name, size * n, n, text) for (kind, name, text), (n, size) in counts.items() if size)
+
+    @property
+    def reserve(self) -> int:
+        return self.reserved.value
+
+    @property
+    def reserved(self) -> Amount:
+        """The reserve with its formula."""
+        if self.setup.reserve is not None:
+            return named("reserve", self.setup.reserve)
+        return named("context and NCCL", CONTEXT) + named("memory", self.setup.memory).over(PART)
+
+    @property
+    def headroom(self) -> int:
+        return self.setup.memory - self.peak - self.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+    @cached_property
+    def longest(self) -> int:
+        """The longest sequence that fits, in tokens, a multiple of 1,024 for each rank that shares one; 0: not even
+        that fits. Found by halving on the whole account, in which attention's buffers grow with the shard."""
+        setup, unit = self.setup, STEP * self.setup.context
+
+        def fits(units: int) -> bool:
+            longer = replace(setup, seqlen=units * unit)
+            step = _step(longer, self.placed.grown(-(-longer.seqlen // setup.context)))
+            return step.peak.bytes + self.reserve <= setup.memory
+
+        low, high = 0, 1
+        while high < MOST // unit and fits(high):
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * unit
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """Where it does not fit: the smallest changes that make it fit, the cheapest first; where none does alone,
+        as many as it takes, in the order of their cost. Empty where all of them together are not enough."""
+        if self.fits:
+            return ()
+        steps = list(_remedies(self.setup))
+        alone = [Change(change, p.peak) for change in steps if (p := _try(self.setup, change)) and p.fits]
+        if alone:
+            return tuple(alone)
+        for together in accumulate(steps, lambda a, b: a | b):
+            if (p := _try(self.setup, together)) and p.fits:
+                return (self._least(together),)
+        return ()
+
+    def _least(self, together: dict[str, Any]) -> Change:
+        """Without those that it does without, the dearest first."""
+        for name in reversed(list(together)):
+            less = {key: value for key, value in together.items() if key != name}
+            if (p := _try(self.setup, less)) and p.fits:
+                together = less
+        found = _try(self.setup, together)
+        assert found is not None, "it fitted before"
+        return Change(together, found.peak)
+
+    @cached_property
+    def kinds(self) -> dict[str, int]:
+        """Bytes of each kind at the peak, the largest first, with the reserve."""
+        found: dict[str, int] = {}
+        for item in self.items:
+            found[item.kind] = found.get(item.kind, 0) + item.bytes
+        return dict(sorted(found.items(), key=lambda kind: -kind[1]))
+
+    def explain(self) -> str:
+        """Every number of the peak as a formula with the values put in."""
+        lines = [f"peak: {self.moment}", *map(str, self.items), f"sum: {self.peak:,}"]
+        lines += [f"reserve: {self.reserved} = {self.reserve:,}"]
+        left = f"headroom: {self.setup.memory:,} - {self.peak:,} - {self.reserve:,} = {self.headroom:,}"
+        return "\n".join([*lines, left])
+
+    def __str__(self) -> str:
+        s = self.setup
+        rows = [f"  {kind:32} {gigabytes(size):>10}" for kind, size in self.kinds.items()]
+        rows += [f"  {'reserve':32} {gigabytes(self.reserve):>10}", f"  {'headroom':32} {gigabytes(self.headroom):>10}"]
+        on = f"{s.world} x {gigabytes(s.memory)}"
+        title = f"{s.model.name}, {s.seqlen:,} tokens on {on}, a rank at its peak: {self.moment}"
+        return "\n".join([title, *rows, f"  {'it fits' if self.fits else 'it does not fit'}"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        setup = {k: v for k, v in vars(self.setup).items() if k != "model"} | {"model": self.setup.model.name}
+        items = [asdict(item) for item in self.items]
+        return {
+            "setup": setup, "moment": self.moment, "peak": self.peak, "reserve": self.reserve,
+            "headroom": self.headroom,
+            "fits": self.fits, "warning": self.warning, "items": items,
+        }  # fmt: skip
+
+
+def plan(model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", **settings: Any) -> Plan:
+    """The memory of a training step on the rank that takes most.
+
+    Args:
+        model: a shape's name (`budget.shipped()`), the path of a Transformers config.json, or a :class:`ModelShape`.
+        seqlen: tokens of a sequence; "1M" is 2**20.
+        memory: of a device; "80GB" is 80e9 bytes, "80GiB" 80 * 2**30.
+        settings: nodes, gpus (of a node), batch (sequences of a replica at a time), dtype (bfloat16, float32),
+            optimizer (adamw, adamw8bit, muon, sgd), shard (none, fsdp, zero1, zero2, zero3), recompute (none;
+            attention: a layer keeps its input and attention's result; full), offload (what layers keep is on the host),
+            offload_states (what is on the host: none, optimizer, or all: parameters and
+            gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks
+            (pieces of all but attention), head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code
+            (whose layers: transformers, or the pretraining job's decoder), device (a GPU's name), reserve (bytes beside
+            tensors), transient (attention's buffers are freed behind each call, as other libraries' are).
+
+    Raises:
+        ValueError: a name, number or split that cannot be, with the rule and the remedy.
+    """
+    shape = model_of(model) if isinstance(model, str) else model
+    known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory"}
+    for name in settings:
+        if name not in known:
+            choose("setting", name, sorted(known))
+    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), **settings)
+    return planned(setup)
+
+
+def _try(setup: Setup, changes: dict[str, Any]) -> Plan | None:
+    try:
+        return planned(replace(setup, **changes))
+    except ValueError:  # a split that cannot be
+        return None
+
+
+def planned(setup: Setup) -> Plan:
+    """The plan of a run that is checked."""
+    first = setup.model.layers[0].attention
+    shape = Shape(first.num_heads, first.num_kv_heads, first.head_dim, first.v_head_dim, setup.batch, setup.dtype)
+    how = setup.layout, setup.schedule, setup.ulysses, setup.head_chunks, setup.device
+    placed = _placed(setup.context, setup.seqlen, setup.masks(), shape, *how)
+    placed = placed.transient() if setup.transient else placed
+    return Plan(setup, _step(setup, placed), placed, reach(setup.model, setup.seqlen))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
+    the seconds of the calls of one layer of each mask by the shared cost function, and the bytes received."""
+
+    attention: Attention
+    tokens: int
+    layout: str
+    schedule: str
+    seconds: float
+    received: int
+
+    def transient(self) -> Placed:
+        """With buffers that are there only while a call runs."""
+        of = self.attention
+        ahead, back = (*of.scratch.forward, *of.buffers), (*of.scratch.backward, *of.buffers)
+        return replace(
+            self, attention=replace(of, buffers=(), scratch=replace(of.scratch, forward=ahead, backward=back))
+        )
+
+    def grown(self, tokens: int) -> Placed:
+        """With so many tokens: all that attention takes is a multiple of them."""
+        was = named("tokens before", self.tokens)
+
+        def longer(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            now = named("local tokens", tokens)
+            return tuple(replace(x, size=(x.size * now).over(was)) for x in tensors)
+
+        of = self.attention
+        scratch = replace(of.scratch, forward=longer(of.scratch.forward), backward=longer(of.scratch.backward))
+        return replace(self, attention=replace(of, buffers=longer(of.buffers), scratch=scratch), tokens=tokens)
+
+
+@lru_cache(maxsize=256)
+def _placed(
+    ranks: int, seqlen: int, masks: tuple[Mask, ...], shape: Shape, layout: str, schedule: str, ulysses: int,
+    head_chunks: int, device: str,
+) -> Placed:  # fmt: skip
+    def context(rank: int) -> ContextParallel:
+        return ContextParallel(
+            PlanningRank(rank, ranks, device=f"NVIDIA {device}"), seqlen, mask=masks, shape=shape, layout=layout,
+            schedule=schedule, ulysses=ulysses, options=Options(head_chunks=head_chunks),
+        )  # fmt: skip
+
+    cp = context(0)
+    most = cp.ulysses * int(cp.plan.received.argmax()) if len(cp.plan.received) else 0
+    if cp.plan.received[most // cp.ulysses] > cp.plan.received[0]:
+        cp = context(most)
+    offer, token = cp.binding.offers[0], shape.forward.token + shape.backward.token
+    received = sum(int(plan.received.max(initial=0)) for plan in cp.plans.values()) * token // cp.ulysses
+    tokens = int(cp.q_layout.sizes.max())
+    received += offer.swapped.received * len(masks) if cp.ulysses > 1 else 0
+    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, offer.seconds, received)
+
+
+def _step(setup: Setup, placed: Placed) -> Step:
+    shard, numerics, attention = shards(setup.dtype)[setup.shard], _numerics(setup), placed.attention
+    tokens = named("local tokens", placed.tokens) * named("batch", setup.batch)
+    chunks = setup.token_chunks if setup.token_chunks > 1 else 0
+    way = Way(setup.recompute, chunks, setup.offload, setup.loss_chunks, setup.fused_loss)
+    sharded = named("bytes of a gradient in parts", 0 if setup.offload_states == "all" else shard.part_gradients)
+    gathering = Gathering(setup.world, numerics.weight, numerics.weight, gradient=sharded) if shard.gathered else None
+    return Step(
+        setup.model, setup.code, tokens, numerics, way, attention.scratch,
+        persistent=tuple((x, 1) for x in _persistent(setup, shard)),
+        around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
+        gathering=gathering, generators=False,
+    )  # fmt: skip
+
+
+def _numerics(setup: Setup) -> Numerics:
+    low = 2 if setup.dtype == "bfloat16" else 4
+    if setup.shard == "none":  # under autocast, over fp32 weights
+        return Numerics.of(4, low, 4, low == 2, True)
+    return Numerics.of(low, low, low, False, True)
+
+
+def _persistent(setup: Setup, shard: Shard) -> Iterator[Tensor]:
+    """Parameters, gradients that are there all the time, and the optimizer's states."""
+    model, ranks = setup.model, named("ranks", setup.world)
+    parameters = named("parameters", model.parameters)
+    if shard.whole_weights:
+        yield Tensor("parameters", "weights", parameters * named("bytes", shard.whole_weights))
+    if shard.buckets:
+        yield Tensor("communication buffers", "buckets of gradients", parameters * named("bytes", shard.buckets))
+    if setup.offload_states == "all":
+        return
+    if shard.part_weights:
+        yield Tensor("parameters", "weights in parts", (parameters * named("bytes", shard.part_weights)).over(ranks))
+    if setup.offload_states == "optimizer":
+        return
+    if shard.master:
+        yield Tensor("parameters", "fp32 weights in parts", (parameters * named("bytes", shard.master)).over(ranks))
+    matrix, other = OPTIMIZERS[setup.optimizer]
+    rest = model.embedding + model.head
+    inner = named("parameters of layers", model.parameters - rest) * named("bytes of state", matrix)
+    outer = named("of embedding and head", rest) * named("bytes of state", other)
+    states = inner + outer
+    yield Tensor("optimizer states", setup.optimizer, states if shard.moments_whole else states.over(ranks))
+
+
+def _inputs(setup: Setup, tokens: Amount) -> Iterator[Tensor]:
+    size, first = named("bytes of an id", 8), setup.model.layers[0].attention
+    for name in ("tokens", "labels", "positions"):
+        yield Tensor("tokens and labels", name, tokens * size)
+    dim = named("rotary size", first.latent.rope_dim if first.latent else first.head_dim)
+    own = setup.code == "decoder"
+    number = named("bytes", 2 if setup.dtype == "bfloat16" and not own else 4)
+    for name in ("rotation",) if own else ("cos", "sin"):
+        yield Tensor("rotation", name, tokens * dim * number)
+
+
+def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
+    """Changes that save memory, by what they cost: nothing, a part of the layers computed twice, all of them, the link
+    to the host, another optimizer, more devices."""
+    if setup.loss_chunks < 64:
+        yield {"loss_chunks": 64}
+    if setup.shard == "none" and setup.world > 1:
+        yield {"shard": "fsdp"}
+    if setup.token_chunks < 16:
+        yield {"token_chunks": 16}
+    if setup.recompute == "none":
+        yield {"recompute": "attention"}
+    if setup.recompute != "full":
+        yield {"recompute": "full"}
+    heads = setup.model.layers[0].attention.num_heads // setup.ulysses
+    if setup.ulysses > 1 and setup.head_chunks < heads:
+        yield {"head_chunks": min(heads, 4)}
+    if not setup.offload:
+        yield {"offload": True}
+    if setup.optimizer == "adamw":
+        yield {"optimizer": "adamw8bit"}
+    if setup.offload_states != "all" and setup.shard not in ("none", "zero1"):
+        yield {"offload_states": "all"}
+    for factor in (2, 4, 8, 16):
+        yield {"nodes": setup.nodes * factor}
+
+
+def gigabytes(size: int) -> str:
+    """Readable, 1e9 bytes."""
+    return f"{size / 1e9:,.2f} GB"
+
+
+__all__ = ["Change", "Item", "Placed", "Plan", "plan", "planned"]

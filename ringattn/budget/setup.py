@@ -1,0 +1,169 @@
+"""What a training run is to be: model, lengths, how it is computed and on what, checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ringattn.arguments.values import integer, shown
+from ringattn.budget.model_shape import ModelShape
+from ringattn.mask_text import parse_mask
+from ringattn.masks import Mask, sliding_window
+
+RECOMPUTE = ("none", "attention", "full")
+STATES = ("none", "optimizer", "all")
+CODES = ("transformers", "decoder")
+DTYPES = ("bfloat16", "float32")
+MOST = 1 << 40
+# bytes of an optimizer's state a parameter of a matrix inside the layers, and of the others
+OPTIMIZERS = {"adamw": (8, 8), "adamw8bit": (2, 2), "muon": (4, 8), "sgd": (0, 0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What of a parameter lies whole on each rank, and what in parts over all of them, in bytes: weights, gradients,
+    ``master``: fp32 weights beside those, in parts. ``gathered``: weights are brought together a layer at a time."""
+
+    whole_weights: int
+    whole_gradients: int
+    part_weights: int
+    part_gradients: int
+    master: int = 0
+    buckets: int = 0
+    gathered: bool = False
+    moments_whole: bool = False
+
+
+def shards(dtype: str) -> dict[str, Shard]:
+    """Of FSDP2 with fp32 weights gathered in `dtype`; of DDP under autocast; of DeepSpeed's stages with 16-bit weights
+    and fp32 ones beside them."""
+    low = 2 if dtype == "bfloat16" else 4
+    master = 4 if low == 2 else 0
+    return {
+        "none": Shard(4, 4, 0, 0, buckets=4, moments_whole=True),
+        "fsdp": Shard(0, 0, 4, 4, gathered=True),
+        "zero1": Shard(low, low, 0, 0, master),
+        "zero2": Shard(low, 0, 0, low, master),
+        "zero3": Shard(0, 0, low, low, master, gathered=True),
+    }
+
+
+SHARDS = tuple(shards("bfloat16"))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run. See :func:`ringattn.budget.plan` for what each says."""
+
+    model: ModelShape
+    seqlen: int
+    nodes: int = 1
+    gpus: int = 8
+    memory: int = 80 * 10**9
+    batch: int = 1
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw"
+    shard: str = "fsdp"
+    recompute: str = "full"
+    offload: bool = False
+    offload_states: str = "none"
+    loss_chunks: int = 8
+    fused_loss: bool = False
+    token_chunks: int = 1
+    head_chunks: int = 1
+    mask: str = "causal()"
+    layout: str = "auto"
+    schedule: str = "auto"
+    ulysses: int = 1
+    data: int = 1
+    code: str = "transformers"
+    device: str = "H100"
+    reserve: int | None = None
+    transient: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("seqlen", "nodes", "gpus", "memory", "batch", "loss_chunks", "token_chunks", "head_chunks"):
+            integer(name, getattr(self, name), 1, MOST)
+        for name in ("ulysses", "data"):
+            integer(name, getattr(self, name), 1, MOST)
+        for name, choices in (
+            ("dtype", DTYPES), ("optimizer", tuple(OPTIMIZERS)), ("shard", SHARDS), ("recompute", RECOMPUTE),
+            ("code", CODES), ("offload_states", STATES),
+        ):  # fmt: skip
+            choose(name, getattr(self, name), choices)
+        self._check_split()
+
+    def _check_split(self) -> None:
+        heads = self.model.layers[0].attention.num_heads
+        if self.world % self.data:
+            raise ValueError(f"data={self.data} over {self.world} ranks: must divide them; the rest share a sequence")
+        if self.context % self.ulysses:
+            raise ValueError(
+                f"ulysses={self.ulysses} over the {self.context} ranks of a sequence ({self.world} ranks by data="
+                f"{self.data}): must divide them; take a divisor of {self.context}"
+            )
+        if self.ulysses > heads:
+            raise ValueError(
+                f"ulysses={self.ulysses} and {heads} query heads: each rank needs one, take at most {heads}"
+            )
+        if self.head_chunks > heads // self.ulysses:
+            raise ValueError(
+                f"head_chunks={self.head_chunks} of {heads // self.ulysses} heads a rank: must be at most so many"
+            )
+        if self.context > self.seqlen:
+            raise ValueError(f"{self.context} ranks share {self.seqlen:,} tokens: take more tokens, or data above 1")
+
+    @property
+    def world(self) -> int:
+        """GPUs in all."""
+        return self.nodes * self.gpus
+
+    @property
+    def context(self) -> int:
+        """Those that share a sequence."""
+        return self.world // self.data
+
+    def masks(self) -> tuple[Mask, ...]:
+        """Of the layers, without repeats: the mask, and within a layer's window where it has one."""
+        whole = parse_mask(self.mask)
+        windows = dict.fromkeys(layer.attention.window for layer in self.model.layers)
+        return tuple(whole if w is None else whole & sliding_window(w - 1) for w in windows)
+
+
+def choose(name: str, value: Any, choices: Sequence[str]) -> str:
+    """A known name. ValueError for another, with the nearest."""
+    if value in choices:
+        return str(value)
+    near = difflib.get_close_matches(str(value), choices, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(choices)}{hint}")
+
+
+TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30,
+    "tib": 1 << 40,
+}  # fmt: skip
+
+
+def tokens_of(name: str, text: str | int) -> int:
+    """A number of tokens, with K, M or G for 2**10, 2**20 and 2**30: "1M" is 1,048,576."""
+    return _number(name, text, TOKENS, "a number of tokens such as 131072, 128K or 1M")
+
+
+def bytes_of(name: str, text: str | int) -> int:
+    """A number of bytes: "80GB" is 80e9, "80GiB" 80 * 2**30."""
+    return _number(name, text, UNITS, "a positive size such as 80GB or 80GiB")
+
+
+def _number(name: str, text: str | int, units: dict[str, int], rule: str) -> int:
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if isinstance(text, bool) or found is None or found[2].lower() not in units:
+        raise ValueError(f"{name}={shown(text)}: must be {rule}")
+    value = int(float(found[1]) * units[found[2].lower()])
+    if not 1 <= value <= MOST:
+        raise ValueError(f"{name}={shown(text)}: must be {rule}")
+    return value
