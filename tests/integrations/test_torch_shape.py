@@ -435,11 +435,12 @@ def heard(rank: int, world: int) -> None:
     def attend(q: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q)
 
-    for wrong in range(2):
+    for wrong in range(3):
         q, start = torch.ones(1, 2, S, 4), time.monotonic()
         dims = [2, 2] if rank == 1 and wrong == 0 else [2]
+        kept: Any = q if rank == 1 and wrong == 2 else []  # a tensor, where a list is wanted
         with pytest.raises((ValueError, NotImplementedError)) as caught:
-            with context_parallel(mesh, buffers=[q], buffer_seq_dims=dims):
+            with context_parallel(mesh, buffers=[q], buffer_seq_dims=dims, no_restore_buffers=kept):
                 attend(q[0] if rank == 1 and wrong == 1 else q)
         assert ("rank 1 refused" in str(caught.value)) == (rank != 1), caught.value
         assert q.shape == (1, 2, S, 4) and time.monotonic() - start < 5

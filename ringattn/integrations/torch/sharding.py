@@ -17,7 +17,7 @@ from ringattn.arguments.values import seed_of, shown
 from ringattn.comm import together, told
 from ringattn.context import ContextParallel
 from ringattn.geometry.layouts import Layout, named
-from ringattn.integrations.torch.buffers import check_exchange, checked_buffers, exchanged
+from ringattn.integrations.torch.buffers import check_exchange, check_listed, checked_buffers, exchanged
 from ringattn.integrations.torch.region import Region, masks_of
 from ringattn.masks import Mask
 from ringattn.runtime.settings import Options
@@ -65,10 +65,11 @@ def context_parallel(
     Raises:
         ValueError: buffers or settings that do not fit, on all ranks, before any is changed.
     """
-    buffers, kept = tuple(buffers or ()), tuple(no_restore_buffers or ())
-    region = _region(mesh, buffers, tuple(buffer_seq_dims or ()), kept, mask, layout, seed, settings)
+    kept = () if no_restore_buffers is None else no_restore_buffers
+    region = _region(mesh, buffers, buffer_seq_dims, kept, mask, layout, seed, settings)
+    buffers, dims, kept = tuple(buffers or ()), tuple(buffer_seq_dims or ()), tuple(kept)
     with torch.no_grad():
-        shards = _shards(region.cp, buffers, buffer_seq_dims or ())
+        shards = _shards(region.cp, buffers, dims)
     # a rank that leaves by an exception of its user's makes fewer calls than the others, who would meet its next region
     with told(region.cp.link.transport, "context_parallel"), exchanged(buffers, shards, kept), region:
         yield region.cp
@@ -88,7 +89,7 @@ def context_parallel_shard(
     """PyTorch's `_context_parallel_shard`: this rank's shards of ``buffers``, which stay as they are. Modules of a
     :class:`RingAttention` style on this mesh attend over them. Arguments and errors as of :func:`context_parallel`."""
     _refuse(load_balancer)
-    region = _region(mesh, tuple(buffers), tuple(seq_dims), None, mask, layout, seed, settings)
+    region = _region(mesh, buffers, seq_dims, None, mask, layout, seed, settings)
     return _shards(region.cp, buffers, seq_dims)
 
 
@@ -142,8 +143,8 @@ def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _region(
-    mesh: DeviceMesh | dist.ProcessGroup, buffers: tuple[Tensor, ...], dims: tuple[int, ...],
-    kept: tuple[Tensor, ...] | None, mask: Mask | None, layout: str | Layout, seed: int | None,
+    mesh: DeviceMesh | dist.ProcessGroup, buffers: Sequence[Tensor] | None, dims: Sequence[int] | None,
+    kept: Collection[Tensor] | None, mask: Mask | None, layout: str | Layout, seed: int | None,
     settings: dict[str, Any],
 ) -> Region:  # fmt: skip
     """A region for the sequence along ``buffers``, from now on the latest. ``kept``: None where none is exchanged."""
@@ -152,6 +153,8 @@ def _region(
     # The first of a group has no transport yet to tell a refusal by: a context of one token a rank brings it along.
     cp = ContextParallel(group, group.size(), options=settings["options"]) if known is None else known.cp
     with together(cp.link.transport, "context_parallel"):  # what one rank refuses, all of them refuse
+        check_listed(buffers=buffers, buffer_seq_dims=dims, no_restore_buffers=kept)
+        buffers, dims = tuple(buffers or ()), tuple(dims or ())
         seqlen = checked_buffers(buffers, dims)
         if kept is not None:
             check_exchange(buffers, kept)
