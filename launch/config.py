@@ -233,16 +233,7 @@ class Config:
                     f"{name} is {getattr(self, name)} for {self.seqlen} tokens; it is a number of chunks: set at most "
                     "as many as tokens, for instance 8"
                 )
-        if (self.model is None) == (not self.hf):
-            given = "neither" if self.model is None else f"both, hf = {shown(self.hf)},"
-            raise ValueError(
-                f"{given} of [model] and hf is given; give either a table [model], which --model hf:PATH replaces, "
-                "or hf, the path of a Transformers config.json"
-            )
-        if self.model is not None and not self.masks:
-            raise ValueError('masks is empty; name at least one, for instance masks = ["causal()"]')
-        if self.hf and self.masks:
-            raise ValueError(f"masks are given, but those of {shown(self.hf)} are its own; leave masks out")
+        self._check_model()
         if self.recall and (self.documents or self.lengths or self.data):
             raise ValueError("[recall] makes its own sequences; leave out data, documents and [lengths]")
         if self.recall and self.layout != "contiguous":
@@ -273,6 +264,24 @@ class Config:
                 f"profile is {list(self.profile)} in {self.steps} steps, which are counted from 0; set earlier ones, "
                 f"for instance [{self.steps - 1}, {self.steps - 1}], or leave it out"
             )
+
+    def _check_model(self) -> None:
+        """One model, and the masks of its layers."""
+        if (self.model is None) == (not self.hf):
+            given = "neither" if self.model is None else f"both, hf = {shown(self.hf)},"
+            raise ValueError(
+                f"{given} of [model] and hf is given; give either a table [model], which --model hf:PATH replaces, "
+                "or hf, the path of a Transformers config.json"
+            )
+        if self.model is not None and not self.masks:
+            raise ValueError('masks is empty; name at least one, for instance masks = ["causal()"]')
+        if self.model is not None and len(self.masks) > self.model.num_layers:
+            raise ValueError(
+                f"{len(self.masks)} masks for model.num_layers {self.model.num_layers}; a layer has one each, repeated "
+                "over the depth: leave some out"
+            )
+        if self.hf and self.masks:
+            raise ValueError(f"masks are given, but those of {shown(self.hf)} are its own; leave masks out")
 
     def _check_ramp(self) -> None:
         if self.ramp and self.recall:

@@ -28,6 +28,10 @@ class Mask(Expression):
         """
         return torch.from_numpy(self.pairs(q_len, kv_len, q_offset))
 
+    def __bool__(self) -> bool:
+        """Refused: `a and b` would be b, whatever a is."""
+        raise TypeError("a mask is neither true nor false: combine masks with &, | and -, not with and, or and not")
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the picture at a length that suits the mask, which it names. ``ringattn.show`` has the
         others."""

@@ -15,7 +15,7 @@ from ringattn.pictures import numbers
 from ringattn.pictures.picture import Picture
 from ringattn.pictures.scene import Scene
 from ringattn.planning.cost import spent
-from ringattn.planning.hardware import hardware
+from ringattn.planning.hardware import checked_device, hardware
 from ringattn.planning.placement import Problem
 from ringattn.planning.plan import Plan
 from ringattn.planning.scenes import layouts, plan, schedule, work
@@ -96,9 +96,8 @@ def _of_mask(
         kv_seqlen = settings.get("kv_seqlen")
         bound = mask.bind(seqlen, seqlen if kv_seqlen is None else kv_seqlen, settings.get("q_offset", 0))
         return masks.picture(bound)
-    rank = PlanningRank(
-        0, integer("ranks", RANKS if ranks is None else ranks, 1), device=DEVICE if device is None else device
-    )
+    device = checked_device(DEVICE if device is None else device)
+    rank = PlanningRank(0, integer("ranks", RANKS if ranks is None else ranks, 1), device=device)
     return of_context(ContextParallel(rank, seqlen, mask=mask, **settings), view or "layout")
 
 

@@ -12,6 +12,7 @@ from ringattn.arguments.values import integer, shown
 from ringattn.budget.model_shape import ModelShape
 from ringattn.mask_text import parse_mask
 from ringattn.masks import Mask, sliding_window
+from ringattn.planning.hardware import checked_device
 
 RECOMPUTE = ("none", "attention", "full")
 STATES = ("none", "optimizer", "all")
@@ -94,6 +95,7 @@ class Setup:
             ("code", CODES), ("offload_states", STATES),
         ):  # fmt: skip
             choose(name, getattr(self, name), choices)
+        checked_device(self.device)
         self._check_split()
 
     def _check_split(self) -> None:

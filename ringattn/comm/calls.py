@@ -163,6 +163,10 @@ class CallLog:
         self.text = self.course.begin(text, digest, labelled)
         self.posted, self.labelled, self.finished = 0, labelled, False
 
+    def within(self, text: str) -> None:
+        """Says what the next call is part of: it does not meet one that is part of something else."""
+        self.course.fold(text.encode())
+
     def ballot(self) -> str:
         """The name of the next agreement, the same on all ranks of the course."""
         course = self.course

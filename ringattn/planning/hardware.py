@@ -79,6 +79,15 @@ def hardware(name: str) -> Hardware:
     return CPU if name.lower() == "cpu" else known_gpu(name) or HOPPER
 
 
+def checked_device(name: str) -> str:
+    """A device's name by which something is asked for: "cpu" or a GPU that is known. Raises ``ValueError`` otherwise:
+    its figures would be another's."""
+    if name.lower() != "cpu" and known_gpu(name) is None:
+        names = ", ".join(("cpu", *(mark.upper() for known in GPUS for mark in known.marks)))
+        raise ValueError(f"device={name!r}: figures are known of {names}; name the nearest, or give Options(rates=...)")
+    return name
+
+
 def known_gpu(name: str) -> Hardware | None:
     """The GPU of that name; None if it is not known."""
     words = name.lower().replace("-", " ").split()

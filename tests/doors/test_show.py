@@ -71,6 +71,7 @@ def test_a_mask_that_fits_no_length_is_written() -> None:
         ((MASK, 64), {"layuot": "zigzag"}, "did you mean 'layout'"),
         ((MASK, 64), {"view": "mask", "ranks": 4}, "view='mask' with ranks: shows no ranks"),
         ((MASK, 64), {"ranks": 0}, "ranks=0: must be at least 1"),
+        ((MASK, 64), {"device": "H300"}, "device='H300': figures are known of cpu, H100"),
         ((MASK, 4), {"ranks": 8}, "more ranks than tokens"),
         (("causal",), {}, "must be a mask, a ContextParallel or a plan"),
     ],

@@ -35,6 +35,13 @@ def test_each_mask(name):
         check(*cases.ALL[name], *lengths)
 
 
+def test_python_s_own_and_is_refused():
+    """It would give the second mask, whatever the first is."""
+    for combine in (lambda: ra.causal() and ra.sliding_window(3), lambda: not ra.causal()):
+        with pytest.raises(TypeError, match="combine masks with &"):
+            combine()
+
+
 def test_documents_for_each_side():
     check(*cases.DOCUMENTS["documents"], 29, 29, 0)
     check(*cases.DOCUMENTS["documents"], 13, 29, 16)

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import ringattn as ra
-from ringattn.comm import PeerError
+from ringattn.comm import CallMismatch, PeerError
 from ringattn.integrations.checkpointing import keep_attention
 from ringattn.integrations.torch import (
     RingAttention,
@@ -435,11 +435,12 @@ def heard(rank: int, world: int) -> None:
     def attend(q: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, q, q)
 
-    for wrong in range(2):
+    for wrong in range(3):
         q, start = torch.ones(1, 2, S, 4), time.monotonic()
         dims = [2, 2] if rank == 1 and wrong == 0 else [2]
+        kept: Any = q if rank == 1 and wrong == 2 else []  # a tensor, where a list is wanted
         with pytest.raises((ValueError, NotImplementedError)) as caught:
-            with context_parallel(mesh, buffers=[q], buffer_seq_dims=dims):
+            with context_parallel(mesh, buffers=[q], buffer_seq_dims=dims, no_restore_buffers=kept):
                 attend(q[0] if rank == 1 and wrong == 1 else q)
         assert ("rank 1 refused" in str(caught.value)) == (rank != 1), caught.value
         assert q.shape == (1, 2, S, 4) and time.monotonic() - start < 5
@@ -464,10 +465,25 @@ def left_by_one(rank: int, world: int) -> None:
         torch.testing.assert_close(found, torch.full_like(found, 7.0))
 
 
+def lagging(rank: int, world: int) -> None:
+    """Rank 1 leaves a region in which the other calls nothing, which so hears of it one region late: from then on they
+    are in different ones, and no call may meet another's. Last, as that is for good."""
+    mesh = cp_mesh(world)
+    for batch in range(3):
+        q = torch.full((1, 2, S, 4), float(batch))
+        with pytest.raises((KeyError, PeerError, CallMismatch)) if batch or rank == 1 else contextlib.nullcontext():
+            with context_parallel(mesh, buffers=[q], buffer_seq_dims=[2]):
+                if not batch and rank == 1:
+                    raise KeyError("own")
+                if batch:
+                    F.scaled_dot_product_attention(q, q, q)
+
+
 def refusals(rank: int, world: int) -> None:
     refused(rank, world)
     heard(rank, world)
     left_by_one(rank, world)
+    lagging(rank, world)
 
 
 def test_what_cannot_be_kept_is_refused_by_all_ranks() -> None:

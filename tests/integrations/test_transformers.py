@@ -46,7 +46,9 @@ def sharded(
     seqlen = batch["input_ids"].shape[1]
 
     def one_rank(transport: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        cp = ringattn.ContextParallel(transport, seqlen, mask=masks or masks_of(config), layout=layout)
+        cp = ringattn.ContextParallel(
+            transport, seqlen, mask=masks_of(config) if masks is None else masks, layout=layout
+        )
         model = models[transport.rank]
         register(cp, model)
         local = shard_batch(cp, batch)
@@ -358,6 +360,21 @@ def test_a_mask_that_is_not_known_is_refused_by_name() -> None:
     config.use_bidirectional_attention = True  # which this family makes of functions of its own
     for error in call_on_ranks(config, 2, given()):
         assert isinstance(error, NotImplementedError) and "gemma3" in str(error) and "or_masks" in str(error)
+
+
+def test_labels_that_would_be_shifted_within_a_shard_are_refused() -> None:
+    def one_rank(transport: Any) -> str:
+        cp, model = ringattn.ContextParallel(transport, SEQLEN), build(configs()["llama"])
+        register(cp, model)
+        ids = cp.shard(tokens(1))
+        with pytest.raises(ValueError) as caught:
+            model(input_ids=ids, labels=ids, position_ids=cp.position_ids[None], use_cache=False)
+        return str(caught.value)
+
+    for said in ringattn.Loopback(2).run(one_rank):
+        assert "labels without shift_labels" in said and "shard_batch(cp, batch)" in said
+    with pytest.raises(ValueError, match="the context comes first"):
+        register(build(configs()["llama"]), ringattn.ContextParallel(None, SEQLEN))  # type: ignore[arg-type]
 
 
 def test_names_that_transformers_would_misread_are_refused() -> None:

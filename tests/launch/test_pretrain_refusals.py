@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import ringattn
 from launch.config import load
 from launch.mask_text import parse_mask
 from launch.processes import REFUSALS, World
@@ -71,6 +72,7 @@ SETTINGS = [
     ("d_model = 16", f"d_model = {10**9}", "model.d_model is 1000000000; it must be a whole number from 1 to 1048576"),
     ("d_model = 16", "d_model = 0", "model.d_model is 0"),
     ("num_layers = 2", "num_layers = 0", "model.num_layers is 0"),
+    ("num_layers = 2", "num_layers = 1", "2 masks for model.num_layers 1"),
     ("num_heads = 4", "num_heads = 0", "model.num_heads is 0"),
     ("num_kv_heads = 2", "num_kv_heads = 0", "model.num_kv_heads is 0"),
     ("[model]", "[model]\n[model]", "is no TOML"),
@@ -115,7 +117,7 @@ def test_masks_that_take_for_ever_are_refused() -> None:
             parse_mask(mask)
         assert time.monotonic() - begin < patience(1)
         assert len(str(caught.value)) < 500
-    assert parse_mask(" | ".join(["causal()"] * 64))
+    assert isinstance(parse_mask(" | ".join(["causal()"] * 64)), ringattn.Mask)
     for mask, said in (("sliding_window(**{})", "name the arguments"), ("chunked(9**9**9)", "no number or list")):
         with pytest.raises(ValueError, match=said):
             parse_mask(mask)

@@ -12,6 +12,13 @@ from ringattn.arguments.tensors import dim_of, plain
 from ringattn.arguments.values import shown
 
 
+def check_listed(**given: object) -> None:
+    """That each is a list or the like, or None. A tensor would be taken for its rows."""
+    for name, x in given.items():
+        if x is not None and (isinstance(x, Tensor) or not isinstance(x, Collection)):
+            raise ValueError(f"{name} is one {type(x).__name__}: must be a list; put it into one, {name}=[...]")
+
+
 def checked_buffers(buffers: Sequence[Tensor], dims: Sequence[int]) -> int:
     """The one length that all of them have along their dims."""
     if not buffers:

@@ -53,11 +53,12 @@ class local_attention(TorchFunctionMode):
 
 class Region(TorchFunctionMode):
     """Attends in a context. ``masks``: what a call sees that is not causal, and one that is. ``seed``: what dropout
-    follows from, call by call in their order; None refuses dropout."""
+    follows from, call by call in their order; None refuses dropout. ``name``: the same on all ranks that are in the
+    same region, whose calls meet no other's."""
 
-    def __init__(self, cp: ContextParallel, masks: tuple[Mask, Mask], seed: int | None) -> None:
+    def __init__(self, cp: ContextParallel, masks: tuple[Mask, Mask], seed: int | None, name: str) -> None:
         super().__init__()
-        self.cp, self.masks, self.seed = cp, masks, seed
+        self.cp, self.masks, self.seed, self.name = cp, masks, seed, name
         self.drops = 0  # calls with dropout so far
         self.mark = torch.empty(0, int(cp.handle[0]) % (1 << 31), device="cpu")
 
@@ -117,6 +118,7 @@ class Region(TorchFunctionMode):
                 kind, text = type(error).__name__, error.args[0]
                 return torch.ops.ringattn.refused_attention(query, self.cp.handle, kind, text)[0]
         with together(self.cp.link.transport, CALLED):  # what one rank refuses, all of them refuse
+            self.cp.link.transport.log.within(self.name)
             return self._attend(*given)
 
     def _attend(
@@ -132,6 +134,7 @@ class Region(TorchFunctionMode):
             scale=scale,
             dropout_p=dropout_p,
             seed=self._seed_of(dropout_p),
+            label="" if torch.compiler.is_compiling() else self.name,
         )
         return out.transpose(1, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from ringattn.arguments.values import seed_of, shown
 from ringattn.comm import together, told
 from ringattn.context import ContextParallel
 from ringattn.geometry.layouts import Layout, named
-from ringattn.integrations.torch.buffers import check_exchange, checked_buffers, exchanged
+from ringattn.integrations.torch.buffers import check_exchange, check_listed, checked_buffers, exchanged
 from ringattn.integrations.torch.region import Region, masks_of
 from ringattn.masks import Mask
 from ringattn.runtime.settings import Options
@@ -25,9 +26,18 @@ from ringattn.runtime.settings import Options
 ROTATIONS = {"allgather": "gather", "alltoall": "ring"}  # PyTorch's names, and the schedules that do the same
 DEFAULTS: dict[str, Any] = {"ulysses": 1, "shape": None, "schedule": "auto", "kernel": "auto", "options": Options()}
 
-# The latest region of each group: its context's transport, buffers and plans serve the next, and PyTorch's functions
-# name the mesh alone where they mean its shards.
-_latest: WeakKeyDictionary[dist.ProcessGroup, Region] = WeakKeyDictionary()
+
+@dataclass
+class Begun:
+    """The regions that a group has begun, refused ones too: how many, the context of the last, whose transport, buffers
+    and plans serve the next, and the latest itself, which PyTorch's functions mean where they name the mesh alone."""
+
+    cp: ContextParallel
+    count: int = 0
+    latest: Region | None = None
+
+
+_begun: WeakKeyDictionary[dist.ProcessGroup, Begun] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -65,10 +75,11 @@ def context_parallel(
     Raises:
         ValueError: buffers or settings that do not fit, on all ranks, before any is changed.
     """
-    buffers, kept = tuple(buffers or ()), tuple(no_restore_buffers or ())
-    region = _region(mesh, buffers, tuple(buffer_seq_dims or ()), kept, mask, layout, seed, settings)
+    kept = () if no_restore_buffers is None else no_restore_buffers
+    region = _region(mesh, buffers, buffer_seq_dims, kept, mask, layout, seed, settings)
+    buffers, dims, kept = tuple(buffers or ()), tuple(buffer_seq_dims or ()), tuple(kept)
     with torch.no_grad():
-        shards = _shards(region.cp, buffers, buffer_seq_dims or ())
+        shards = _shards(region.cp, buffers, dims)
     # a rank that leaves by an exception of its user's makes fewer calls than the others, who would meet its next region
     with told(region.cp.link.transport, "context_parallel"), exchanged(buffers, shards, kept), region:
         yield region.cp
@@ -88,7 +99,7 @@ def context_parallel_shard(
     """PyTorch's `_context_parallel_shard`: this rank's shards of ``buffers``, which stay as they are. Modules of a
     :class:`RingAttention` style on this mesh attend over them. Arguments and errors as of :func:`context_parallel`."""
     _refuse(load_balancer)
-    region = _region(mesh, tuple(buffers), tuple(seq_dims), None, mask, layout, seed, settings)
+    region = _region(mesh, buffers, seq_dims, None, mask, layout, seed, settings)
     return _shards(region.cp, buffers, seq_dims)
 
 
@@ -124,10 +135,10 @@ def set_rotate_method(rotate_method: str) -> str:
 
 def latest_region(mesh: DeviceMesh | dist.ProcessGroup) -> Region:
     """The region that ranks of a mesh have begun last."""
-    region = _latest.get(_group(mesh))
-    if region is None:
+    begun = _begun.get(_group(mesh))
+    if begun is None or begun.latest is None:
         raise ValueError("no sequence has been sharded over this mesh: call context_parallel or context_parallel_shard")
-    return region
+    return begun.latest
 
 
 def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
@@ -142,25 +153,29 @@ def _group(mesh: DeviceMesh | dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _region(
-    mesh: DeviceMesh | dist.ProcessGroup, buffers: tuple[Tensor, ...], dims: tuple[int, ...],
-    kept: tuple[Tensor, ...] | None, mask: Mask | None, layout: str | Layout, seed: int | None,
+    mesh: DeviceMesh | dist.ProcessGroup, buffers: Sequence[Tensor] | None, dims: Sequence[int] | None,
+    kept: Collection[Tensor] | None, mask: Mask | None, layout: str | Layout, seed: int | None,
     settings: dict[str, Any],
 ) -> Region:  # fmt: skip
     """A region for the sequence along ``buffers``, from now on the latest. ``kept``: None where none is exchanged."""
     group, settings = _group(mesh), DEFAULTS | settings
-    known = _latest.get(group)
-    # The first of a group has no transport yet to tell a refusal by: a context of one token a rank brings it along.
-    cp = ContextParallel(group, group.size(), options=settings["options"]) if known is None else known.cp
-    with together(cp.link.transport, "context_parallel"):  # what one rank refuses, all of them refuse
+    if group not in _begun:
+        # The first of a group has no transport yet to tell a refusal by: a context of one token a rank brings it along.
+        _begun[group] = Begun(ContextParallel(group, group.size(), options=settings["options"]))
+    begun = _begun[group]
+    begun.count += 1
+    with together(begun.cp.link.transport, "context_parallel"):  # what one rank refuses, all of them refuse
+        check_listed(buffers=buffers, buffer_seq_dims=dims, no_restore_buffers=kept)
+        buffers, dims = tuple(buffers or ()), tuple(dims or ())
         seqlen = checked_buffers(buffers, dims)
         if kept is not None:
             check_exchange(buffers, kept)
         seed = None if seed is None else seed_of("seed", seed)
         masks = masks_of(mask, seqlen)
         order = reversed(masks) if mask is None else masks  # the first is that of plain calls of ringattn.attention
-        cp = cp.replace(seqlen=seqlen, mask=tuple(order), layout=layout, **settings)
-    region = _latest[group] = Region(cp, masks, seed)
-    return region
+        begun.cp = begun.cp.replace(seqlen=seqlen, mask=tuple(order), layout=layout, **settings)
+    begun.latest = Region(begun.cp, masks, seed, f"region {begun.count}")
+    return begun.latest
 
 
 def _shards(cp: ContextParallel, buffers: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ringattn.attention import attention
-from ringattn.comm import together
+from ringattn.comm import together, told
 from ringattn.context import ContextParallel
 from ringattn.integrations.transformers.positions import PositionWarning, beyond_positions
 from ringattn.integrations.transformers.ring import Ring
@@ -126,6 +126,23 @@ class RingAttention:
         handle = model.register_forward_hook(check)
 
 
+def refuse_whole_labels(model: nn.Module, ring: Ring) -> None:
+    """Has a causal language model refuse labels that it would shift within each shard, at whose end a target is then
+    missing, or the next shard's is another document's."""
+
+    def check(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        if ring.cp.world_size > 1 and given.get("labels") is not None and given.get("shift_labels") is None:
+            with told(ring.cp.link.transport, "labels"):
+                raise ValueError(
+                    f"{type(model).__name__} was given labels without shift_labels and would shift them within each "
+                    "rank's shard; pass shard_batch(cp, batch), or "
+                    "shift_labels=cp.shard(ringattn.loss.shift_labels(labels)) and no labels"
+                )
+
+    if "CausalLM" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__:
+        model.register_forward_pre_hook(check, with_kwargs=True)
+
+
 def refuse_others(model: str, others: dict[str, Any]) -> None:
     """Raises for an argument that is set and that attention here would have to drop."""
     asked = [name for name, value in others.items() if name not in IGNORED and value is not None and value is not False]
@@ -182,8 +199,13 @@ def register(
     (`PositionWarning`) where the context's sequences are longer than the model's `max_position_embeddings` and its RoPE
     is not scaled to them.
 
+    From then on a causal language model that is given `labels` without `shift_labels` on several ranks is a
+    `ValueError`: it would shift them within each shard.
+
     Raises `ValueError` for a name that Transformers would take for something else, or that is taken.
     """
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp is a {type(cp).__name__}: the context comes first, as register(cp, model)")
     for word in ("flash", "sdpa", "flex_attention", "/"):
         if word in name:
             raise ValueError(
@@ -209,6 +231,7 @@ def register(
         registered.bind(model, ring)
         model.set_attn_implementation(name)  # type: ignore[operator]
         registered.expect(model)
+        refuse_whole_labels(model, ring)
     return ring
 
 
