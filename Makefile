@@ -48,7 +48,8 @@ test: $(SETUP) ## the tests, without the slow ones, in two processes: WORKERS=2
 test-slow: $(SETUP) ## the slow tests alone, in two processes too; ARGS=--soak: the longest, too, and chance tried more often
 	$(PYTHON) -m pytest --run-slow -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-all: test test-slow ## all tests
+test-all: $(SETUP) ## all tests but a soak's, in one go
+	$(PYTHON) -m pytest --run-slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(SETUP) ## ruff: rules and format
 	$(PYTHON) -m ruff check .
