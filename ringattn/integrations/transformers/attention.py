@@ -130,8 +130,13 @@ def refuse_whole_labels(model: nn.Module, ring: Ring) -> None:
     """Has a causal language model refuse labels that it would shift within each shard, at whose end a target is then
     missing, or the next shard's is another document's."""
 
+    config: Any = model.config
+    registered = config._attn_implementation
+
     def check(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-        if ring.cp.world_size > 1 and given.get("labels") is not None and given.get("shift_labels") is None:
+        if config._attn_implementation != registered or ring.cp.world_size == 1:
+            return  # it may have been given another attention since, and whole sequences
+        if given.get("labels") is not None and given.get("shift_labels") is None:
             with told(ring.cp.link.transport, "labels"):
                 raise ValueError(
                     f"{type(model).__name__} was given labels without shift_labels and would shift them within each "
