@@ -36,10 +36,10 @@ def measured(device: torch.device, workspace: Workspace) -> Iterator[Measured]:
         found.peak = torch.cuda.max_memory_allocated(device) - before
         return
     shared = _shared(workspace)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    # not torch.profiler.profile, which makes a tree of Python objects of all events: most of a gigabyte of the process
+    with torch.autograd.profiler.profile(use_cpu=True, use_kineto=True, profile_memory=True) as profile:
         yield found
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    found.peak = _peak(profile.profiler.kineto_results.events()) + _shared(workspace) - shared
+    found.peak = _peak(profile.kineto_results.events()) + _shared(workspace) - shared
 
 
 def _peak(events: list[Any]) -> int:

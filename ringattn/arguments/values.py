@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import operator
 import os
+import re
 import reprlib
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,26 @@ def number(
     if not least <= value <= most:
         raise ValueError(f"{name}={shown(value)}: must be {rule} number from {least:g} to {most:g}{hint}")
     return value if isinstance(value, also) else float(value)
+
+
+TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def tokens_of(name: str, text: str | int, least: int = 1) -> int:
+    """A number of tokens or ranks as people write it: 131072, 131,072, "128K" (K is 1,024), "1M"."""
+    rule = "a whole number, such as 131072 or 128K (K is 1,024, M is 1,048,576)"
+    return quantity(name, text, TOKENS, rule, least)
+
+
+def quantity(name: str, text: str | int, units: dict[str, int], rule: str, least: int = 0, most: int = LARGEST) -> int:
+    """A number with one of the units behind it, that is whole in units of 1."""
+    plain = str(text).replace(",", "").replace("_", "")
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", plain)
+    value = Fraction(found[1]) * units.get(found[2].lower(), 0) if found else Fraction(-1)
+    unknown = found is None or found[2].lower() not in units
+    if isinstance(text, bool) or unknown or value.denominator > 1 or value < least:
+        raise ValueError(f"{name}={shown(text)}: must be {rule}")
+    return integer(name, int(value), least, most)
 
 
 def flag(name: str, value: object) -> bool:

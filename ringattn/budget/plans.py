@@ -8,17 +8,19 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
+from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
 from ringattn.budget.attention import Attention, scratch_of
 from ringattn.budget.layers import Numerics
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
 from ringattn.budget.positions import reach
-from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, choose, shards, tokens_of
+from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, shards
 from ringattn.budget.step import Gathering, Step, Way
 from ringattn.budget.tape import Moment, Tensor
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.context import ContextParallel
+from ringattn.geometry import layouts
 from ringattn.masks import Mask
 from ringattn.planning.shape import Shape
 from ringattn.runtime.settings import Options
@@ -210,7 +212,7 @@ def plan(model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80G
     known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory"}
     for name in settings:
         if name not in known:
-            choose("setting", name, sorted(known))
+            layouts.named("setting", name, sorted(known))
     setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), **settings)
     return planned(setup)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ringattn.arguments.values import integer, shown
+from ringattn.arguments.values import integer, quantity
 from ringattn.budget.model_shape import ModelShape
+from ringattn.geometry.layouts import named as known
 from ringattn.mask_text import parse_mask
 from ringattn.masks import Mask, sliding_window
 from ringattn.planning.hardware import checked_device
@@ -25,11 +22,10 @@ OPTIMIZERS = {"adamw": (8, 8), "adamw8bit": (2, 2), "muon": (4, 8), "sgd": (0, 0
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What of a parameter lies whole on each rank, and what in parts over all of them, in bytes: weights, gradients,
+    """What of a parameter lies whole on each rank, and what in parts over all of them, in bytes: weights; gradients;
     ``master``: fp32 weights beside those, in parts. ``gathered``: weights are brought together a layer at a time."""
 
     whole_weights: int
-    whole_gradients: int
     part_weights: int
     part_gradients: int
     master: int = 0
@@ -44,11 +40,11 @@ def shards(dtype: str) -> dict[str, Shard]:
     low = 2 if dtype == "bfloat16" else 4
     master = 4 if low == 2 else 0
     return {
-        "none": Shard(4, 4, 0, 0, buckets=4, moments_whole=True),
-        "fsdp": Shard(0, 0, 4, 4, gathered=True),
-        "zero1": Shard(low, low, 0, 0, master),
-        "zero2": Shard(low, 0, 0, low, master),
-        "zero3": Shard(0, 0, low, low, master, gathered=True),
+        "none": Shard(4, 0, 0, buckets=4, moments_whole=True),
+        "fsdp": Shard(0, 4, 4, gathered=True),
+        "zero1": Shard(low, 0, 0, master),
+        "zero2": Shard(low, 0, low, master),
+        "zero3": Shard(0, low, low, master, gathered=True),
     }
 
 
@@ -94,7 +90,7 @@ class Setup:
             ("dtype", DTYPES), ("optimizer", tuple(OPTIMIZERS)), ("shard", SHARDS), ("recompute", RECOMPUTE),
             ("code", CODES), ("offload_states", STATES),
         ):  # fmt: skip
-            choose(name, getattr(self, name), choices)
+            known(name, getattr(self, name), choices)
         checked_device(self.device)
         self._check_split()
 
@@ -135,37 +131,12 @@ class Setup:
         return tuple(whole if w is None else whole & sliding_window(w - 1) for w in windows)
 
 
-def choose(name: str, value: Any, choices: Sequence[str]) -> str:
-    """A known name. ValueError for another, with the nearest."""
-    if value in choices:
-        return str(value)
-    near = difflib.get_close_matches(str(value), choices, 1, 0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(choices)}{hint}")
-
-
-TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 UNITS = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30,
     "tib": 1 << 40,
 }  # fmt: skip
 
 
-def tokens_of(name: str, text: str | int) -> int:
-    """A number of tokens, with K, M or G for 2**10, 2**20 and 2**30: "1M" is 1,048,576."""
-    return _number(name, text, TOKENS, "a number of tokens such as 131072, 128K or 1M")
-
-
 def bytes_of(name: str, text: str | int) -> int:
     """A number of bytes: "80GB" is 80e9, "80GiB" 80 * 2**30."""
-    return _number(name, text, UNITS, "a positive size such as 80GB or 80GiB")
-
-
-def _number(name: str, text: str | int, units: dict[str, int], rule: str) -> int:
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-    if isinstance(text, bool) or found is None or found[2].lower() not in units:
-        raise ValueError(f"{name}={shown(text)}: must be {rule}")
-    value = int(float(found[1]) * units[found[2].lower()])
-    if not 1 <= value <= MOST:
-        raise ValueError(f"{name}={shown(text)}: must be {rule}")
-    return value
+    return quantity(name, text, UNITS, "a positive size such as 80GB or 80GiB", 1, MOST)

@@ -3,6 +3,7 @@ with its memory, the bytes that a rank receives and its seconds, of the one cost
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +22,9 @@ EFFICIENCY = 0.7  # of the rate of attention's kernels, which matrix products re
 @dataclass(frozen=True)
 class Split:
     """A choice that fits: memory (bytes of the rank that takes most), received (bytes a step, of attention),
-    seconds (a step) and tokens (of all replicas in it); ``command`` starts the pretraining job so."""
+    seconds (a step) and tokens (of all replicas in it); ``command`` starts the pretraining job, with ``settings``,
+    lines of TOML, in its config. The job computes one sequence at a time and keeps attention's result where it
+    recomputes, so a ``batch`` above 1 and ``recompute`` "full" are for loops of one's own."""
 
     ring: int
     ulysses: int
@@ -34,6 +37,7 @@ class Split:
     seconds: float
     tokens: int
     command: str
+    settings: str
 
     @property
     def per_token(self) -> float:
@@ -80,16 +84,22 @@ def _plans(first: Plan) -> Iterator[Plan]:
 def _split(found: Plan) -> Split:
     s, placed = found.setup, found.placed
     ring, tokens = s.context // s.ulysses, s.seqlen * s.data * s.batch
+    engine = {"none": "ddp", "fsdp": "fsdp"}.get(s.shard, "deepspeed")  # which has its stage in [deepspeed]
+    meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 " if s.nodes > 1 else ""
     command = (
-        f"torchrun --nnodes {s.nodes} --nproc-per-node {s.gpus} -m launch.pretrain --config CONFIG.toml --engine fsdp "
-        f"--data-parallel {s.data} --accumulate {s.batch}  # seqlen = {s.seqlen}, ulysses = {s.ulysses}, recompute = "
-        f"{'false' if s.recompute == 'none' else 'true'}, offload = {str(s.offload).lower()}"
+        f"torchrun --nnodes {s.nodes} {meet}--nproc-per-node {s.gpus} -m launch.pretrain --config CONFIG.toml "
+        f"--engine {engine} --data-parallel {s.data}"
     )
+    told = dict(seqlen=s.seqlen, ulysses=s.ulysses, layout=s.layout, schedule=s.schedule, dtype=s.dtype)
+    told |= dict(recompute=s.recompute != "none", offload=s.offload, loss_chunks=s.loss_chunks)
+    told |= {"token_chunks": s.token_chunks} if s.code == "decoder" else {}
+    settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in told.items())
     layers = len(s.model.layers) / len(s.masks())
     received = int(placed.received * layers)
     return Split(
-        ring, s.ulysses, s.data, s.batch, s.recompute, s.offload, found.peak, received, _seconds(found), tokens, command
-    )
+        ring, s.ulysses, s.data, s.batch, s.recompute, s.offload, found.peak, received, _seconds(found), tokens,
+        command, settings,
+    )  # fmt: skip
 
 
 def _seconds(found: Plan) -> float:

@@ -5,30 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ringattn.arguments.values import tokens_of
 from ringattn.mask_text import parse_mask
 from ringattn.pictures.picture import Picture, writable
 from ringattn.planning.shape import Shape
 from ringattn.show import show
-
-UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def count(name: str, text: str) -> int:
-    """A number of tokens or ranks: 131072, 131,072, 128K (1K is 1,024), 1M.
-
-    Raises ``ValueError`` for anything else.
-    """
-    plain = text.strip().upper().replace(",", "").replace("_", "")
-    unit = UNITS.get(plain[-1:], 1)
-    try:
-        value = float(plain[:-1]) * unit if unit > 1 else int(plain)
-    except ValueError:
-        value = -0.5
-    if value < 0 or value != int(value):
-        raise ValueError(
-            f"--{name} {text}: must be a whole number, such as 131072 or 128K (K is 1,024, M is 1,048,576)"
-        )
-    return int(value)
 
 
 def picture(mask: str, out: Path | None, view: str | None, given: dict[str, str | None], heads: str | None) -> Picture:
@@ -42,7 +23,7 @@ def picture(mask: str, out: Path | None, view: str | None, given: dict[str, str 
     settings: dict[str, Any] = {}
     for name, value in told.items():
         number = name in ("seqlen", "kv_seqlen", "q_offset", "ranks") or (name == "ulysses" and value != "auto")
-        settings[name] = count(name.replace("_", "-"), value) if number else value
+        settings[name] = tokens_of(f"--{name.replace('_', '-')}", value, least=0) if number else value
     if heads is not None:
         settings["shape"] = shape(heads)
     if "seqlen" not in settings:

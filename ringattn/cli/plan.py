@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ringattn.arguments.values import tokens_of
 from ringattn.budget.plans import Plan, gigabytes, plan
-from ringattn.budget.setup import tokens_of
 from ringattn.budget.splits import Split, splits
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Plan memory and splits of a training run.")
@@ -112,7 +112,7 @@ def split_command(
     show: Annotated[int, typer.Option(help="how many")] = 10, as_json: Json = False,
 ) -> None:  # fmt: skip
     """The splits of the GPUs (ring x head split x data), ways of recomputing, offload and micro-batches that fit, by
-    seconds a token, with what starts each.
+    seconds a token, with what starts the first; --json has that of each.
 
     Exit code 0: some fit; 1: none; 2: bad input.
     """
@@ -144,8 +144,9 @@ def _show_splits(found: list[Split], console: Console) -> None:
     for split in found:
         table.add_row(*split.row())
     console.print(table)
-    for split in found:
-        console.print(split.command, markup=False, highlight=False, soft_wrap=True)
+    for split in found[:1]:
+        text = f"the first, of the pretraining job:\n{split.command}\n\nand in CONFIG.toml:\n{split.settings}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if not found:
         console.print("none fits: more GPUs, or shorter sequences", markup=False)
 

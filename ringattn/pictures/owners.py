@@ -29,11 +29,15 @@ class Owners:
 
     @property
     def first(self) -> list[int]:
-        """The rank that holds most of each stretch."""
-        most = np.full(len(self.colours), -1)
-        order = np.argsort(self.tokens[:, 2], kind="stable")
-        most[self.tokens[order, 0]] = self.tokens[order, 1]
-        return [int(rank) for rank in most]
+        """The rank that holds most of each stretch; -1 where several hold as much."""
+        stretch, rank, count = self.tokens.T
+        largest = np.zeros(len(self.colours), np.int64)
+        np.maximum.at(largest, stretch, count)
+        most = count == largest[stretch]
+        found = np.full(len(self.colours), -1)
+        found[stretch[most]] = rank[most]
+        found[np.bincount(stretch[most], minlength=len(found)) > 1] = -1
+        return [int(one) for one in found]
 
 
 def owners(layout: Layout, edges: Ints, offset: int = 0) -> Owners:

@@ -55,7 +55,7 @@ def _panel(panel: Panel) -> Iterator[str]:
     if not isinstance(grid, Field):
         return
     yield f"{cells.scale}; {panel.x.label} across, {panel.y.label} down; shades: share of the pairs that attend" + (
-        "; letters: the rank that holds most of a row or column" if strip else ""
+        "; letters: the rank that holds most of a row or column, * where several hold as much" if strip else ""
     )
 
 
@@ -67,7 +67,7 @@ def _letters(of: Owners | None) -> list[str]:
     """A letter for the rank of each stretch; none where ranks are more than letters."""
     if of is None or max(of.first, default=0) >= len(LETTERS):
         return []
-    return [LETTERS[rank] for rank in of.first]
+    return [LETTERS[rank] if rank >= 0 else "*" for rank in of.first]
 
 
 def _fitted(ink: np.ndarray, tall: int, wide: int) -> np.ndarray:

@@ -1,13 +1,17 @@
 """Plans of memory: formulas that are the numbers, what fits and how far, what is refused and how it is said."""
 
 import ast
+import json
 import re
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from ringattn import budget
+from ringattn.budget.splits import splits as splits_of
 from ringattn.cli.main import app
+from tests.support.clock import patience
 
 SMALL = {"gpus": 2, "memory": "24GB", "recompute": "full", "loss_chunks": 256}
 
@@ -60,8 +64,10 @@ def test_changes_make_it_fit_the_cheapest_first(small: budget.Plan) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_gpus_are_planned() -> None:
+    begin = time.monotonic()
     found = budget.plan("llama3-70b", "16M", nodes=128)
     assert found.fits and found.longest > found.setup.seqlen and found.placed.layout == "zigzag"
+    assert time.monotonic() - begin < patience(10)
 
 
 @pytest.mark.parametrize(
@@ -86,3 +92,15 @@ def test_the_command_warns_of_positions_and_plans_splits() -> None:
     assert said.exit_code == 0 and "warning: qwen3-0.6b: 65,536 tokens" in said.output
     splits = CliRunner().invoke(app, ["plan", "split", "--model", "qwen3-0.6b", "--seqlen", "64K", "--gpus", "2"])
     assert splits.exit_code == 0 and "torchrun --nnodes 1 --nproc-per-node 2" in splits.output
+    assert "--engine fsdp" in splits.output and "\nseqlen = 65536\n" in splits.output
+
+
+def test_numbers_are_explained_and_written_as_json() -> None:
+    asked = ["plan", "memory", "--model", "qwen3-0.6b", "--seqlen", "16K", "--gpus", "2", "--shard", "zero3"]
+    found = json.loads(CliRunner().invoke(app, [*asked, "--json"]).output)
+    assert sum(item["bytes"] for item in found["items"]) == found["peak"] and found["fits"]
+    lines = CliRunner().invoke(app, [*asked, "--explain"]).output
+    assert f"sum: {found['peak']:,}" in lines
+    assert all(f"{item['name']}: " in lines and f"{item['bytes']:,}" in lines for item in found["items"])
+    best = splits_of("qwen3-0.6b", "16K", gpus=2, shard="zero3")[0]
+    assert "--engine deepspeed" in best.command

@@ -135,8 +135,8 @@ def test_a_terminal_without_blocks_is_told_so() -> None:
     [
         (("causl()", "--seqlen", "16"), "did you mean 'causal'"),
         (("causal()",), "--seqlen is missing"),
-        (("causal()", "--seqlen", "16X"), "--seqlen 16X: must be a whole number"),
-        (("causal()", "--seqlen", "0.3K"), "--seqlen 0.3K: must be a whole number"),
+        (("causal()", "--seqlen", "16X"), "--seqlen='16X': must be a whole number"),
+        (("causal()", "--seqlen", "0.3K"), "--seqlen='0.3K': must be a whole number"),
         (("causal()", "--seqlen", "16", "--ranks", "32"), "more ranks than tokens"),
         (("causal()", "--seqlen", "16", "--ranks", "8", "--ulysses", "3"), "does not divide the 8 ranks"),
         (("causal()", "--seqlen", "16", "--layout", "zigzg"), "did you mean 'zigzag'"),

@@ -366,6 +366,8 @@ def test_labels_that_would_be_shifted_within_a_shard_are_refused() -> None:
     def one_rank(transport: Any) -> str:
         cp, model = ringattn.ContextParallel(transport, SEQLEN), build(configs()["llama"])
         register(cp, model)
+        register(cp, model)  # again, for another batch
+        assert len(model._forward_pre_hooks) == 1
         ids = cp.shard(tokens(1))
         with pytest.raises(ValueError) as caught:
             model(input_ids=ids, labels=ids, position_ids=cp.position_ids[None], use_cache=False)

@@ -125,27 +125,26 @@ class RingAttention:
         registered = implementation()  # of some models no other can be set
         handle = model.register_forward_hook(check)
 
+    def refuse_whole_labels(self, model: nn.Module) -> None:
+        """Has a causal language model refuse labels that it would shift within each shard, at whose end a target is
+        then missing, or the next shard's is another document's."""
+        config: Any = model.config
+        registered = config._attn_implementation
 
-def refuse_whole_labels(model: nn.Module, ring: Ring) -> None:
-    """Has a causal language model refuse labels that it would shift within each shard, at whose end a target is then
-    missing, or the next shard's is another document's."""
+        def check(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+            link = self.of_layer[model].cp.link
+            if config._attn_implementation != registered or link.transport.world_size == 1:
+                return  # it may have been given another attention since, and whole sequences
+            if given.get("labels") is not None and given.get("shift_labels") is None:
+                with told(link.transport, "labels"):
+                    raise ValueError(
+                        f"{type(model).__name__} was given labels without shift_labels and would shift them within "
+                        "each rank's shard; pass shard_batch(cp, batch), or "
+                        "shift_labels=cp.shard(ringattn.loss.shift_labels(labels)) and no labels"
+                    )
 
-    config: Any = model.config
-    registered = config._attn_implementation
-
-    def check(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-        if config._attn_implementation != registered or ring.cp.world_size == 1:
-            return  # it may have been given another attention since, and whole sequences
-        if given.get("labels") is not None and given.get("shift_labels") is None:
-            with told(ring.cp.link.transport, "labels"):
-                raise ValueError(
-                    f"{type(model).__name__} was given labels without shift_labels and would shift them within each "
-                    "rank's shard; pass shard_batch(cp, batch), or "
-                    "shift_labels=cp.shard(ringattn.loss.shift_labels(labels)) and no labels"
-                )
-
-    if "CausalLM" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__:
-        model.register_forward_pre_hook(check, with_kwargs=True)
+        if "CausalLM" in type(model).__name__ or "ConditionalGeneration" in type(model).__name__:
+            model.register_forward_pre_hook(check, with_kwargs=True)
 
 
 def refuse_others(model: str, others: dict[str, Any]) -> None:
@@ -233,10 +232,12 @@ def register(
     if model is None:
         registered.default = ring
     else:
+        known = model in registered.of_layer
         registered.bind(model, ring)
         model.set_attn_implementation(name)  # type: ignore[operator]
         registered.expect(model)
-        refuse_whole_labels(model, ring)
+        if not known:
+            registered.refuse_whole_labels(model)
     return ring
 
 
