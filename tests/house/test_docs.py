@@ -1,6 +1,7 @@
-"""What README and the migration page tell people to write works, on two processes, and gives what one process gives."""
+"""What README and the pages of docs/ tell people to write works, on two processes, and gives what one process gives."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,19 +24,82 @@ ROOT = Path(__file__).parents[2]
 LONGEST = 10  # lines of code, blank ones and comments apart
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/migration.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("engines", "guide", "migration"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_blocks_are_short(page: str) -> None:
     for heading, found in blocks(page).items():
-        if heading == "In your own model":
-            continue  # a whole training step with its own reduction
         for code in found:
             lines = [line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
             assert len(lines) <= LONGEST, heading
 
 
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in map("".join, re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text)):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert target.startswith("http") or found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
 # -- README -------------------------------------------------------------------------------------------
 
 SEQLEN = 45
+
+
+def test_readme_begins_with_what_it_is() -> None:
+    """A picture, code that runs, how to install it, and what else there is, before anything else."""
+    text = (ROOT / "README.md").read_text()
+    first = "\n".join(text.splitlines()[:30])
+    assert 0 < first.index("docs/pictures/") < first.index("```python") < first.index("pip install")
+    for name in re.findall(r"^## (.*)", text.split("**Contents:**")[1], flags=re.MULTILINE):
+        assert f"[{name.lower()}](#" in first.lower() or name in ("Figures", "Licence")
+
+
+def first_block(rank: int, world_size: int, code: str) -> list[Tensor]:
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return [names["cp"].unshard(x) for x in (names["out"].detach(), *(names[name].grad for name in "qkv"))]
+
+
+def test_the_first_block_equals_one_process() -> None:
+    (code,), seqlen = blocks("README.md")["ringattn"], 250
+    code = re.sub(r"^dist.init_process_group.*\n", "", code, flags=re.MULTILINE)  # there is one
+    code = code.replace("8192", str(seqlen)).replace("bigbird(256,", "bigbird(16,")
+    torch.manual_seed(0)
+    q, k, v = (x.double().requires_grad_() for x in torch.randn(3, 1, seqlen, 4, 64))
+    mask = ringattn.bigbird(16, 3, 1, 2).dense(seqlen, seqlen)
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
+    (2 * out.square().mean()).backward()  # each rank takes the mean of its half
+    for found in run_processes(first_block, 2, code):
+        for one, whole in zip(found, (out.detach(), q.grad, k.grad, v.grad), strict=True):
+            torch.testing.assert_close(one.double(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+
+
+def test_masks_that_are_put_together() -> None:
+    """Images in causal text, and answers to one prompt, pair by pair."""
+    (code,), n, prompt = blocks("README.md")["Masks"], 40, 7
+    images, answers = [(4, 9), (9, 11), (30, 38)], [(7, 15), (15, 16), (16, n)]
+    text = [i for i in range(n) if not any(a <= i < b for a, b in images)]
+    names: dict[str, Any] = {"ringattn": ringattn, "cu_seqlens": [0, 4, 9, 11, 30, 38, n], "text_positions": text}
+    names |= {"cu_answers": [0, prompt, 15, 16, n], "prompt_length": prompt}
+    exec(code, names)
+    q, k = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+
+    def within(spans: list[tuple[int, int]]) -> Tensor:
+        return sum(((a <= q) & (q < b) & (a <= k) & (k < b) for a, b in spans), torch.zeros(n, n, dtype=torch.bool))
+
+    assert torch.equal(names["seen"].dense(n, n), (k <= q) | within(images))
+    assert torch.equal(names["shared"].dense(n, n), (k <= q) & ((k < prompt) | within(answers)))
 
 
 def transformers_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
@@ -72,7 +136,7 @@ def trainer_block(rank: int, world_size: int, code: str, folder: Path) -> list[f
 
 
 def test_the_trainer_block_trains_as_one_process(tmp_path: Path) -> None:
-    code = blocks("README.md")["In Transformers and FSDP2"][1]
+    code = blocks("docs/engines.md")["Transformers"][0]
     alone, both = (run_processes(trainer_block, n, code, tmp_path / str(n), timeout=100)[0] for n in (1, 2))
     assert len(alone) == 2
     assert both == pytest.approx(alone, rel=1e-5)
@@ -87,7 +151,7 @@ def adapters_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_the_adapters_block_equals_one_process() -> None:
-    code = blocks("README.md")["In Transformers and FSDP2"][2]
+    code = blocks("docs/engines.md")["Transformers"][1]
     one, *_ = run_processes(adapters_block, 1, code)
     assert one and all("lora" in name for name in one)
     for found in run_processes(adapters_block, 2, code):
@@ -109,7 +173,7 @@ def deepspeed_block(rank: int, world_size: int, code: str) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_deepspeed_block_equals_one_process() -> None:
-    code = blocks("README.md")["Under DeepSpeed"][0]
+    code = blocks("docs/engines.md")["DeepSpeed"][0]
     assert code.endswith("engine.step()\n")
     model, ids = build(configs()["gemma3"]), Rows(1).ids
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -163,7 +227,7 @@ def test_the_block_of_one_device_has_the_gradients_of_the_whole(tmp_path: Path) 
     names |= {"hidden": torch.randn(1, SEQLEN, 16, dtype=torch.float64, requires_grad=True)}
     inner, heads = nn.Sequential(up, nn.SiLU(), down).double(), nn.Linear(16, 48).double()
     names |= {"mlp": lambda x: x + inner(x), "qkv": lambda x: heads(x).unflatten(-1, (6, 8)).split(2, dim=2)}
-    code = blocks("README.md")["Longer on one device"][0].replace("/scratch", str(tmp_path))
+    code = blocks("docs/guide.md")["Longer on one device"][0].replace("/scratch", str(tmp_path))
     parameters = [names["hidden"], *inner.parameters(), *heads.parameters(), *names["o_proj"].parameters()]
     found = []
     for tiled in (ringattn.tiled, lambda fn, x, tiles: fn(x)):
@@ -179,7 +243,7 @@ def test_the_block_of_one_device_has_the_gradients_of_the_whole(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_check_block_names_a_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = blocks("README.md")["Is my model right?"][0]
+    code = blocks("docs/guide.md")["Is my model right?"][0]
     where = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
     model = "from tests.support.planted import Planted as Model"
     (tmp_path / "mymodel.py").write_text(f"{where}\nimport ringattn\n{model}\n\n{code}")
@@ -293,7 +357,7 @@ def test_migration_blocks_equal_one_process(heading: str) -> None:
 
 
 def test_the_block_of_groups_covers_the_batch() -> None:
-    code, lengths = blocks("README.md")["Another group for every micro-batch"][0], [700, 30, 5, 60, 9]
+    code, lengths = blocks("docs/guide.md")["Another group for every micro-batch"][0], [700, 30, 5, 60, 9]
 
     def one_rank(transport: Any) -> list[tuple[tuple[int, ...], int]]:
         cp = ringattn.ContextParallel(transport, sum(lengths))

@@ -90,7 +90,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def own_loop(rank: int, world: int, context: int, code: str) -> dict[str, Tensor]:
-    """README's loop."""
+    """The page's loop."""
     as_devices(rank, world)
     config = configs()["gemma3"]  # with windows, which accelerate's own refuses
     model = build(config)
@@ -105,7 +105,7 @@ def own_loop(rank: int, world: int, context: int, code: str) -> dict[str, Tensor
 @pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
 def test_steps_equal_one_process(data: int, context: int) -> None:
     _, parameters = one_process()
-    (code,) = blocks("README.md")["In accelerate, torchtitan and Megatron-Core"]
+    code, _ = blocks("docs/engines.md")["Accelerate"]
     for weights in run_processes(own_loop, data * context, context, code):
         same(weights, parameters)
 
@@ -139,7 +139,7 @@ def trained(rank: int, world: int, context: int, folder: Path, code: str) -> tup
 @pytest.mark.parametrize(("data", "context"), [(1, 2), (2, 2)])
 def test_trainer_equals_one_process(data: int, context: int, tmp_path: Path) -> None:
     losses, parameters = one_process(accumulated=2)
-    (code,) = blocks("docs/engines.md")["Accelerate"]
+    _, code = blocks("docs/engines.md")["Accelerate"]
     for found, weights in run_processes(trained, data * context, context, tmp_path, code):
         assert found == pytest.approx(losses, abs=6e-5)  # Trainer logs five digits
         same(weights, parameters)

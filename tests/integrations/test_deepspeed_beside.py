@@ -160,7 +160,7 @@ def ulysses(rank: int, world: int) -> dict[str, Any]:
         release_ulysses()
     names: dict[str, Any] = dict(init_device_mesh=init_device_mesh, ringattn=ringattn, seqlen=EVEN, model=build(config))
     names["ids"] = batch["input_ids"]
-    exec(blocks("docs/engines.md")["DeepSpeed"][0], names)
+    exec(blocks("docs/engines.md")["DeepSpeed"][1], names)
     mine = names["cp"].shard(batch["input_ids"]).chunk(2, dim=1)[mesh["ulysses"].get_local_rank()]
     found["tokens of the page's block"] = float((names["piece"]["input_ids"] != mine).sum())
     release_ulysses()

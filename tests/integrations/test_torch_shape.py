@@ -4,7 +4,6 @@ gradients of one process on every rank; and what cannot be kept is refused by al
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +27,7 @@ from ringattn.integrations.torch import (
     set_rotate_method,
 )
 from ringattn.testing import run_processes
+from tests.support.pages import blocks
 
 IDS, HEADS, KV, DIM, WORDS = 17, 4, 2, 6, 5
 
@@ -291,15 +291,15 @@ def test_a_change_of_imports_is_enough() -> None:
     run_processes(moved, 2)
 
 
-def readme(rank: int, world: int, code: str) -> None:
+def as_written(rank: int, world: int, code: str) -> None:
     (tokens, labels, angles), model = batch(13), Model()
     exec(code, {"mesh": {"cp": cp_mesh(world)}, "tokens": tokens, "labels": labels, "angles": angles, "model": model})
     close(summed(model), one_process(Model(), 13))
 
 
-def test_the_readme_block_equals_one_process() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text().split("### With PyTorch's own calls")[1]
-    run_processes(readme, 2, text.split("```python\n")[1].split("```")[0])
+def test_the_block_of_the_migration_page_equals_one_process() -> None:
+    (code,) = blocks("docs/migration.md")["With PyTorch's own calls"]
+    run_processes(as_written, 2, code)
 
 
 def test_rotation_is_told_and_not_set() -> None:

@@ -115,8 +115,10 @@ def test_a_ramp_survives_writing(text: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "copy.toml") == config
 
 
-def test_what_readme_says_to_add_to_a_config(tmp_path: Path) -> None:
-    (added,) = re.findall(r"```toml\n(.*?)```", (CONFIGS.parents[1] / "README.md").read_text(), flags=re.DOTALL)
+def test_what_the_page_of_the_job_says_to_add_to_a_config(tmp_path: Path) -> None:
+    (added,) = re.findall(
+        r"```toml\n(.*?)```", (CONFIGS.parents[1] / "docs" / "pretraining.md").read_text(), flags=re.DOTALL
+    )
     assert len([line for line in added.splitlines() if line]) <= 10
     base = (CONFIGS / "cpu-128k.toml").read_text()
     top, ramp = added.split("\n\n", 1)

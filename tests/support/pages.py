@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def blocks(page: str) -> dict[str, list[str]]:
     """The Python blocks of a page by the heading they stand under."""
     found: dict[str, list[str]] = {}
-    for section in re.split(r"^#+ (?=[A-Z])", (ROOT / page).read_text(), flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^#+ (?=[A-Z]|ringattn$)", (ROOT / page).read_text(), flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")
         if code := re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
             found[heading] = code
