@@ -20,6 +20,7 @@ import ringattn
 from launch import checkpoint
 from launch.config import CONFIGS, Config, OptimizerConfig, find_config, load
 from launch.data import Sample, open_text
+from launch.job import run_job
 from launch.language import Inputs, Objective
 from launch.mask_text import parse_mask
 from launch.model import Decoder, rotate
@@ -215,8 +216,17 @@ def test_verify_finds_wrong_positions_and_ranks_that_disagree_are_told_apart(tex
     first, second = run_processes(check_the_checks, 2, tiny(text))
     assert first == second
     right, wrong, disagreement = first
-    assert "are equal" in right and "are DIFFERENT" in wrong
+    assert "sharded and single-rank step are equal, each sequence over 2 ranks" in right and "are DIFFERENT" in wrong
     assert "seed=0" in disagreement and "seed=1" in disagreement
+
+
+def test_verify_says_that_one_process_has_nothing_to_compare(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(text, steps=1, masks=("causal()",))
+    assert run_job(prepare(config, tmp_path / "run", go_on=False, overwrite=False), World(), check=True) == 0
+    said = capsys.readouterr().out
+    assert "verify: nothing is compared" in said and "are equal" not in said
 
 
 # -- stopping and going on ------------------------------------------------------------------------
