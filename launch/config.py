@@ -166,7 +166,8 @@ class Config:
     """One run of `steps` steps, the last of them over sequences of `seqlen` tokens.
 
     ramp: stages of shorter sequences before that (`StageConfig`), in tables [[ramp]].
-    masks: texts in the library's mask algebra, one per layer, repeated over the depth. model, or hf: the built-in
+    masks: texts in the library's mask algebra, one per layer, repeated over the depth; of those that let a token see
+    later ones a run warns, as targets are the next tokens. model, or hf: the built-in
     decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
     document; lengths: cut the text into such. engine: ddp (parameters on every rank), fsdp
     (sharded over all ranks) or deepspeed (ZeRO, see [deepspeed]).

@@ -19,7 +19,7 @@ from launch.config import Config, check_heads
 from launch.data import Sample
 from launch.engines import make_engine
 from launch.language import Language, Objective
-from launch.mask_text import parse_mask
+from launch.mask_text import leaks, parse_mask
 from launch.processes import World, check_device, check_transport
 from launch.recall import recall
 from launch.report import RankSummary, Record, Report
@@ -266,6 +266,8 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
         report.say(f"{type(trainer.model).__name__} of {config.hf}: masks are the model's own")
         if said := huggingface.advice(trainer.model, config.seqlen):
             report.say(f"warning: {said}")
+    for said in leaks(config.masks, config.seqlen):
+        report.say(f"warning: {said}")
     report.say(trainer.cp.describe())
     return report
 

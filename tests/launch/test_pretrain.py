@@ -22,7 +22,7 @@ from launch.config import CONFIGS, Config, OptimizerConfig, find_config, load
 from launch.data import Sample, open_text
 from launch.job import run_job
 from launch.language import Inputs, Objective
-from launch.mask_text import parse_mask
+from launch.mask_text import leaks, parse_mask
 from launch.model import Decoder, rotate
 from launch.processes import World
 from launch.run import prepare, start, train
@@ -53,6 +53,7 @@ def test_shipped_configs_load_and_survive_writing(path: Path, tmp_path: Path) ->
     config = load(path)
     assert config.name == path.stem
     assert all(isinstance(parse_mask(mask), ringattn.Mask) for mask in config.masks)
+    assert not list(leaks(config.masks, config.seqlen))
     (tmp_path / "copy.toml").write_text(dump(config))
     assert load(tmp_path / "copy.toml") == config
 
@@ -95,6 +96,23 @@ def test_mask_texts_that_are_refused(mask: str, reason: str) -> None:
     with pytest.raises(ValueError, match="mask ") as caught:
         parse_mask(mask)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mask", "ahead"),
+    [
+        ("causal()", 0),
+        ("bigbird(8, 3, 1, 1)", 0),
+        ("(chunked(8) | global_tokens(2)) & causal()", 0),
+        ("sliding_window(3, 1)", 39),
+        ("prefix_lm(4)", 6),
+        ("chunked(8)", 5 * 28),
+    ],
+)
+def test_masks_that_let_a_token_see_its_target_are_found(mask: str, ahead: int) -> None:
+    said = list(leaks([mask, mask], 40))
+    assert len(said) == (ahead > 0)
+    assert not ahead or (f"({ahead:,} of its " in said[0] and f"write '({mask}) & causal()'" in said[0])
 
 
 def test_labels_are_shifted_within_documents(text: Path) -> None:
@@ -220,13 +238,15 @@ def test_verify_finds_wrong_positions_and_ranks_that_disagree_are_told_apart(tex
     assert "seed=0" in disagreement and "seed=1" in disagreement
 
 
-def test_verify_says_that_one_process_has_nothing_to_compare(
+def test_a_run_says_that_verify_has_nothing_to_compare_and_that_a_mask_sees_ahead(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny(text, steps=1, masks=("causal()",))
+    config = tiny(text, steps=1, masks=("causal()", "full()"))
     assert run_job(prepare(config, tmp_path / "run", go_on=False, overwrite=False), World(), check=True) == 0
     said = capsys.readouterr().out
     assert "verify: nothing is compared" in said and "are equal" not in said
+    assert said.count("warning: mask ") == 1
+    assert "warning: mask 'full()' lets tokens see later ones (32,896 of its 66,049 pairs)" in said
 
 
 # -- stopping and going on ------------------------------------------------------------------------
