@@ -69,7 +69,7 @@ JOB = {
     "max_logit": integer(0, COUNT, 10),
     "profile": Rule(
         lambda steps: steps == () or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
-        "two whole numbers, the first and the last step to trace, counted from 0",
+        "two whole numbers, the first and the last step to trace, counted from 1",
         [3, 5],
     ),
     "masks": Rule(lambda masks: len(masks) <= 10_000, "a list of at most 10,000 masks", ["causal()"]),
@@ -167,10 +167,10 @@ class Config:
 
     ramp: stages of shorter sequences before that (`StageConfig`), in tables [[ramp]].
     masks: texts in the library's mask algebra, one per layer, repeated over the depth; of those that let a token see
-    later ones a run warns, as targets are the next tokens. model, or hf: the built-in
-    decoder, or the path of a Transformers config.json, whose masks are its own. documents: no token sees another
-    document; lengths: cut the text into such. engine: ddp (parameters on every rank), fsdp
-    (sharded over all ranks) or deepspeed (ZeRO, see [deepspeed]).
+    later ones a run warns, as targets are the next tokens. model, or hf: the built-in decoder, or the path of a
+    Transformers config.json, whose masks are its own. documents: no token sees another document; lengths: cut the text
+    into such. engine: ddp (parameters on every rank), fsdp (sharded over all ranks) or deepspeed (ZeRO, see
+    [deepspeed]).
     layout, schedule, ulysses, kernel: of the context (`ringattn.ContextParallel`): how a sequence lies over its ranks,
     how K/V travels (double_ring where the launcher tells of several nodes), over how many neighbours heads are split
     ("auto": by cost), and what computes.
@@ -182,9 +182,9 @@ class Config:
     token between layers then.
     recompute: a layer keeps its input and attention's result, and computes the rest again in backward. token_chunks:
     all of a layer but attention is computed, and again in backward, in so many pieces of a shard's tokens.
-    tensorboard: the metrics are written for TensorBoard too. max_logit: in every so many-th step the largest logit of
-    attention is among them, which costs another product of q and k there; 0 for never. profile: the first and the
-    last step, as the metrics count them, of which each rank writes traces.
+    tensorboard: the metrics are written for TensorBoard too. max_logit: in the first step and every so many-th behind
+    it the largest logit of attention is among them, which costs another product of q and k there; 0 for never. profile:
+    the first and the last step, as the metrics count them, of which each rank writes traces.
     offload: what backward needs of the layers is meanwhile in pinned memory of a GPU's host (true), or in files of a
     directory (its path); with recompute the decoder's layers then put away their q, k and v, too, and compute the rest
     again.
@@ -260,10 +260,10 @@ class Config:
             )
         check_choice("transport", self.transport, TRANSPORTS)
         self._check_ramp()
-        if self.profile and self.profile[0] >= self.steps:
+        if self.profile and self.profile[0] > self.steps:
             raise ValueError(
-                f"profile is {list(self.profile)} in {self.steps} steps, which are counted from 0; set earlier ones, "
-                f"for instance [{self.steps - 1}, {self.steps - 1}], or leave it out"
+                f"profile is {list(self.profile)} in {self.steps} steps; set earlier ones, "
+                f"for instance [{self.steps}, {self.steps}], or leave it out"
             )
 
     def _check_model(self) -> None:
@@ -307,7 +307,7 @@ class Config:
         yield first, replace(self, ramp=())
 
     def at(self, step: int) -> "Config":
-        """The settings of a step."""
+        """The settings of the step that has so many behind it."""
         return self.since(step)[0]
 
     def since(self, step: int) -> list["Config"]:
@@ -317,11 +317,12 @@ class Config:
         return [stage for _, stage in stages[index:]]
 
     def traces(self, step: int) -> bool:
-        """Whether traces of a step are asked for."""
-        return bool(self.profile) and self.profile[0] <= step <= self.profile[1]
+        """Whether traces are asked for of the step that has so many behind it. (A 0 is of a config of an earlier
+        version, which counted from there.)"""
+        return bool(self.profile) and max(1, self.profile[0]) <= step + 1 <= max(1, self.profile[1])
 
     def watches_logits(self, step: int) -> bool:
-        """Whether a step looks for the largest logit."""
+        """Whether the step that has so many behind it looks for the largest logit."""
         return bool(self.max_logit) and step % self.max_logit == 0
 
     def tokens(self, first: int = 0) -> int:

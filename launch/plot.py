@@ -15,7 +15,7 @@ def draw(records: Sequence["Record"], baseline: tuple[str, float], title: str) -
     """The plot as PNG: the loss above, with the line a model must get below to have learned anything from context
     (its name, and nats a target); in recall the share of right answers and the
     length of the sequences; the throughput."""
-    steps = [record.step + 1 for record in records]  # as they are counted on the console
+    steps = [record.step for record in records]
     answers = [100 * record.accuracy for record in records if record.accuracy is not None]
     figure = Figure(figsize=(8, 7.5 if answers else 6), layout="constrained")
     axes = figure.subplots(3 if answers else 2, 1, sharex=True, height_ratios=(2, 1.5, 1) if answers else (2, 1))

@@ -36,7 +36,7 @@ def main(
     accumulate: Annotated[int | None, typer.Option(help="sequences of a replica in a step")] = None,
     transport: Annotated[str | None, typer.Option(help="auto or mpi: what attention's messages go over")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write metrics for TensorBoard too")] = False,
-    profile: Annotated[tuple[int, int] | None, typer.Option(help="trace these steps, FIRST LAST, from 0")] = None,
+    profile: Annotated[tuple[int, int] | None, typer.Option(help="trace these steps, FIRST LAST, from 1")] = None,
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
 ) -> None:
     """See the module."""

@@ -3,7 +3,7 @@ JSON lines, a plot, and a closing summary. Rank 0 has one."""
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
@@ -34,11 +34,12 @@ FINAL_STEPS = 4  # single steps scatter with the text
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of metrics.jsonl. `loss` is the mean over all ranks' targets in nats, `grad_norm` its gradient's
-    before clipping, `position` the token of the stream at which the step began and `tokens` how many it took, each
-    counted once; `seconds` is the whole step's wall time and `waiting_s` what rank 0's attention waited for others.
-    `seqlen` and `documents` are of rank 0's first sequence; `accuracy` is the share of right answers in recall,
-    `max_logit` the largest logit of any layer, head and token, in the steps that look for it."""
+    """One line of metrics.jsonl. `step` counts from 1, as on the console and in the names of checkpoints. `loss` is the
+    mean over all ranks' targets in nats, `grad_norm` its gradient's before clipping, `position` the token of the stream
+    at which the step began and `tokens` how many it took, each counted once; `seconds` is the whole step's wall time
+    and `waiting_s` what rank 0's attention waited for others. `seqlen` and `documents` are of rank 0's first sequence;
+    `accuracy` is the share of right answers in recall, `max_logit` the largest logit of any layer, head and token, in
+    the steps that look for it."""
 
     step: int
     loss: float
@@ -69,22 +70,22 @@ class RankSummary:
 
 
 class Report:
-    """Writes into `run`: config.toml, metrics.jsonl, plot.png and, where asked for, tensorboard/. `first` is the step a
-    resumed run begins with; metrics of later steps, written after the checkpoint by a run that died, are dropped."""
+    """Writes into `run`: config.toml, metrics.jsonl, plot.png and, where asked for, tensorboard/. A resumed run has
+    `done` steps behind it; metrics of later ones, written after the checkpoint by a run that died, are dropped."""
 
-    def __init__(self, run: Path, config: Config, baseline: tuple[str, float], first: int) -> None:
+    def __init__(self, run: Path, config: Config, baseline: tuple[str, float], done: int) -> None:
         self.run = run
         self.config = config
         self.baseline = baseline
-        self.first = first
+        self.done = done
         self.console = Console(soft_wrap=True)
-        self.records = [record for record in _read(run / "metrics.jsonl") if record.step < first] if first else []
+        self.records = [record for record in _read(run / "metrics.jsonl") if record.step <= done] if done else []
         run.mkdir(parents=True, exist_ok=True)
         write_durably(run / "config.toml", dump(config).encode())
         kept = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
         write_durably(run / "metrics.jsonl", kept.encode())
         self.metrics = open(run / "metrics.jsonl", "a", buffering=1)
-        self.scalars = Scalars(run / "tensorboard", first) if config.tensorboard else None
+        self.scalars = Scalars(run / "tensorboard", done + 1) if config.tensorboard else None
         self.progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -96,7 +97,7 @@ class Report:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task(config.name, total=config.steps, completed=first, figures="")
+        self.task = self.progress.add_task(config.name, total=config.steps, completed=done, figures="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -123,11 +124,11 @@ class Report:
             figures = f"{100 * record.accuracy:.0f} % right  {figures}"
         if record.accuracy is not None or self.config.ramp:
             figures = f"{record.seqlen:,} tokens  {figures}"
-        self.progress.update(self.task, completed=record.step + 1, figures=figures)
+        self.progress.update(self.task, completed=record.step, figures=figures)
         if not self.console.is_terminal:
             config = self.config
-            left = record.seconds * config.tokens(record.step + 1) / config.at(record.step).tokens_a_step
-            self.say(f"step {record.step + 1}/{self.config.steps}  {figures}  about {left:.0f} s left")
+            left = record.seconds * config.tokens(record.step) / config.at(record.step - 1).tokens_a_step
+            self.say(f"step {record.step}/{self.config.steps}  {figures}  about {left:.0f} s left")
 
     def summarize(self, ranks: Sequence[RankSummary], answers: Sequence[Answers]) -> None:
         """Draws the plot and prints the summary of the steps done since the start or the resume."""
@@ -146,7 +147,7 @@ class Report:
         self.console.print(table)
 
     def _rows(self, ranks: Sequence[RankSummary]) -> Iterator[tuple[str, str]]:
-        done = [record for record in self.records if record.step >= self.first]
+        done = [record for record in self.records if record.step > self.done]
         if not done:  # begun anew after its last step
             yield "written to", str(self.run)
             return
@@ -160,7 +161,7 @@ class Report:
         yield self.baseline[0], f"{self.baseline[1]:.3f} nats a target"
         if self.records[-1].accuracy is not None:
             yield "length reached", f"{self.records[-1].seqlen:,} of {self.config.seqlen:,} tokens"
-        steps = f"{len(done)} step{'s' if len(done) > 1 else ''}{f' since step {self.first}' if self.first else ''}"
+        steps = f"{len(done)} step{'s' if len(done) > 1 else ''}{f' after step {self.done}' if self.done else ''}"
         yield "time", f"{seconds:.0f} s for {steps}, {seconds / len(done):.2f} s a step"
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield from self._utilisation(ranks, seconds)
@@ -193,6 +194,8 @@ def _read(path: Path) -> list[Record]:
         if not path.is_file():
             raise ValueError("it is no file")
         found = [Record(**json.loads(line)) for line in path.read_text().splitlines() if line.endswith("}")]
+        if found and found[0].step == 0:  # of an earlier version, which counted from 0 here
+            found = [replace(record, step=record.step + 1) for record in found]
         for record in found:
             for name, value in asdict(record).items():
                 if type(value) not in (int, float) and (name, value) not in (("accuracy", None), ("max_logit", None)):

@@ -309,28 +309,28 @@ def _step(
     """One step, with `progress` moved on; and whether any rank was asked to stop. Of the `first` it is said what memory
     it is planned to take, and what it took."""
     config, world, progress = job.config, trainer.world, job.progress
-    step, position = progress["step"], progress["position"]
+    step, position = progress["step"], progress["position"]  # steps done before this one
     begin, before = time.perf_counter(), trainer.counters()
-    world.step = step
+    world.step = step + 1
     world.at("reading data")
     samples = job.samples(world)
     forecast = _foretell(trainer, samples, report) if first else None
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
-    written = traced(job.run, step, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
+    written = traced(job.run, step + 1, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
     watch = first and not (config.traces(step) and config.device == "cpu")  # profiles do not nest
     with written, compared(trainer, forecast, watch) as memory:
         found = trainer.step(samples, lr, stop.number != 0, config.watches_logits(step))
         seconds = time.perf_counter() - begin
     if not math.isfinite(found.loss) or not math.isfinite(found.norm):
         raise FloatingPointError(
-            f"the loss of step {step} is {found.loss}, its gradient's norm {found.norm}; "
+            f"the loss of step {step + 1} is {found.loss}, its gradient's norm {found.norm}; "
             f"{checkpoint.remaining(job.run)}; resume with a lower optimizer.lr"
         )
     for line in memory if report else ():
         report.say(line)  # type: ignore[union-attr]
     job.move(world, found)
     record = Record(
-        step=step,
+        step=step + 1,
         loss=found.loss,
         grad_norm=found.norm,
         lr=lr,

@@ -18,13 +18,13 @@ def check_tensorboard() -> None:
 
 
 class Scalars:
-    """Writes into `folder`. `first`: the step that a run begins or goes on with; what lies there of it and of later
-    ones is of a run that is dropped, and no longer shown."""
+    """Writes into `folder`. `first`: the step, counted from 1, that a run begins or goes on with; what lies there of it
+    and of later ones is of a run that is dropped, and no longer shown."""
 
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        if first == 0:
+        if first == 1:
             for old in folder.glob("events.out.tfevents.*"):
                 old.unlink()
         self.writer = SummaryWriter(str(folder), purge_step=first, flush_secs=FLUSH)

@@ -269,7 +269,7 @@ def test_a_run_goes_on_over_another_number_of_ranks(
     assert run_until(0, 1, config, parts, True, -1)
 
     expected, found = records_of(whole), records_of(parts)
-    assert [record["step"] for record in found] == list(range(6))
+    assert [record["step"] for record in found] == list(range(1, 7))
     for name in ("loss", "grad_norm", "lr", "position"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=1e-10), name
     assert found[-1]["loss"] < found[0]["loss"]
@@ -301,14 +301,16 @@ def test_no_thread_of_the_group_outlives_a_run(text: Path, tmp_path: Path) -> No
         assert not {name for name in after if "gloo" in name}
 
 
-def test_metrics_after_the_checkpoint_are_dropped(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [1, pytest.param(0, id="of an earlier version, which counted from 0")])
+def test_metrics_after_the_checkpoint_are_dropped(first: int, text: Path, tmp_path: Path) -> None:
     config, run = tiny(text), tmp_path / "run"
     run_until(0, 1, config, run, False, 1)
-    lines = (run / "metrics.jsonl").read_text()
-    with open(run / "metrics.jsonl", "a") as file:  # as by a run that died after two more steps
-        file.write(json.dumps({**json.loads(lines.splitlines()[-1]), "step": 2, "loss": 99.0}) + "\n" + '{"step": 3,')
+    records = records_of(run)
+    later = {**records[-1], "loss": 99.0}  # as by a run that died after two more steps
+    lines = [json.dumps({**record, "step": first + i}) for i, record in enumerate([*records, later])]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + f'\n{{"step": {first + 3},')
     run_until(0, 1, config, run, True, -1)
-    assert [record["step"] for record in records_of(run)] == list(range(6))
+    assert [record["step"] for record in records_of(run)] == list(range(1, 7))
     assert all(record["loss"] < 6 for record in records_of(run))
 
 
@@ -322,7 +324,7 @@ def test_a_gradient_that_is_no_number_leaves_the_parameters(text: Path, tmp_path
         return gradient * (float("inf") if job.progress["step"] == 3 else 1)
 
     trainer.model.layers[1].up.weight.register_hook(overflow)
-    with pytest.raises(FloatingPointError, match=r"step 3 is [0-9.]+, its gradient's norm (inf|nan)"):
+    with pytest.raises(FloatingPointError, match=r"step 4 is [0-9.]+, its gradient's norm (inf|nan)"):
         train(job, trainer, StopAt(job, World(), -1))
     assert checkpoint.latest(run) == run / "checkpoint" / "step-00000003"
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
@@ -335,7 +337,7 @@ def test_a_loss_that_is_no_number_leaves_the_checkpoint(text: Path, tmp_path: Pa
     trainer = start(job, World())
     with torch.no_grad():
         trainer.model.head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 2 is nan"):
+    with pytest.raises(FloatingPointError, match="step 3 is nan"):
         train(job, trainer, StopAt(job, World(), -1))
     assert checkpoint.latest(run) == run / "checkpoint" / "step-00000002"
 

@@ -80,8 +80,8 @@ CASES = [
 MORE = [
     (2, "comparing settings", "SIGKILL"),
     (2, "placing the model", "SIGKILL"),
-    (3, "step 0, reading data", "SIGKILL"),
-    (2, "step 1, forward", "SIGKILL"),
+    (3, "step 1, reading data", "SIGKILL"),
+    (2, "step 2, forward", "SIGKILL"),
     (2, "step 3, the gradient's norm", "SIGKILL"),
     (3, "saving after step 4", "SIGKILL"),
     (2, "saving after step 2", "SIGSTOP"),

@@ -126,7 +126,8 @@ def test_what_the_page_of_the_job_says_to_add_to_a_config(tmp_path: Path) -> Non
     config = load(tmp_path / "added.toml")
     assert [stage.seqlen for _, stage in config.stages()] == [8192, 32768, 131072]
     assert config.at(99).data_parallel == 2 and config.at(100).data_parallel == 1
-    assert config.tensorboard and config.watches_logits(20) and config.traces(5) and not config.traces(6)
+    assert config.tensorboard and config.watches_logits(20) and config.traces(4) and not config.traces(5)
+    assert dataclasses.replace(config, profile=(0, 0)).traces(0)  # as configs of an earlier version said it
 
 
 @pytest.mark.parametrize(

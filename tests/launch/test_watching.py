@@ -29,7 +29,7 @@ def test_tensorboard_shows_what_the_metrics_hold_once(text: Path, tmp_path: Path
     assert set(found.Tags()["scalars"]) == names | {"tokens_per_s"}
     for name in names:
         shown = found.Scalars(name)
-        assert [one.step for one in shown] == list(range(6))
+        assert [one.step for one in shown] == list(range(1, 7))
         assert [one.value for one in shown] == pytest.approx([record[name] for record in records], rel=1e-6)
 
 
@@ -49,14 +49,14 @@ def traced(rank: int, world_size: int, config: Config, run: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_steps_that_are_asked_for_leave_traces_of_every_rank(ranks: int, text: Path, tmp_path: Path) -> None:
-    run, config = tmp_path / "run", tiny(text, steps=3, profile=(1, 1))
+    run, config = tmp_path / "run", tiny(text, steps=3, profile=(2, 2))
     run_processes(traced, ranks, config, run) if ranks > 1 else traced(0, 1, config, run)
-    names = {f"step-1{kind}.rank{rank}.json" for kind in ("", "-attention") for rank in range(ranks)}
+    names = {f"step-2{kind}.rank{rank}.json" for kind in ("", "-attention") for rank in range(ranks)}
     assert {path.name for path in (run / "profile").iterdir()} == names
     for rank in range(ranks):
-        calls = [e["name"] for e in trace(run / "profile" / f"step-1-attention.rank{rank}.json") if e["ph"] == "X"]
+        calls = [e["name"] for e in trace(run / "profile" / f"step-2-attention.rank{rank}.json") if e["ph"] == "X"]
         assert calls.count("attention forward") == calls.count("attention backward") == 2  # layers
-        operators = {event.get("name") for event in trace(run / "profile" / f"step-1.rank{rank}.json")}
+        operators = {event.get("name") for event in trace(run / "profile" / f"step-2.rank{rank}.json")}
         assert {"aten::mm", "Optimizer.step#AdamW.step"} <= operators
 
 
@@ -65,7 +65,7 @@ def test_the_steps_that_are_asked_for_leave_traces_of_every_rank(ranks: int, tex
     [
         ("[3]", "profile is (3,); it must be two whole numbers"),
         ("[3, 2]", "profile is (3, 2); it must be two whole numbers"),
-        ("[6, 9]", "profile is [6, 9] in 6 steps, which are counted from 0"),
+        ("[7, 9]", "profile is [7, 9] in 6 steps; set earlier ones, for instance [6, 6]"),
     ],
 )
 def test_steps_that_cannot_be_traced_are_refused(profile: str, said: str, tmp_path: Path) -> None:
