@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import torch.distributed as dist
 
-from ringattn.comm.transport import name_ranks
+from ringattn.comm.transport import Solo, name_ranks
 from ringattn.geometry.masks import Expression
 from ringattn.geometry.spans import Ints
 from ringattn.kernels import Selection
@@ -43,6 +44,7 @@ def describe(binding: Binding) -> str:
     lines = [
         f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
         f"({_between(sizes)} a rank), this is rank {binding.rank}{_among(settings, binding.rank)}",
+        *_alone(binding),
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
         f"planned for {_shape(binding)} on {hardware(settings.device).name}{_given(settings)}",
         *_table(choice, {made.schedule for made in programs.values() if isinstance(made, Program)}),
@@ -64,6 +66,17 @@ def _among(settings: ContextSettings, rank: int) -> str:
     if settings.among is None:
         return ""
     return f": rank {settings.among[rank]} of the group, with {name_ranks(settings.among)}"
+
+
+def _alone(binding: Binding) -> list[str]:
+    """That no group was given where there is one: right for replicas, and else a sequence that is not sharded."""
+    if not isinstance(binding.link.transport, Solo) or not dist.is_initialized() or dist.get_world_size() == 1:
+        return []
+    return [
+        f"NOT SHARDED: no group was given (None), so this process, rank {dist.get_rank()} of {dist.get_world_size()}, "
+        "attends alone, as replicas of data parallelism do; for one sequence over several ranks pass "
+        "torch.distributed.group.WORLD or an axis of a mesh"
+    ]
 
 
 def _program(binding: Binding, mask: Expression) -> Program | str:
