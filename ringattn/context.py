@@ -42,7 +42,7 @@ class ContextParallel:
 
     Args:
         group_or_mesh: a ``ProcessGroup``, a 1-D ``DeviceMesh``, a 2-D one with dims ``ring`` and ``ulysses`` in this
-            order, a ringattn transport, or None for one rank alone, whatever groups there are (:meth:`describe` says so).
+            order, a ringattn transport, or None for one rank alone, also where there is a group.
         seqlen: tokens of the whole sequence. Any length; shards differ by at most one token, except where a layout says
             otherwise (balanced: a chunk; cyclic: a block of 64; a :class:`Layout`: as it says).
         mask: one mask, or several (those of a whole stack of layers); the first is ``attention()``'s default.

@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler
 
 from ringattn.comm import PlanningRank, told
 from ringattn.context import ContextParallel
+from ringattn.integrations.transformers.forgotten import watch
 from ringattn.integrations.transformers.ring import batch_context
 from ringattn.loss import IGNORED, shift_labels
 from ringattn.packing import Packing, pack
@@ -42,10 +43,15 @@ def shard_batch(cp: ContextParallel, batch: Mapping[str, Any], *, multiple: int 
     `[batch, local_seqlen]`, or `[1, local_seqlen]` where rows were packed, and `cu_seq_lens_q`, `cu_seq_lens_k`: the
     bounds of the whole sequence.
 
+    Warns, once, where batches of several ranks are used up and no layer has asked for attention: what a model does
+    that was never registered.
+
     Raises `ValueError` for tensors of other shapes; the other ranks then raise in the call they make next.
     """
     with told(cp.link.transport, "shard_batch"):
-        return _sharded(cp, batch, multiple)
+        local = _sharded(cp, batch, multiple)
+        watch(cp, local["input_ids"])
+        return local
 
 
 def _sharded(cp: ContextParallel, batch: Mapping[str, Any], multiple: int) -> dict[str, Tensor]:

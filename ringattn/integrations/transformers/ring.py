@@ -44,6 +44,8 @@ class Ring:
     def __init__(self, cp: ContextParallel, check_positions: bool = True) -> None:
         self.check_positions = check_positions
         self.seed: int | None = None
+        self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
+        self._before = False  # whether a layer had asked before the latest `use`
         self.use(cp)
 
     def use(self, cp: ContextParallel) -> None:
@@ -62,13 +64,18 @@ class Ring:
         self.cp = cp
         self.causal = contains(causal(), cp.masks[0], cp.seqlen)
         self._masks: dict[Structure, Mask] = {}
-        self._batches: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
+        self._before, self._batches = self.attended, OrderedDict()
         self._latest: tuple[Any, Batch] | None = None  # the cu_seq_lens tensor last seen, and its batch
 
     @property
     def asked(self) -> bool:
         """Whether a layer has asked for attention since `cp` was taken."""
         return bool(self._batches)
+
+    @property
+    def attended(self) -> bool:
+        """Whether a layer has ever asked for attention."""
+        return self._before or self.asked
 
     def layer_seed(self, model: str, layer: int | None, dropout: float) -> int | None:
         """The seed of a layer's dropout."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ringattn.comm.sums import sum_over
 from ringattn.integrations.accelerate import take_axis
 from ringattn.integrations.transformers.data import ShardingCollator, replica_sampler
+from ringattn.integrations.transformers.forgotten import check_registered
 from ringattn.integrations.transformers.ring import LARGEST_SEED, Ring
 
 SAMPLING = ("random", "sequential")
@@ -77,7 +78,8 @@ class ShardedTrainerMixin:
 
     Raises `NotImplementedError` for what would take a shard for a whole sequence (`compute_metrics`, `predict()`, label
     smoothing, `compute_loss_func`, NEFTune), and for a `train_sampling_strategy` that orders samples by their length.
-    With `deepspeed=` it raises `ValueError` for settings that `ringattn.integrations.deepspeed.initialize` refuses.
+    Raises `ValueError` for a model that is not registered. With `deepspeed=` it raises `ValueError` for settings that
+    `ringattn.integrations.deepspeed.initialize` refuses.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class ShardedTrainerMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         _check_whole(trainer)
+        check_registered(trainer.model)
         _leave_axis_alone(trainer, ring)
         ranks = ring.cp.world_size * (1 if data is None else data.size())
         if trainer.args.world_size != ranks:
