@@ -53,7 +53,7 @@ class _Ballot:
 
     def __init__(self, transport: Voters, call: int | str, facts: Mapping[str, str], called: str) -> None:
         self.transport = transport
-        self.said = f"call {call}, the first comparison of {called}" if called else f"call {call}"
+        self.said = f"call {call}, {called}" if called else f"call {call}"
         self.facts = json.dumps(dict(facts))
         prefix = f"agree/{call}"
         self.facts_keys = [f"{prefix}/facts/{rank}" for rank in range(transport.world_size)]

@@ -49,7 +49,7 @@ class Execution:
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         if self.binding.settings.options.check_nan:
-            _check_finite(self.binding, q=q, k=k, v=v)
+            _check_finite(self.binding, self.label, q=q, k=k, v=v)
         link = self._begin(FORWARD)
         if self.call.seat.swap is None:
             out, lse = self._attend(q, k, v, self.sinks, self.scores)
@@ -260,16 +260,16 @@ def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
-def _check_finite(binding: Binding, **tensors: Tensor) -> None:
+def _check_finite(binding: Binding, label: str, **tensors: Tensor) -> None:
     """Raises on every rank if any rank holds a value that is not finite, so that no rank waits for another. Before the
     call begins: ranks that do not check are then past this comparison, and are told."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     found = f"{' and '.join(bad)} {NOT_FINITE}" if bad else "all finite"
-    transport = binding.link.transport
+    transport, facts = binding.link.transport, {"call": FORWARD, "values of q, k and v": found}
     if transport.world_size > 1:
         transport.log.check_process()
         try:
-            agree(transport, transport.log.ballot(), {"call": FORWARD, "values of q, k and v": found})
+            agree(transport, transport.log.ballot(), facts, "; ".join(filter(None, ("Options.check_nan", label))))
         except CallMismatch as error:
             if NOT_FINITE not in str(error):
                 raise

@@ -245,7 +245,8 @@ class Link:
         if blind and log.number % self.compare_every == 0:
             calls = {f"call {number}": text for number, text in log.course.recent}
             try:
-                agree(transport, log.ballot(), {**calls, "all calls": f"digest {log.course.chain:x}"})
+                facts_so_far = {**calls, "all calls": f"digest {log.course.chain:x}"}
+                agree(transport, log.ballot(), facts_so_far, f"the comparison of all calls up to {called}")
             except CallMismatch as error:
                 error.apart = True  # calls since the last comparison have met others
                 raise
@@ -255,9 +256,10 @@ class Link:
         that is None."""
         transport, log = self.transport, self.transport.log
         if log.epoch and not log.number:
-            self._resume()
+            self._resume(called)
         if own is not None:
-            agree(transport, log.ballot(), {"version": f"ringattn {VERSION}", **own, **facts}, called)
+            compared = {"version": f"ringattn {VERSION}", **own, **facts}
+            agree(transport, log.ballot(), compared, f"the first comparison of {called}")
         return _Known(_listed(facts), hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest())
 
     def _by_messages(self, sort: Hashable, blind: bool) -> bool:
@@ -265,7 +267,7 @@ class Link:
         labelled = not (blind and "cpu" in self.transport.blind)
         return labelled and (isinstance(self.transport, Subset) or sort in self._common.sorts)
 
-    def _resume(self) -> None:
+    def _resume(self, called: str) -> None:
         """After a call that failed, the ranks go on if it was the same one for all, and their connections are whole:
         else some have done more of the program than others, and what they would compute together next would not belong
         together. Where messages carry no label, nothing may be left of the call that failed either: a transfer without
@@ -277,7 +279,7 @@ class Link:
         connections = TORN if log.torn else "whole"
         alike = {"calls made": str(log.course.made), "call that failed": failed, "connections": connections, **left}
         try:
-            agree(self.transport, log.ballot(), alike)
+            agree(self.transport, log.ballot(), alike, f"the first one after a call that failed, {called}")
             if log.torn:
                 raise CallMismatch(f"the connections between the ranks are {TORN}")
             if log.apart:
@@ -314,7 +316,13 @@ class Link:
         away = 1
         while away < world:
             to, source = (rank + away) % world, (rank - away) % world
-            transport.post([(token, to)], [(got, source)], f"{where}, {away} ranks away").wait()
+            pending = transport.post([(token, to)], [(got, source)], f"{where}, {away} ranks away")
+            try:
+                pending.wait()
+            except PeerError as error:
+                if error.waited:
+                    error.args = (f"{error}; {self._in_vain(None, f'the {where} of {self._call}')}",)
+                raise
             away *= 2
 
     @cached_property

@@ -58,6 +58,39 @@ def test_it_says_the_layer_the_way_the_turn_the_peer_and_the_positions(backward:
         assert f"in {way} step 1 of call {4 if backward else 3}, attention {way}; layer 7; mask full()" in text
 
 
+def too_late(transport: Transport, before: str) -> str:
+    """The error of a call, the first of its kind, which rank 1 comes to too late; or to its end, or after a failure."""
+    options = ra.Options(check_nan=before == "values")
+    cp = ra.ContextParallel(transport, S, mask=ra.full(), layout="contiguous", schedule="ring", options=options)
+    q = torch.randn(1, cp.local_seqlen, 1, 8)
+    if before == "end":
+        ra.attention(q, q, q, cp=cp)
+        cp = cp.replace(mask=ra.documents([0, 12, S]))  # no rank needs another, so all meet at the end
+    if before == "a failure":
+        with pytest.raises(ValueError):
+            ra.attention(q, q, q[:, :3] if cp.rank == 1 else q, cp=cp)
+    if cp.rank == 1:
+        time.sleep(2 * DEADLINE)
+    with pytest.raises(PeerError) as raised:
+        ra.attention(q, q, q, cp=cp, label="layer 7")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("nothing", "call 0.1, the first comparison of attention forward; layer 7: rank 1 of 2 did not come"),
+        ("end", "rank 0 in the end of call 2, attention forward; layer 7; mask documents"),
+        ("a failure", "call 1.1, the first one after a call that failed, attention forward; layer 7: rank 1 of 2 did"),
+        ("values", "call 0.1, Options.check_nan; layer 7: rank 1 of 2 did not come"),
+    ],
+)
+def test_the_first_call_is_named_too(before: str, said: str) -> None:
+    texts = Loopback(2, timeout=DEADLINE).run(lambda t: too_late(t, before))
+    assert said in texts[0], texts
+    assert "layer 7" in texts[1], texts
+
+
 def test_what_a_call_before_expected_is_not_said_of_another() -> None:
     def one_rank(transport: Transport) -> str:
         cp = ra.ContextParallel(transport, S, mask=ra.full(), layout="contiguous", schedule="ring")
