@@ -14,6 +14,7 @@ from ringattn.pictures.scene import Arrow, Axis, Border, Cells, Entry, Field, Ma
 MARGIN, STRIP, TITLE, BELOW, BESIDE = 20, 14, 34, 46, 74
 HEADING, SMALL, TEXT = 17, 10.5, 12
 WIDTH_OF_LETTER, WIDTH_OF_TITLE = 0.58, 0.66  # of their height, on average
+ASIDE = 30  # of a legend: as far as the last tick reaches
 LINES = 3  # of a heading; a longer one is written small, and whole
 
 
@@ -147,7 +148,7 @@ def _legend_width(panel: Panel) -> float:
     letters = max(
         *(len(one.name) + 2 * (one.kind != "box") for one in panel.legend), *map(len, _legend_title(panel)), 0
     )
-    return 34 + letters * SMALL * WIDTH_OF_LETTER
+    return ASIDE + 18 + letters * SMALL * WIDTH_OF_LETTER
 
 
 def _legend_title(panel: Panel) -> list[str]:
@@ -177,7 +178,7 @@ def _place(sheet: Sheet, panel: Panel, x: float, y: float) -> None:
     ticks = max((len(tick.text) for tick in plot.ticks if isinstance(tick, Words) and tick.anchor == "end"), default=0)
     beside = max(left - strip - 20 - ticks * SMALL * WIDTH_OF_LETTER, x + 13)
     sheet.shapes.append(Words(beside, top + panel.height / 2, panel.y.label, TEXT, QUIET, "middle", turned=True))
-    sheet.shapes.extend(_legend(panel, left + panel.width + 16, top))
+    sheet.shapes.extend(_legend(panel, left + panel.width + ASIDE, top))
 
 
 def _strips(panel: Panel) -> tuple[Image, Image] | None:

@@ -132,7 +132,12 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
 def test_the_command_draws_a_double_ring_over_nodes() -> None:
     asked = ("causal()", "--seqlen", "1K", "--schedule", "double_ring", "--view", "schedule")
     code, out, _ = run(*asked, "--ranks-per-node", "4")
-    assert code == 0 and "schedule double_ring of causal()" in out and "nodes of 4 ranks" in out and "kv to 4*" in out
+    assert (
+        code == 0
+        and "schedule double_ring of causal()" in out
+        and "4 of these ranks share a node" in out
+        and "kv to 4*" in out
+    )
     code, _, error = run(*asked)
     assert code == 2 and "say how many neighbours share a node with --ranks-per-node, or" in error
 

@@ -106,10 +106,9 @@ def _arrows_legend(loop: Pass, topology: Topology | None) -> Iterator[Entry]:
 
 
 def _borders(ranks: int, topology: Topology | None) -> list[Border]:
-    """Lines between nodes."""
-    if topology is None or topology.ranks_per_node is None:
-        return []
-    return [Border(rank) for rank in range(topology.ranks_per_node, ranks, topology.ranks_per_node)]
+    """Lines between nodes, unless these are many."""
+    size = ranks if topology is None else topology.ranks_per_node or ranks
+    return [Border(rank) for rank in range(size, ranks, size)] if ranks // size <= RANKS else []
 
 
 def _boxes(loop: Pass, meetings: Meetings | None) -> Iterator[Rect]:
@@ -252,11 +251,11 @@ def _by_link(topology: Topology, sent: Ints, known: bool) -> str:
     inside, between = (
         numbers.amount(int(sent[src, dst][topology.level(src, dst) == level].sum()), "B") for level in range(2)
     )
-    size = topology.ranks_per_node
+    lines = ", with lines between nodes" if _borders(len(sent), topology) else ""
     how = f"{inside} go inside of nodes, {between} between nodes"
     if not known:
         how = f"{inside} are needed of ranks of the same node, {between} of other nodes"
-    return f"nodes of {size} ranks{', with lines between them' if len(sent) <= RANKS else ''}: {how}"
+    return f"{topology.ranks_per_node} of these ranks share a node{lines}: {how}"
 
 
 def _bytes(title: str, sent: Ints, topology: Topology | None) -> Panel:
@@ -267,18 +266,12 @@ def _bytes(title: str, sent: Ints, topology: Topology | None) -> Panel:
     made = matrix(
         title, "from rank", "to rank", layers, legend=_amounts(sent, "B"), legend_title="bytes in a cell", lines=lines
     )
-    borders = _borders(len(sent), topology) if len(sent) <= RANKS else []
+    borders = _borders(len(sent), topology)
     return replace(made, marks=(*made.marks, *borders, *(replace(border, across=False) for border in borders)))
 
 
 def _amounts(values: np.ndarray, unit: str) -> list[Entry]:
     """Colours of some amounts, as :func:`matrix` draws them."""
     most = summed_most(values)
-    return (
-        [
-            Entry(written(of_shares(np.array(part))), numbers.amount(part * most, unit))
-            for part in (0.0, 0.01, 0.1, 0.5, 1.0)
-        ]
-        if most
-        else []
-    )
+    parts = (0.0, 0.01, 0.1, 0.5, 1.0) if most else (0.0,)
+    return [Entry(written(of_shares(np.array(part))), numbers.amount(part * most, unit)) for part in parts]
