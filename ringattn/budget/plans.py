@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -11,7 +11,7 @@ from typing import Any
 from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
 from ringattn.budget.attention import Attention, scratch_of
-from ringattn.budget.layers import Numerics
+from ringattn.budget.layers import LayerCode, Numerics, Scratch
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
 from ringattn.budget.positions import reach
@@ -145,6 +145,11 @@ class Plan:
                 return (self._least(together),)
         return ()
 
+    def computed_by(self, layer: Callable[..., LayerCode]) -> Plan:
+        """The same run with another library's layers, which say themselves what their attention takes."""
+        placed = replace(self.placed, attention=Attention((), Scratch()), layer=layer)
+        return replace(self, step=_step(self.setup, placed), placed=placed)
+
     def _least(self, together: dict[str, Any]) -> Change:
         """Without those that it does without, the dearest first."""
         for name in reversed(list(together)):
@@ -237,7 +242,8 @@ def planned(setup: Setup) -> Plan:
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
-    the seconds of the calls of one layer of each mask by the shared cost function, and the bytes received."""
+    the seconds of the calls of one layer of each mask by the shared cost function, and the bytes received; whose layers
+    they are."""
 
     attention: Attention
     tokens: int
@@ -245,6 +251,7 @@ class Placed:
     schedule: str
     seconds: float
     received: int
+    layer: Callable[..., LayerCode] = LayerCode
 
     def transient(self) -> Placed:
         """With buffers that are there only while a call runs."""
@@ -300,7 +307,7 @@ def _step(setup: Setup, placed: Placed) -> Step:
         setup.model, setup.code, tokens, numerics, way, attention.scratch,
         persistent=tuple((x, 1) for x in _persistent(setup, shard)),
         around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
-        gathering=gathering, generators=False,
+        gathering=gathering, generators=False, layer=placed.layer,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ the layers once, and looking into each (`Tape`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -42,7 +42,7 @@ class Step:
     """``persistent`` lies there all the time: parameters, moments of the optimizer, buffers. ``around``: what a step
     holds from its beginning to its end. ``gathering``: how parameters that lie in parts are brought together.
     ``generators``: whether states of random generators lie with the rest, as on a CPU. ``grown``: what the first
-    backward leaves in the kernel's caches."""
+    backward leaves in the kernel's caches. ``layer``: whose layers these are."""
 
     model: ModelShape
     code: str
@@ -56,6 +56,7 @@ class Step:
     generators: bool = True
     grown: Alive = ()
     accumulates: bool = False
+    layer: Callable[..., LayerCode] = LayerCode
 
     def accumulating(self) -> Step:
         """The same for the later of several micro-batches: the gradients of those before lie there all the time."""
@@ -69,7 +70,7 @@ class Step:
         return named("width", self.model.width)
 
     def layer_code(self, shape: LayerShape) -> LayerCode:
-        return LayerCode(self.code, shape, self.width, self.numerics, self.scratch)
+        return self.layer(self.code, shape, self.width, self.numerics, self.scratch)
 
     # -- what a layer keeps -------------------------------------------------------------------
 
