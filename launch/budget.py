@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ import ringattn.budget
 from launch.config import Config
 from launch.data import Sample
 from launch.language import Language
-from launch.memory import Measured, measured
+from launch.memory import advice, measured
 from launch.training import Trainer
 from ringattn.budget.amounts import Amount, named
 from ringattn.budget.attention import scratch_of
@@ -117,6 +118,32 @@ def _there(trainer: Trainer) -> int:
     return sum(x.nbytes for x in tensors) + weights
 
 
+def foretold(trainer: Trainer, samples: Sequence[Sample]) -> tuple[Forecast | None, str]:
+    """Before a step: this rank's forecast, None where any rank has none, and what is to be said of the rank that takes
+    most. A call of all ranks, which nothing that an account does ends."""
+    trainer.world.at("planning memory")
+
+    def told() -> tuple[Forecast, str]:
+        own = Forecast.of(trainer, samples)
+        return own, str(own)
+
+    found, problem = advice(told)
+    own, said = found or (None, "")
+    ranks = trainer.world.gather((own.bytes if own else 0, said, problem))
+    if unknown := _problem(ranks):
+        return None, f"memory is not planned: {unknown}"
+    return own, f"memory planned: {max(ranks)[1]}"
+
+
+def _problem(ranks: Sequence[tuple[int, Any, str]]) -> str:
+    """The first rank's, if any has one."""
+    having = [(rank, problem) for rank, (*_, problem) in enumerate(ranks) if problem]
+    if not having:
+        return ""
+    rank, problem = having[0]
+    return problem if len(having) == len(ranks) else f"rank {rank}: {problem}"
+
+
 @contextmanager
 def compared(trainer: Trainer, forecast: Forecast | None, watch: bool) -> Iterator[list[str]]:
     """Around a step: what is to be said of its memory behind it. Of DeepSpeed nothing is: what it holds all the time
@@ -126,18 +153,19 @@ def compared(trainer: Trainer, forecast: Forecast | None, watch: bool) -> Iterat
         yield said
         return
     workspace = trainer.cp.link.workspace
-    before = sum(x.nbytes for x in workspace.buffers())
+    before, problem = advice(lambda: sum(x.nbytes for x in workspace.buffers()))
     with measured(trainer.world.device, workspace) as found:
         yield said
-    said += _verdict(trainer, forecast, found, before)
+    always, unknown = advice(lambda: _there(trainer) if forecast is None else forecast.always)
+    peak, planned = found.peak + (before or 0) + (always or 0), forecast.bytes if forecast else 0
+    said += _verdict(trainer.world.gather((peak, planned, problem or found.problem or unknown)))
 
 
-def _verdict(trainer: Trainer, forecast: Forecast | None, found: Measured, before: int) -> list[str]:
-    """Lines about the rank that took most, the same on all ranks."""
-    always = _there(trainer) if forecast is None else forecast.always
-    planned = 0 if forecast is None else forecast.bytes
-    ranks = trainer.world.gather((found.peak + before + always, planned))
-    peak, planned = max(ranks)
+def _verdict(ranks: Sequence[tuple[int, int, str]]) -> list[str]:
+    """Lines about the rank that took most, of what each took, what was planned of it, and why it was not counted."""
+    if problem := _problem(ranks):
+        return [f"memory of the first step was not counted: {problem}"]
+    peak, planned, _ = max(ranks)
     if not planned:
         return [f"memory of the first step: {_size(peak)} a rank at the peak"]
     off = peak / planned - 1
@@ -155,4 +183,4 @@ def _size(number: int) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-__all__ = ["Forecast", "compared", "shape_of", "step_of"]
+__all__ = ["Forecast", "compared", "foretold", "shape_of", "step_of"]

@@ -14,7 +14,7 @@ import torch
 
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
-from launch.budget import Forecast, compared
+from launch.budget import Forecast, compared, foretold
 from launch.config import Config, check_heads
 from launch.data import Sample
 from launch.engines import make_engine
@@ -272,17 +272,10 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
 
 def _foretell(trainer: Trainer, samples: Sequence[Sample], report: Report | None) -> Forecast | None:
     """Says what memory a step will take of the rank that takes most, where the ranks can tell."""
-    trainer.world.at("planning memory")
-    own: Forecast | None = None
-    try:
-        own = Forecast.of(trainer, samples)
-        said = (own.bytes, str(own))
-    except ValueError as unknown:
-        said = (0, str(unknown))
-    most = max(trainer.world.gather(said))
+    forecast, said = foretold(trainer, samples)
     if report:
-        report.say(f"memory planned: {most[1]}" if most[0] else f"memory is not planned: {most[1]}")
-    return own
+        report.say(said)
+    return forecast
 
 
 def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
