@@ -8,9 +8,11 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
-from ringattn.budget.attention import Attention, scratch_of
+from ringattn.budget.attention import Attention, kind_of, received, scratch_of
 from ringattn.budget.layers import Numerics
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
@@ -22,6 +24,7 @@ from ringattn.comm.planning_rank import PlanningRank
 from ringattn.context import ContextParallel
 from ringattn.geometry import layouts
 from ringattn.masks import Mask
+from ringattn.planning.cost import cost
 from ringattn.planning.shape import Shape
 from ringattn.runtime.settings import Options
 
@@ -91,6 +94,14 @@ class Plan:
             key = tensor.kind, tensor.name, str(tensor.size)
             counts[key] = counts.get(key, (0, 0))[0] + count, tensor.size.value
         return tuple(Item(kind, name, size * n, n, text) for (kind, name, text), (n, size) in counts.items() if size)
+
+    @property
+    def received(self) -> int:
+        """Bytes that this rank receives in the attention calls of a step, of all layers: forward once more where those
+        are computed again."""
+        again = 2 if self.setup.recompute == "full" else 1
+        calls = zip(self.setup.layers(), self.placed.received, strict=True)
+        return sum(layers * (again * ahead + back) for layers, (ahead, back) in calls)
 
     @property
     def reserve(self) -> int:
@@ -184,7 +195,7 @@ class Plan:
         items = [asdict(item) for item in self.items]
         return {
             "setup": setup, "moment": self.moment, "peak": self.peak, "reserve": self.reserve,
-            "headroom": self.headroom,
+            "headroom": self.headroom, "received": self.received,
             "fits": self.fits, "warning": self.warning, "items": items,
         }  # fmt: skip
 
@@ -237,14 +248,15 @@ def planned(setup: Setup) -> Plan:
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
-    the seconds of the calls of one layer of each mask by the shared cost function, and the bytes received."""
+    of a layer of each mask the seconds of its calls by the shared cost function, and the bytes that this rank receives
+    in a call forward and in its backward."""
 
     attention: Attention
     tokens: int
     layout: str
     schedule: str
-    seconds: float
-    received: int
+    seconds: tuple[float, ...]
+    received: tuple[tuple[int, int], ...]
 
     def transient(self) -> Placed:
         """With buffers that are there only while a call runs."""
@@ -279,14 +291,21 @@ def _placed(
         )  # fmt: skip
 
     cp = context(0)
-    most = cp.ulysses * int(cp.plan.received.argmax()) if len(cp.plan.received) else 0
-    if cp.plan.received[most // cp.ulysses] > cp.plan.received[0]:
-        cp = context(most)
-    offer, token = cp.binding.offers[0], shape.forward.token + shape.backward.token
-    received = sum(int(plan.received.max(initial=0)) for plan in cp.plans.values()) * token // cp.ulysses
-    tokens = int(cp.q_layout.sizes.max())
-    received += offer.swapped.received * len(masks) if cp.ulysses > 1 else 0
-    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, offer.seconds, received)
+    needed = np.sum([plan.received for plan in cp.plans.values()], axis=0)
+    if needed.max() > needed[0]:
+        cp = context(cp.ulysses * int(needed.argmax()))
+    kind, tokens = kind_of(cp, "cuda"), int(cp.q_layout.sizes.max())
+    moved = tuple(received(cp, mask, kind) for mask in masks)
+    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, _seconds(cp), moved)
+
+
+def _seconds(cp: ContextParallel) -> tuple[float, ...]:
+    """Of the calls of a layer of each mask: all of them by the cost function, where there is one."""
+    offer, terms = cp.binding.offers[0], cp.binding.settings.terms
+    if len(cp.masks) == 1:
+        return (offer.seconds,)
+    swapping = offer.swapping / len(cp.masks)
+    return tuple(cost(cp.plans[mask], cp.schedule, terms).seconds + swapping for mask in cp.masks)
 
 
 def _step(setup: Setup, placed: Placed) -> Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ringattn.arguments.values import integer, quantity
@@ -127,8 +128,15 @@ class Setup:
     def masks(self) -> tuple[Mask, ...]:
         """Of the layers, without repeats: the mask, and within a layer's window where it has one."""
         whole = parse_mask(self.mask)
-        windows = dict.fromkeys(layer.attention.window for layer in self.model.layers)
-        return tuple(whole if w is None else whole & sliding_window(w - 1) for w in windows)
+        return tuple(whole if w is None else whole & sliding_window(w - 1) for w in self._windows)
+
+    def layers(self) -> tuple[int, ...]:
+        """How many layers each of them has."""
+        return tuple(self._windows.values())
+
+    @property
+    def _windows(self) -> Counter[int | None]:
+        return Counter(layer.attention.window for layer in self.model.layers)
 
 
 UNITS = {
