@@ -81,6 +81,7 @@ class _Blocks:
 
     def end(self) -> int:
         self.profile.__exit__(None, None, None)
+        assert self.profile.kineto_results is not None, "it has ended"
         return _peak(self.profile.kineto_results.events()) + _shared(self.workspace) - self.before
 
 

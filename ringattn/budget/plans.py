@@ -20,6 +20,7 @@ from ringattn.budget.positions import reach
 from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, shards
 from ringattn.budget.step import Gathering, Step, Way
 from ringattn.budget.tape import Moment, Tensor
+from ringattn.budget.updates import updating
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.context import ContextParallel
 from ringattn.geometry import layouts
@@ -115,6 +116,11 @@ class Plan:
         return named("context and NCCL", CONTEXT) + named("memory", self.setup.memory).over(PART)
 
     @property
+    def reserve_name(self) -> str:
+        """Says whether it was given."""
+        return "reserve" if self.setup.reserve is not None else "reserve (assumed)"
+
+    @property
     def headroom(self) -> int:
         return self.setup.memory - self.peak - self.reserve
 
@@ -177,14 +183,15 @@ class Plan:
     def explain(self) -> str:
         """Every number of the peak as a formula with the values put in."""
         lines = [f"peak: {self.moment}", *map(str, self.items), f"sum: {self.peak:,}"]
-        lines += [f"reserve: {self.reserved} = {self.reserve:,}"]
+        lines += [f"{self.reserve_name}: {self.reserved} = {self.reserve:,}"]
         left = f"headroom: {self.setup.memory:,} - {self.peak:,} - {self.reserve:,} = {self.headroom:,}"
         return "\n".join([*lines, left])
 
     def __str__(self) -> str:
         s = self.setup
         rows = [f"  {kind:32} {gigabytes(size):>10}" for kind, size in self.kinds.items()]
-        rows += [f"  {'reserve':32} {gigabytes(self.reserve):>10}", f"  {'headroom':32} {gigabytes(self.headroom):>10}"]
+        beside = (self.reserve_name, self.reserve), ("headroom", self.headroom)
+        rows += [f"  {name:32} {gigabytes(size):>10}" for name, size in beside]
         on = f"{s.world} x {gigabytes(s.memory)}"
         title = f"{s.model.name}, {s.seqlen:,} tokens on {on}, a rank at its peak: {self.moment}"
         return "\n".join([title, *rows, f"  {'it fits' if self.fits else 'it does not fit'}"])
@@ -200,31 +207,37 @@ class Plan:
         }  # fmt: skip
 
 
-def plan(model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", **settings: Any) -> Plan:
+def plan(
+    model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", reserve: int | str | None = None,
+    **settings: Any,
+) -> Plan:  # fmt: skip
     """The memory of a training step on the rank that takes most.
 
     Args:
         model: a shape's name (`budget.shipped()`), the path of a Transformers config.json, or a :class:`ModelShape`.
         seqlen: tokens of a sequence; "1M" is 2**20.
         memory: of a device; "80GB" is 80e9 bytes, "80GiB" 80 * 2**30.
+        reserve: what is taken of it beside tensors, as measured on such a device; None: 2 GiB and a twenty-fifth of the
+            memory, assumed.
         settings: nodes, gpus (of a node), batch (sequences of a replica at a time), dtype (bfloat16, float32),
-            optimizer (adamw, adamw8bit, muon, sgd), shard (none, fsdp, zero1, zero2, zero3), recompute (none;
-            attention: a layer keeps its input and attention's result; full), offload (what layers keep is on the host),
-            offload_states (what is on the host: none, optimizer, or all: parameters and
-            gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks
-            (pieces of all but attention), head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code
-            (whose layers: transformers, or the pretraining job's decoder), device (a GPU's name), reserve (bytes beside
-            tensors), transient (attention's buffers are freed behind each call, as other libraries' are).
+            optimizer (adamw: fused; adamw_foreach: PyTorch's default; adamw8bit, muon, sgd), shard (none, fsdp, zero1,
+            zero2, zero3), recompute (none; attention: a layer keeps its input and attention's result; full), offload
+            (what layers keep is on the host), offload_states (what is on the host: none, optimizer, or all: parameters
+            and gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks (pieces of all but attention),
+            head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code (whose layers: transformers,
+            or the pretraining job's decoder), device (a GPU's name), transient (attention's buffers are freed behind
+            each call, as other libraries' are).
 
     Raises:
         ValueError: a name, number or split that cannot be, with the rule and the remedy.
     """
-    shape = model_of(model) if isinstance(model, str) else model
-    known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory"}
+    shape = model if isinstance(model, ModelShape) else model_of(model)
+    known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory", "reserve"}
     for name in settings:
         if name not in known:
             layouts.named("setting", name, sorted(known))
-    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), **settings)
+    beside = None if reserve is None else bytes_of("reserve", reserve, 0)
+    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), reserve=beside, **settings)
     return planned(setup)
 
 
@@ -319,7 +332,7 @@ def _step(setup: Setup, placed: Placed) -> Step:
         setup.model, setup.code, tokens, numerics, way, attention.scratch,
         persistent=tuple((x, 1) for x in _persistent(setup, shard)),
         around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
-        gathering=gathering, generators=False,
+        gathering=gathering, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
     )  # fmt: skip
 
 
@@ -368,11 +381,13 @@ def _inputs(setup: Setup, tokens: Amount) -> Iterator[Tensor]:
 def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
     """Changes that save memory, by what they cost: nothing, a part of the layers computed twice, all of them, the link
     to the host, another optimizer, more devices."""
-    if setup.loss_chunks < 64:
+    if setup.optimizer == "adamw_foreach":
+        yield {"optimizer": "adamw"}
+    if setup.loss_chunks < 64 <= setup.seqlen:
         yield {"loss_chunks": 64}
     if setup.shard == "none" and setup.world > 1:
         yield {"shard": "fsdp"}
-    if setup.token_chunks < 16:
+    if setup.token_chunks < 16 <= setup.seqlen:
         yield {"token_chunks": 16}
     if setup.recompute == "none":
         yield {"recompute": "attention"}
@@ -383,7 +398,7 @@ def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"head_chunks": min(heads, 4)}
     if not setup.offload:
         yield {"offload": True}
-    if setup.optimizer == "adamw":
+    if setup.optimizer.removesuffix("_foreach") == "adamw":
         yield {"optimizer": "adamw8bit"}
     if setup.offload_states != "all" and setup.shard not in ("none", "zero1"):
         yield {"offload_states": "all"}

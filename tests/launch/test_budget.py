@@ -19,9 +19,11 @@ from tests.support.pretrain import NOWHERE, run_until, tiny
 @pytest.mark.slow
 def test_planned_and_measured_peaks_agree() -> None:
     """Within 10 % on all configurations but one at most: lengths, ways of recomputing, chunks, documents, offload, both
-    models, ranks and engines."""
+    models, ranks and engines. With DeepSpeed on all."""
     rows = budget.rows()
     assert len(rows) >= 12
+    zero = [row for row in rows if "ZeRO" in row["name"]]
+    assert len(zero) == 3 and all(abs(row["planned"] / row["measured"] - 1) <= 0.1 for row in zero), zero
     off = [row for row in rows if abs(row["planned"] / row["measured"] - 1) > 0.1]
     assert len(off) <= 1, "\n".join(map(budget.line, rows))
 
