@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from launch.config import Config, DeepspeedConfig, ModelConfig, OptimizerConfig
 from launch.memory import measured
 from launch.processes import World
 from launch.run import prepare, start
-from ringattn.budget import ModelShape, from_config, model, plan
 from ringattn.kernels import windows
 from ringattn.testing import run_processes
 
@@ -37,6 +36,10 @@ LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 320,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
 ZERO: dict[str, Any] = {"engine": "deepspeed", "model": HEAVY, "seqlen": 1024}
 HF: dict[str, Any] = {"model": None, "masks": (), "hf": "llama.json"}
@@ -51,6 +54,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "offload": (1, {"recompute": True, "token_chunks": 4, "offload": "files", "dtype": "bfloat16"}),
     "Llama": (1, {**HF}),
     "Llama, recompute": (1, {**HF, "recompute": True}),
+    "Qwen3 with experts": (1, {**HF, "hf": "moe.json"}),
+    "Qwen3 with experts, recompute": (1, {**HF, "hf": "moe.json", "recompute": True}),
     "2 ranks, ddp": (2, {}),
     "2 ranks, fsdp": (2, {"engine": "fsdp", "model": HEAVY, "seqlen": 1024}),
     "2 ranks, heads split": (2, {"ulysses": 2, "recompute": True}),
@@ -64,12 +69,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def prepare_folder(folder: Path) -> None:
-    """The text, a Transformers config, and a directory to offload to."""
+    """The text, Transformers configs, and a directory to offload to."""
     text = np.random.default_rng(0).integers(97, 110, 40_000, dtype=np.uint8).tobytes()
     (folder / "text").mkdir()
     for index, at in enumerate(range(0, len(text), 1900)):
         (folder / "text" / f"{index:03}.txt").write_bytes(text[at : at + 1900])
     (folder / "llama.json").write_text(json.dumps(LLAMA))
+    (folder / "moe.json").write_text(json.dumps(MOE))
     (folder / "files").mkdir()
 
 
@@ -127,79 +133,13 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-# -- what others have published ------------------------------------------------------------------
-
-PUBLISHED = Path(__file__).parents[1] / "tests" / "budget" / "published.json"
-NEAR = 0.15
-MEMORY = {"H100-80GB": "80GiB", "H200": "141GB"}
-
-
-def settings_of(run: dict[str, Any]) -> dict[str, Any]:
-    """A published run in the planner's words."""
-    s, shape = run["settings"], model_of(run)
-    fused = s["loss_rows"] == "liger"
-    # TRL's tiles are computed again within their layer's checkpoint, which keeps what all of them keep
-    tiled = s["mlp_rows"] and not run["name"].startswith("trl")
-    local = -(-run["seqlen"] // (s["ring"] * s["ulysses"]))
-    rows = s["loss_rows"]
-    if fused:  # the next power of two, as Liger's fused linear cross entropy chooses
-        rows = 1 << (-(-local // -(-shape.vocabulary // shape.width)) - 1).bit_length()
-    states = "all" if s["offload_parameters"] else "optimizer" if s["offload_optimizer"] else "none"
-    return {
-        "nodes": -(-run["gpus"] // 8), "gpus": min(run["gpus"], 8), "memory": MEMORY[run["gpu"]],
-        "shard": "fsdp" if s["weight_bytes"] == 4 else "zero3", "offload_states": states,
-        "optimizer": "adamw" if s["optimizer_bytes"] else "sgd", "recompute": "full",
-        "offload": s["checkpointing"] == "offloaded", "loss_chunks": 1 if rows is None else max(1, local // rows),
-        "token_chunks": max(1, local // s["mlp_rows"]) if tiled else 1, "ulysses": s["ulysses"],
-        "data": run["gpus"] // (s["ring"] * s["ulysses"]), "head_chunks": s["head_chunks"],
-        "transient": True, "fused_loss": fused,
-    }  # fmt: skip
-
-
-def model_of(run: dict[str, Any]) -> ModelShape:
-    """Its model's shape."""
-    return from_config(run["model"], run["name"]) if isinstance(run["model"], dict) else model(run["model"])
-
-
-def published() -> list[dict[str, Any]]:
-    """Of each figure what was published, and what the planner says of the same settings: bytes at the peak, or the
-    longest sequence that fits."""
-    rows = []
-    for run in json.loads(PUBLISHED.read_text())["runs"]:
-        found = plan(model_of(run), run["seqlen"], **settings_of(run))
-        if "longest" in run:
-            said, ours, unit = run["seqlen"], found.longest, "tokens"
-        elif "peak_gb" in run:
-            said, ours, unit = int(run["peak_gb"] * 1e9), found.peak, "bytes"
-        else:
-            said, ours, unit = int(run["device_gib"] * 2**30), found.peak + found.reserve, "bytes"
-        row = {"name": run["name"], "figure": run["figure"], "published": said, "planned": ours, "unit": unit}
-        rows.append(row | {"ratio": ours / said, "reproduced": abs(ours / said - 1) <= NEAR, "at": found.moment})
-    return rows
-
-
-def show_published(rows: list[dict[str, Any]]) -> None:
-    """As a table."""
-    for row in rows:
-        verdict = "within 15 %" if row["reproduced"] else "not reproduced"
-        print(
-            f"{row['name']:46} {'figure' if row['figure'] else '':7} published {row['published']:>16,} {row['unit']}, "
-            f"planned {row['planned']:>16,}: {row['ratio']:.2f}  {verdict}  {row['at']}"
-        )
-
-
-def main(output: str = "", published_only: Annotated[bool, typer.Option("--published")] = False) -> None:
+def main(output: str = "budget-cpu") -> None:
     """Measure, print and write JSON."""
-    if published_only:
-        found = published()
-        show_published(found)
-        write(output or "published-cpu", {"rows": found})
-        return
     found = rows()
     for row in found:
         print(line(row))
     result = [{**row, "ratio": row["planned"] / row["measured"]} for row in found]
-    write(output or "budget-cpu", {"base": str(BASE), "rows": result})
+    write(output, {"base": str(BASE), "rows": result})
 
 
 if __name__ == "__main__":

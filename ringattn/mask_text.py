@@ -10,9 +10,8 @@ from typing import Any
 
 from ringattn import masks
 from ringattn.arguments.values import shown
+from ringattn.geometry.mask_words import CHARACTERS, TERMS
 from ringattn.masks import Mask
-
-TERMS, CHARACTERS = 64, 4096  # more than a mask that anyone would write, and quick to read and to combine
 
 MASKS: dict[str, Callable[..., Mask]] = {
     mask.__name__: mask
@@ -46,7 +45,7 @@ def parse_mask(text: str, without: Mapping[str, str] | None = None) -> Mask:
         raise ValueError("a mask is empty; name one, for instance causal()")
     try:
         _check_size(text)
-        return _evaluate(ast.parse(text.strip(), mode="eval").body, without or {})
+        return _evaluate(ast.parse(" ".join(text.split()), mode="eval").body, without or {})
     except SyntaxError as error:
         raise ValueError(f"mask {shown(text)} does not parse: {error.msg}; write it as in Python") from None
     except (TypeError, ValueError, OverflowError) as error:

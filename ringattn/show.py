@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ringattn.arguments.values import integer, shown
@@ -16,13 +17,13 @@ from ringattn.pictures.picture import Picture
 from ringattn.pictures.scene import Scene
 from ringattn.planning.cost import spent
 from ringattn.planning.hardware import checked_device, hardware
-from ringattn.planning.placement import Problem
+from ringattn.planning.placement import Candidate, choose
 from ringattn.planning.plan import Plan
 from ringattn.planning.scenes import layouts, plan, schedule, work
-from ringattn.planning.schedules import SCHEDULES, by_name
+from ringattn.planning.schedules import by_name
 from ringattn.planning.survey import PROGRAMS, Pass, meetings, passes
 from ringattn.planning.turns import compile_program
-from ringattn.runtime.settings import Load
+from ringattn.runtime.settings import Load, Options
 
 VIEWS = ("mask", "layout", "schedule", "work", "layouts")
 LENGTHS = ("kv_seqlen", "q_offset")
@@ -37,6 +38,7 @@ def show(
     view: str | None = None,
     ranks: int | None = None,
     device: str | None = None,
+    ranks_per_node: int | None = None,
     **settings: Any,
 ) -> Picture:
     """A picture of a mask, a context or a plan: a notebook shows it by itself, ``print`` gives text, and
@@ -55,6 +57,8 @@ def show(
         ranks: of the world that is planned for, where ``what`` is a mask; None is 8.
         device: whose rates and links a layout and schedule are chosen by and seconds are reckoned with, where ``what``
             is a mask: a GPU's name, or "cpu"; None is an H100.
+        ranks_per_node: neighbours that share a node, where ``what`` is a mask; None: as many as the device's have. With
+            several nodes the view ``schedule`` tells messages between them from those inside.
         settings: where ``what`` is a mask, other arguments of :class:`ContextParallel`: ``kv_seqlen``, ``q_offset``,
             ``layout``, ``kv_layout``, ``shape``, ``schedule``, ``ulysses``, ``options``.
 
@@ -66,11 +70,12 @@ def show(
         named("view", view, VIEWS)
     for name in settings:
         named("setting", name, SETTINGS)
+    world = {"ranks": ranks, "device": device, "ranks_per_node": ranks_per_node}
     if isinstance(what, Expression):
-        return Picture(_of_mask(what, seqlen, view, ranks, device, settings))
+        return Picture(_of_mask(what, seqlen, view, world, settings))
     if not isinstance(what, (ContextParallel, Plan)):
         raise ValueError(f"{shown(what)}: must be a mask, a ContextParallel or a plan")
-    given = {"seqlen": seqlen, "ranks": ranks, "device": device, **settings}
+    given = {"seqlen": seqlen, **world, **settings}
     told = [name for name, value in given.items() if value is not None]
     if told:
         raise ValueError(f"{', '.join(told)}: a {type(what).__name__} has its own; leave out what is of a mask alone")
@@ -81,24 +86,43 @@ def _of_mask(
     mask: Expression,
     seqlen: int | None,
     view: str | None,
-    ranks: int | None,
-    device: str | None,
+    world: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> Scene:
     if seqlen is None:
         raise ValueError("seqlen=None: a mask alone has no length; say how many tokens, as show(mask, 4096)")
-    planned = [name for name in settings if name not in LENGTHS]
-    planned += [name for name, value in (("ranks", ranks), ("device", device)) if value is not None]
+    planned = [f"{name}={shown(value)}" for name, value in settings.items() if name not in LENGTHS]
+    planned += [f"{name}={shown(value)}" for name, value in world.items() if value is not None]
     if view == "mask" and planned:
         raise ValueError(f"view='mask' with {', '.join(planned)}: shows no ranks; leave it out, or take view='layout'")
+    if view == "layouts" and "layout" in settings:
+        raise ValueError(f"view='layouts' with layout={shown(settings['layout'])}: shows all of them; leave one out")
     if view == "mask" or (view is None and not planned):
         seqlen = integer("seqlen", seqlen, 1)
         kv_seqlen = settings.get("kv_seqlen")
         bound = mask.bind(seqlen, seqlen if kv_seqlen is None else kv_seqlen, settings.get("q_offset", 0))
         return masks.picture(bound)
-    device = checked_device(DEVICE if device is None else device)
-    rank = PlanningRank(0, integer("ranks", RANKS if ranks is None else ranks, 1), device=device)
+    device = checked_device(DEVICE if world["device"] is None else world["device"])
+    ranks = integer("ranks", RANKS if world["ranks"] is None else world["ranks"], 1)
+    if world["ranks_per_node"] is not None:
+        settings = {
+            **settings,
+            "options": _with_nodes(settings.get("options", Options()), ranks, world["ranks_per_node"], device),
+        }
+    rank = PlanningRank(0, ranks, device=device)
     return of_context(ContextParallel(rank, seqlen, mask=mask, **settings), view or "layout")
+
+
+def _with_nodes(options: Options, ranks: int, ranks_per_node: int, device: str) -> Options:
+    """The options, with the links that the device has, between nodes of so many ranks."""
+    size = integer("ranks_per_node", ranks_per_node, 1)
+    if size < ranks and ranks % size:
+        raise ValueError(
+            f"ranks_per_node={size}: {ranks} ranks are not whole nodes of {size}; give one that divides them"
+        )
+    if options.topology is not None:
+        raise ValueError(f"ranks_per_node={size} beside Options.topology, which says it too: leave one out")
+    return replace(options, topology=replace(hardware(device).topology, ranks_per_node=size))
 
 
 def _of_plan(made: Plan, view: str | None) -> Scene:
@@ -119,18 +143,24 @@ def of_context(cp: ContextParallel, view: str | None = None) -> Scene:
     if view in (None, "mask"):
         return _of_plan(made, view)
     if view == "layouts":
-        flat = terms.topology.flat(made.world_size)
-        names = tuple(known.name for known in SCHEDULES if not (known.by_nodes and flat))
-        problem = Problem((made.mask,), made.world_size, terms, names)
-        return layouts.picture(problem, layouts.candidates(problem), _notes(cp))
+        auto = _auto(cp)
+        return layouts.picture(auto.problem, layouts.candidates(auto.problem), auto, _notes(cp))
     program = cp.program(cp.masks[0])
     notes = (*_notes(cp), f"layout {made.q_layout.name}, schedule {program.schedule}, its cut {program.cut}")
     loops = _loops(cp) if made.world_size <= PROGRAMS else ()
     if view == "schedule":
         found = meetings(made, program.schedule, program.cut)
-        return schedule.picture(made, program.schedule, terms.shape, found, loops, notes)
+        return schedule.picture(made, program.schedule, terms, found, loops, notes)
     times = spent(made, by_name(program.schedule), program.cut, terms)
     return work.picture(made, times, terms.shape, loops, notes)
+
+
+def _auto(cp: ContextParallel) -> Candidate:
+    """What a context with its first mask alone, and without a layout, would take."""
+    settings, taken = cp.binding.settings, cp.binding.choice.taken
+    if settings.layout == "auto" and len(settings.masks) == 1:
+        return taken
+    return choose(replace(taken.problem, masks=(cp.plan.mask,)), "auto").taken
 
 
 def _loops(cp: ContextParallel) -> tuple[Pass, ...]:

@@ -170,7 +170,8 @@ def _swap(swap: heads.HeadSwap, kind: Kind, own: Sequence[int], link: Messages) 
 
 def flash_scratch(cp: ContextParallel, kind: Kind) -> Scratch:
     """What FlashAttention's kernels take: a call's own out and lse forward, where results are merged; backward dq in
-    fp32, two numbers a row, and dq, dk and dv of a call in the dtype of the inputs (its `flash_bwd` allocates them)."""
+    fp32, two numbers a row, and dq, dk and dv of a call in the dtype of the inputs (its `flash_bwd` allocates them);
+    where query heads share KV heads, dk and dv in fp32 too (FlashAttention-3 and 4)."""
     rows = named("local tokens of the team", max(int(x) for x in cp.binding.computed.q.sizes))
     split = named("ranks of the head axis x chunks of heads", cp.ulysses * cp.binding.settings.options.head_chunks)
     batch, heads_, kv = (named(n, x) for n, x in zip(NAMES, kind[:3], strict=True))
@@ -185,7 +186,10 @@ def flash_scratch(cp: ContextParallel, kind: Kind) -> Scratch:
         Tensor(SCRATCH, "a call's dq", query * size),
         Tensor(SCRATCH, "a call's dk and dv", 2 * key * size),
     )
-    return Scratch(ahead, back)
+    computed = _seats(cp, kind)[0].computed(kind)
+    if computed.num_heads == computed.num_kv_heads:
+        return Scratch(ahead, back)
+    return Scratch(ahead, (*back, Tensor(SCRATCH, "dk and dv in fp32", 2 * key * wide)))
 
 
 # -- PyTorch's operators on a CPU -----------------------------------------------------------------

@@ -303,35 +303,53 @@ class LayerCode:
         tape.run("gate x value", (silu, value), (product,), keeps=(silu, value))
         return self.linear(tape, product, tokens, inner, self.width, "down", RESIDUAL, bias=mlp.bias)
 
+    def _routed(self, tape: Tape, normed: Tensor, tokens: Amount, rows: Amount) -> tuple[Tensor, Tensor]:
+        """The router: each row's share, and the rows' order by expert."""
+        n, experts, index = self.numerics, named("experts", self.layer.mlp.experts), named("bytes of an index", 8)
+        weight = Tensor(WEIGHTS, "router", experts * self.width * n.weight)
+        logits = Tensor(INNER, "router's logits", tokens * experts * n.compute)
+        tape.run("router", (normed,), (logits,), keeps=(normed,), weights=(weight,))
+        odds = Tensor(INNER, "router's probabilities", tokens * experts * n.wide)
+        tape.run("router's softmax", (logits,), (odds,), keeps=(odds,))
+        shares, chosen, order = (
+            Tensor(INNER, "shares of experts", rows * n.wide),
+            Tensor(INNER, "chosen experts", rows * index, grad=None),
+            Tensor(INNER, "order by expert", rows * index, grad=None),
+        )
+        tape.run("choice of experts", (odds,), (shares, chosen, order), keeps=(chosen, shares))
+        return shares, order
+
     def _experts(self, tape: Tape, normed: Tensor, tokens: Amount) -> Tensor:
-        """Tokens copied for each expert that computes them, grouped products, and a weighted sum, as Transformers'
-        grouped implementation does; the experts' parameters make one gradient each."""
+        """Rows of tokens for each expert that computes them, grouped products, and a weighted sum, as Transformers'
+        `grouped_mm_experts_forward` does; the experts' parameters make one gradient each."""
         n, mlp = self.numerics, self.layer.mlp
         rows, inner = tokens * named("active experts", mlp.active), named("expert's inner width", mlp.inner)
-        experts = named("experts", mlp.experts)
-        router = Tensor(INNER, "router's logits", tokens * experts * n.wide)
-        tape.run(
-            "router",
-            (normed,),
-            (router,),
-            keeps=(normed, router),
-            weights=(Tensor(WEIGHTS, "router", experts * self.width * n.weight),),
-        )
-        sorted_ = Tensor(INNER, "tokens by expert", rows * self.width * n.compute)
-        tape.run("sort by expert", (normed,), (sorted_,))
+        experts, size = named("experts", mlp.experts), rows * self.width * n.compute
+        shares, order = self._routed(tape, normed, tokens, rows)
+        sorted_ = Tensor(INNER, "tokens by expert", size)
+        tape.run("sort by expert", (normed,), (sorted_,), keeps=(order,))
         both = Tensor(INNER, "gate and up of experts", rows * (2 * inner) * n.compute)
         of_up = Tensor(WEIGHTS, "experts' gate and up", experts * self.width * (2 * inner) * n.weight)
         tape.run("experts' up", (sorted_,), (both,), keeps=(sorted_,), weights=(of_up,))
+        gate, up = (
+            Tensor(INNER, f"{name} of experts", NOTHING, both, rows * inner * n.compute) for name in ("gate", "up")
+        )
+        tape.run("chunk", (both,), (gate, up))
         gated, silu = (
             Tensor(INNER, name, rows * inner * n.compute) for name in ("gated of experts", "silu of experts")
         )
-        tape.run("silu", (both,), (silu,), keeps=(both,))
-        tape.run("gate x value", (silu, both), (gated,), keeps=(silu, both))
-        down = Tensor(INNER, "results of experts", rows * self.width * n.compute)
+        tape.run("silu", (gate,), (silu,), keeps=(gate,))
+        tape.run("gate x value", (silu, up), (gated,), keeps=(silu, up))
+        down = Tensor(INNER, "results of experts", size)
         of_down = Tensor(WEIGHTS, "experts' down", experts * inner * self.width * n.weight)
         tape.run("experts' down", (gated,), (down,), keeps=(gated,), weights=(of_down,))
+        weighted, back = Tensor(INNER, "results times shares", size), Tensor(INNER, "in the tokens' order", size)
+        product = Tensor(SCRATCH, "results times their gradient", size)  # of which the shares' gradient is the sum
+        tape.run("shares", (down, shares), (weighted,), keeps=(down, shares), backward_scratch=(product,))
+        again = Tensor(INNER, "order back", order.size, grad=None)
+        tape.run("order of tokens", (weighted,), (back, again), keeps=(again,))
         result = Tensor(RESIDUAL, "sum over experts", tokens * self.width * n.compute)
-        tape.run("weighted sum", (down,), (result,), keeps=(down,))
+        tape.run("sum over experts", (back,), (result,), passes=True)  # whose gradient is a view
         if not mlp.shared_inner:
             return result
         shared = self._mlp(tape, normed, tokens, mlp.shared_inner, "shared inner width")

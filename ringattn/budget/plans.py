@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -13,7 +13,7 @@ import numpy as np
 from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
 from ringattn.budget.attention import Attention, kind_of, received, scratch_of
-from ringattn.budget.layers import Numerics
+from ringattn.budget.layers import LayerCode, Numerics, Scratch
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
 from ringattn.budget.positions import reach
@@ -162,6 +162,11 @@ class Plan:
                 return (self._least(together),)
         return ()
 
+    def computed_by(self, layer: Callable[..., LayerCode]) -> Plan:
+        """The same run with another library's layers, which say themselves what their attention takes."""
+        placed = replace(self.placed, attention=Attention((), Scratch()), layer=layer)
+        return replace(self, step=_step(self.setup, placed), placed=placed)
+
     def _least(self, together: dict[str, Any]) -> Change:
         """Without those that it does without, the dearest first."""
         for name in reversed(list(together)):
@@ -262,7 +267,7 @@ def planned(setup: Setup) -> Plan:
 class Placed:
     """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
     of a layer of each mask the seconds of its calls by the shared cost function, and the bytes that this rank receives
-    in a call forward and in its backward."""
+    in a call forward and in its backward; whose layers they are."""
 
     attention: Attention
     tokens: int
@@ -270,6 +275,7 @@ class Placed:
     schedule: str
     seconds: tuple[float, ...]
     received: tuple[tuple[int, int], ...]
+    layer: Callable[..., LayerCode] = LayerCode
 
     def transient(self) -> Placed:
         """With buffers that are there only while a call runs."""
@@ -333,6 +339,7 @@ def _step(setup: Setup, placed: Placed) -> Step:
         persistent=tuple((x, 1) for x in _persistent(setup, shard)),
         around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
         gathering=gathering, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
+        layer=placed.layer,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ the layers once, and looking into each (`Tape`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -44,7 +44,8 @@ class Step:
     holds from its beginning to its end. ``gathering``: how parameters that lie in parts are brought together; ``zero``:
     that, and how gradients are summed, as DeepSpeed does (stage, ranks, numbers of its bucket).
     ``generators``: whether states of random generators lie with the rest, as on a CPU. ``grown``: what the first
-    backward leaves in the kernel's caches. ``updating``: what the optimizer takes in its step."""
+    backward leaves in the kernel's caches. ``updating``: what the optimizer takes in its step. ``layer``: whose layers
+    these are."""
 
     model: ModelShape
     code: str
@@ -60,6 +61,7 @@ class Step:
     grown: Alive = ()
     accumulates: bool = False
     updating: Alive = ()
+    layer: Callable[..., LayerCode] = LayerCode
 
     def accumulating(self) -> Step:
         """The same for the later of several micro-batches: the gradients of those before lie there all the time."""
@@ -89,7 +91,7 @@ class Step:
         return named("width", self.model.width)
 
     def layer_code(self, shape: LayerShape) -> LayerCode:
-        return LayerCode(self.code, shape, self.width, self.numerics, self.scratch)
+        return self.layer(self.code, shape, self.width, self.numerics, self.scratch)
 
     # -- what a layer keeps -------------------------------------------------------------------
 

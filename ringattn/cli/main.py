@@ -135,6 +135,9 @@ def show_command(
     kv_seqlen: Annotated[str | None, typer.Option(help="keys, where they are another sequence")] = None,
     q_offset: Annotated[str | None, typer.Option(help="position of the first query")] = None,
     device: Annotated[str | None, typer.Option(help="for seconds: a GPU's name, or cpu; default NVIDIA H100")] = None,
+    ranks_per_node: Annotated[
+        str | None, typer.Option(help="that share a node; default: as many as the device's")
+    ] = None,
 ) -> None:
     """Draw a mask and what is planned for it, as text or, with --out, as a file.
 
@@ -148,7 +151,7 @@ def show_command(
     """
     given = dict(
         seqlen=seqlen, ranks=ranks, layout=layout, kv_layout=kv_layout, schedule=schedule, ulysses=ulysses,
-        kv_seqlen=kv_seqlen, q_offset=q_offset, device=device,
+        kv_seqlen=kv_seqlen, q_offset=q_offset, device=device, ranks_per_node=ranks_per_node,
     )  # fmt: skip
     try:
         made = picture(mask, out, view, given, heads)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ringattn.geometry.spans import Ints
 from ringattn.pictures import numbers
 from ringattn.pictures.colours import Colours, of_shares
-from ringattn.pictures.scene import Axis, Cells, Layer, Level, Panel, Rect, said
+from ringattn.pictures.scene import Axis, Cells, Entry, Layer, Level, Panel, Rect, said
 
 BARS = 128  # of a panel
 SIDE = 128  # cells of a matrix's side
@@ -57,7 +57,7 @@ def bars(
         (*marks, *levels),
         width,
         190,
-        tuple((one.colour, one.name) for one in series),
+        tuple(Entry(one.colour, one.name) for one in series),
         lines=tuple(_in_letters(total, series, unit, levels)),
         together=many,
     )
@@ -85,10 +85,10 @@ def _in_letters(total: NDArray[Any], series: Sequence[Series], unit: str, levels
 def matrix(
     title: str, rows: str, cols: str, layers: Sequence[Layer], tint: Colours | None = None,
     units: tuple[str, str] = ("rank", "rank"), size: tuple[int, int] = (300, 300),
-    legend: Sequence[tuple[str, str]] = (), lines: Sequence[str] = (),
+    legend: Sequence[Entry] = (), legend_title: str = "", lines: Sequence[str] = (),
 ) -> Panel:  # fmt: skip
     """A number of each pair, as dark as it is large beside the largest; or a colour ``tint [h, w, 3]``, white where
-    the first layer has nothing. Of many, cells are the sum of neighbours (colours those of one of them)."""
+    the first layer has nothing. Of many, cells are the sum of neighbours (colours that of the largest of them)."""
     first = layers[0].values
     steps = tuple(_together(count, SIDE) for count in first.shape)
     kept = [one for one in layers if one.unit != "turn" or steps == (1, 1)]  # turns do not add up
@@ -99,7 +99,7 @@ def matrix(
     share = shown / (shown.max(initial=0) or 1)
     colours = of_shares(share)
     if tint is not None:
-        colours = np.where((shown > 0)[..., None], tint[:: steps[0], :: steps[1]], 255).astype(np.uint8)
+        colours = np.where((shown > 0)[..., None], tint[_largest(first, steps)], 255).astype(np.uint8)
     words = [_names(name, edge) for name, edge in zip((rows, cols), at, strict=True)]
     many = "" if steps == (1, 1) else f"a cell sums {steps[0]:,} x {steps[1]:,}"
     return Panel(
@@ -109,6 +109,7 @@ def matrix(
         (Cells(at[0], at[1], share, colours, words[0], words[1], summed),),
         *size,
         tuple(legend),
+        legend_title if legend else "",
         lines=tuple(lines),
         together=many,
     )
@@ -132,6 +133,16 @@ def _summed(values: NDArray[Any], steps: tuple[int, ...]) -> NDArray[Any]:
             at = np.arange(0, values.shape[axis], step)
             values = np.add.reduceat(values, at, axis)
     return values
+
+
+def _largest(values: NDArray[Any], steps: tuple[int, ...]) -> tuple[Ints, Ints]:
+    """Where the largest of each block of neighbours is: its row and its column."""
+    height, width = (-(-count // step) for count, step in zip(values.shape, steps, strict=True))
+    room = np.zeros((height * steps[0], width * steps[1]), values.dtype)
+    room[: values.shape[0], : values.shape[1]] = values
+    blocks = room.reshape(height, steps[0], width, steps[1]).swapaxes(1, 2).reshape(height, width, -1)
+    row, col = np.divmod(blocks.argmax(2), steps[1])
+    return np.arange(height)[:, None] * steps[0] + row, np.arange(width) * steps[1] + col
 
 
 def _together(count: int, most: int) -> int:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from ringattn.pictures import numbers
 from ringattn.pictures.colours import GRID, INK, PAPER, QUIET, Colours, readable_on
 from ringattn.pictures.owners import Owners
-from ringattn.pictures.scene import Arrow, Axis, Cells, Field, Level, Panel, Rect, Scene
+from ringattn.pictures.scene import Arrow, Axis, Border, Cells, Entry, Field, Mark, Panel, Rect, Scene
 
 MARGIN, STRIP, TITLE, BELOW, BESIDE = 20, 14, 34, 46, 74
 HEADING, SMALL, TEXT = 17, 10.5, 12
 WIDTH_OF_LETTER, WIDTH_OF_TITLE = 0.58, 0.66  # of their height, on average
+ASIDE = 30  # of a legend: as far as the last tick reaches
+LINES = 3  # of a heading; a longer one is written small, and whole
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,22 @@ Shape = Box | Words | Image | Line
 @dataclass(frozen=True)
 class Plot:
     """The inside of a panel's axes at a place of the sheet: ``inside`` counts from its upper left corner. ``strips``:
-    owners of rows and of columns, beside it and above it, which count from theirs. ``ticks`` count on the sheet."""
+    owners of rows and of columns, beside it and above it, which count from theirs. ``name`` and ``ticks`` count on the
+    sheet; ``room``: how wide the name may be."""
 
     panel: Panel
     x: float
     y: float
+    name: Words
+    room: float
     inside: list[Shape] = field(default_factory=list)
     ticks: list[Shape] = field(default_factory=list)
     strips: tuple[Image, Image] | None = None
+
+    @property
+    def frame(self) -> tuple[str, float]:
+        """Colour and width of the line around it: a heavy one of what is taken."""
+        return (INK, 3.0) if self.panel.taken else (QUIET, 1.0)
 
 
 @dataclass
@@ -96,9 +106,11 @@ def lay_out(scene: Scene) -> Sheet:
     sheet.width = max(2 * MARGIN + wide, 560)
     letters = int((sheet.width - 2 * MARGIN) / (TEXT * WIDTH_OF_LETTER * 0.9))
     y: float = MARGIN + HEADING
-    for text in textwrap.wrap(scene.title, int((sheet.width - 2 * MARGIN) / (HEADING * WIDTH_OF_TITLE))) or [""]:
-        sheet.shapes.append(Words(MARGIN, y, text, HEADING, bold=True))
-        y += 22
+    heading = textwrap.wrap(scene.title, int((sheet.width - 2 * MARGIN) / (HEADING * WIDTH_OF_TITLE))) or [""]
+    size = HEADING if len(heading) <= LINES else SMALL
+    for text in heading if size == HEADING else textwrap.wrap(scene.title, int(letters * TEXT / SMALL)):
+        sheet.shapes.append(Words(MARGIN, y, text, size, bold=size == HEADING))
+        y += size + 5
     for note in scene.notes:
         for text in textwrap.wrap(note, letters):
             sheet.shapes.append(Words(MARGIN, y, text, TEXT, QUIET))
@@ -118,7 +130,7 @@ def _outer(panel: Panel) -> tuple[float, float]:
     """Width and height of a panel with all around it."""
     strip = STRIP if _owners(panel) else 0
     legend = _legend_width(panel)
-    height = max(panel.height, 16 * len(panel.legend) + 18 * bool(panel.legend_title))
+    height = max(panel.height, 16 * len(panel.legend) + 14 * len(_legend_title(panel)))
     title = len(_title(panel)) * 13 * WIDTH_OF_TITLE - strip
     return BESIDE + strip + max(panel.width + legend, title) + 22, TITLE + strip + height + BELOW
 
@@ -133,8 +145,15 @@ def _title(panel: Panel) -> str:
 def _legend_width(panel: Panel) -> float:
     if not panel.legend:
         return 0
-    names = [*(name for _, name in panel.legend), panel.legend_title]
-    return 34 + max(len(name) for name in names) * SMALL * WIDTH_OF_LETTER
+    letters = max(
+        *(len(one.name) + 2 * (one.kind != "box") for one in panel.legend), *map(len, _legend_title(panel)), 0
+    )
+    return ASIDE + 18 + letters * SMALL * WIDTH_OF_LETTER
+
+
+def _legend_title(panel: Panel) -> list[str]:
+    """In lines."""
+    return textwrap.wrap(panel.legend_title, 22)
 
 
 def _owners(panel: Panel) -> tuple[Owners, Owners] | None:
@@ -148,16 +167,18 @@ def _owners(panel: Panel) -> tuple[Owners, Owners] | None:
 def _place(sheet: Sheet, panel: Panel, x: float, y: float) -> None:
     strip = STRIP if _owners(panel) else 0
     left, top = x + BESIDE + strip, y + TITLE + strip
-    sheet.shapes.append(Words(left - strip, y + 20, _title(panel), 13, bold=True))
-    plot = Plot(panel, left, top, strips=_strips(panel))
+    name = Words(left - strip, y + 20, _title(panel), 13, bold=True)
+    plot = Plot(panel, left, top, name, _outer(panel)[0] - BESIDE, strips=_strips(panel))
     sheet.plots.append(plot)
     plot.ticks.extend(_ticks(panel, left, top, strip))
     for mark in panel.marks:
         plot.inside.extend(_drawn(mark, panel))
     middle = left + panel.width / 2
     sheet.shapes.append(Words(middle, top + panel.height + 36, panel.x.label, TEXT, QUIET, "middle"))
-    sheet.shapes.append(Words(x + 13, top + panel.height / 2, panel.y.label, TEXT, QUIET, "middle", turned=True))
-    sheet.shapes.extend(_legend(panel, left + panel.width + 16, top))
+    ticks = max((len(tick.text) for tick in plot.ticks if isinstance(tick, Words) and tick.anchor == "end"), default=0)
+    beside = max(left - strip - 20 - ticks * SMALL * WIDTH_OF_LETTER, x + 13)
+    sheet.shapes.append(Words(beside, top + panel.height / 2, panel.y.label, TEXT, QUIET, "middle", turned=True))
+    sheet.shapes.extend(_legend(panel, left + panel.width + ASIDE, top))
 
 
 def _strips(panel: Panel) -> tuple[Image, Image] | None:
@@ -172,13 +193,22 @@ def _strips(panel: Panel) -> tuple[Image, Image] | None:
 
 
 def _legend(panel: Panel, x: float, y: float) -> Iterator[Shape]:
-    if panel.legend_title:
-        yield Words(x, y + 9, panel.legend_title, SMALL, QUIET)
-        y += 18
-    for colour, name in panel.legend:
-        yield Box(x, y, 11, 11, colour, GRID)
-        yield Words(x + 17, y + 9.5, name, SMALL)
+    for line in _legend_title(panel):
+        yield Words(x, y + 9, line, SMALL, QUIET)
+        y += 14
+    y += 4 * bool(panel.legend_title)
+    for entry in panel.legend:
+        yield from _entry(entry, x, y)
         y += 16
+
+
+def _entry(entry: Entry, x: float, y: float) -> Iterator[Shape]:
+    if entry.kind == "box":
+        yield Box(x, y, 11, 11, entry.colour, GRID)
+        yield Words(x + 17, y + 9.5, entry.name, SMALL)
+    else:
+        yield Line(x, y + 5.5, x + 24, y + 5.5, entry.colour, 2, True, dashed=entry.kind == "dashed")
+        yield Words(x + 30, y + 9.5, entry.name, SMALL)
 
 
 def place(axis: Axis, value: float, size: float) -> float:
@@ -210,7 +240,7 @@ def _most(axis: Axis, size: float) -> int:
     return 6 if size > 250 else 4
 
 
-def _drawn(mark: Cells | Field | Rect | Arrow | Level, panel: Panel) -> Iterator[Shape]:
+def _drawn(mark: Mark, panel: Panel) -> Iterator[Shape]:
     def x(value: float) -> float:
         return place(panel.x, value, panel.width)
 
@@ -230,7 +260,13 @@ def _drawn(mark: Cells | Field | Rect | Arrow | Level, panel: Panel) -> Iterator
             colour = readable_on(mark.fill)
             yield Words((left + right) / 2, (top + low) / 2 + 3.5, mark.label, SMALL, colour, "middle")
     elif isinstance(mark, Arrow):
-        yield Line(x(mark.x0), y(mark.y0), x(mark.x1), y(mark.y1), mark.colour, mark.width, True, note=mark.note)
+        from_, to = (x(mark.x0), y(mark.y0)), (x(mark.x1), y(mark.y1))
+        yield Line(*from_, *to, mark.colour, mark.width, True, mark.dashed, mark.note)
+    elif isinstance(mark, Border):
+        if mark.across:
+            yield Line(0, y(mark.at), panel.width, y(mark.at), QUIET)
+        else:
+            yield Line(x(mark.at), 0, x(mark.at), panel.height, QUIET)
     else:
         yield Line(0, y(mark.y), panel.width, y(mark.y), INK, 1, dashed=True, note=mark.name)
         yield Words(panel.width - 4, 13, f"- - {mark.name}", SMALL, INK, "end")  # above all bars

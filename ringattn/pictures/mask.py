@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from ringattn.geometry.layouts import Layout
+from ringattn.geometry.mask_words import words_of
 from ringattn.geometry.masks import BoundMask, Expression
 from ringattn.geometry.regular import areas, regular
 from ringattn.geometry.rules import block_window, dilated, documents, global_positions, random_blocks
 from ringattn.pictures import numbers
 from ringattn.pictures.colours import of_ranks, of_shares, written
-from ringattn.pictures.scene import Axis, Field, Panel, Scene
+from ringattn.pictures.scene import Axis, Entry, Field, Panel, Scene
 
 SHORTEST, LONGEST, TIMES = 256, 1 << 20, 16  # tokens of a picture of a mask without a length; of its largest window
 SHARES = (0.0, 0.01, 0.1, 0.5, 1.0)
@@ -22,7 +23,9 @@ SWATCHES = 9  # of ranks in a legend
 
 def picture(bound: BoundMask) -> Scene:
     """The mask alone."""
-    return Scene(f"mask {bound.mask}", sizes(bound), ((_panel(bound, None, "share of the pairs that attend"),),))
+    return Scene(
+        f"mask {words_of(bound.mask)}", sizes(bound), ((_panel(bound, None, "share of the pairs that attend"),),)
+    )
 
 
 def over_layout(bound: BoundMask, q_layout: Layout, k_layout: Layout) -> Scene:
@@ -30,7 +33,7 @@ def over_layout(bound: BoundMask, q_layout: Layout, k_layout: Layout) -> Scene:
     keys = "" if k_layout.name == q_layout.name else f", keys {k_layout.name}"
     notes = (*sizes(bound), f"layout {q_layout.name}{keys} over {q_layout.world_size:,} ranks; {_held(q_layout)}")
     panel = _panel(bound, (q_layout, k_layout), "pairs by the rank that holds the query")
-    return Scene(f"layout of {bound.mask}", notes, ((panel,),))
+    return Scene(f"layout of {words_of(bound.mask)}", notes, ((panel,),))
 
 
 def of_its_own(mask: Expression) -> Scene:
@@ -104,24 +107,24 @@ def side(bound: BoundMask, size: int) -> tuple[int, int]:
     return max(size * bound.kv_len // longest, size // 4), max(size * bound.q_len // longest, size // 4)
 
 
-def ranks_legend(count: int) -> tuple[tuple[str, str], ...]:
+def ranks_legend(count: int, most: int = SWATCHES) -> tuple[Entry, ...]:
     """Colours of the ranks, of many only some."""
-    chosen = np.unique(np.linspace(0, count - 1, min(count, SWATCHES)).astype(int))
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
     found = of_ranks(count)
-    return tuple((written(found[rank]), f"rank {rank:,}") for rank in chosen.tolist())
+    return tuple(Entry(written(found[rank]), f"rank {rank:,}") for rank in chosen.tolist())
 
 
-def shares_legend() -> tuple[tuple[str, str], ...]:
+def shares_legend() -> tuple[Entry, ...]:
     """Colours of some shares."""
     found = of_shares(np.array(SHARES))
-    return tuple((written(colour), f"{share:.0%}") for colour, share in zip(found, SHARES, strict=True))
+    return tuple(Entry(written(colour), f"{share:.0%}") for colour, share in zip(found, SHARES, strict=True))
 
 
 def _panel(bound: BoundMask, layouts: tuple[Layout, Layout] | None, title: str) -> Panel:
     field = field_of(bound, layouts)
     width, height = side(bound, 512)
     legend = shares_legend() if layouts is None else ranks_legend(layouts[0].world_size)
-    head = "attend" if layouts is None else "stronger: more attend"
+    head = "attend" if layouts is None else "stronger: more attend; at the edges: who holds it"
     return Panel(
         title,
         Axis("key position", *field.keys, "tokens"),

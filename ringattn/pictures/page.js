@@ -243,6 +243,7 @@ function ofPixel(panel, px, py) { // sheet pixels inside a plot to the units of 
 }
 
 function setView(panel, view) {
+  if (panel.y.unit === "names") return; // there is no more to see
   const whole = [panel.x.start, panel.x.stop, panel.y.start, panel.y.stop];
   const least = [panel.x, panel.y].map((axis) => (axis.unit === "tokens" ? Math.min(8, axis.stop - axis.start) : (axis.stop - axis.start) / 1e4));
   for (const [at, small] of [[0, least[0]], [2, least[1]]]) {
@@ -259,6 +260,31 @@ function setView(panel, view) {
   for (const part of [panel.plot, panel.rows, panel.cols]) if (part) part.querySelectorAll(".fine").forEach((e) => e.remove());
   panel.fine = null;
   if (magnified) { drawTicks(panel); if (panel.field) recount(panel); } else panel.ticks.innerHTML = panel.first;
+  nameView(panel, magnified);
+}
+
+function range(axis, from, to, words = 9) { // a view's part of an axis, with some words of its name
+  const whole = ["tokens", "rank", "turn"].includes(axis.unit), last = Math.max(Math.ceil(to) - 1, Math.floor(from));
+  const [a, b] = whole ? [exact(Math.floor(from)), exact(last)] : [written(from, axis.unit), written(to, axis.unit)];
+  return `${axis.label.split(" ").slice(0, words).join(" ")} ${a === b ? a : `${a} to ${b}`}`.trim();
+}
+
+function scale(panel) { // what a cell of tokens stands for
+  if (!panel.cells || !panel.cells.tokens) return "";
+  const { rows, cols } = panel.fine || panel.cells;
+  const [high, wide] = [rows, cols].map((at) => Math.max(...at.slice(1).map((edge, i) => edge - at[i])));
+  return high * wide > 1 ? `; a cell is ${exact(high)} x ${exact(wide)} tokens` : "; a cell is one pair";
+}
+
+function nameView(panel, magnified) { // what of the panel is seen, above it and in the title of the page
+  const [x0, x1, y0, y1] = panel.view, seen = (words) => `${range(panel.y, y0, y1, words)}, ${range(panel.x, x0, x1, words)}`;
+  const said = [`${panel.title}: ${seen()}${scale(panel)}`, seen() + scale(panel), seen(), seen(1)];
+  const fits = (text) => { panel.name.textContent = text; return panel.name.getComputedTextLength() <= panel.room; };
+  panel.name.setAttribute("font-size", panel.nameSize);
+  if (!magnified) panel.name.textContent = panel.firstName;
+  else if (!said.some(fits)) panel.name.setAttribute("font-size", Math.max((panel.nameSize * panel.room) / panel.name.getComputedTextLength(), 6));
+  panel.seen = magnified ? `${panel.title}: ${seen()}` : "";
+  document.title = [firstTitle, ...panels.map((p) => p.seen).filter(Boolean)].join("; ");
 }
 
 function drawTicks(panel) {
@@ -308,7 +334,7 @@ function noteOf(element) {
 
 // -- the page comes alive
 
-const sheet = document.querySelector("svg");
+const sheet = document.querySelector("svg"), firstTitle = document.title;
 
 function onSheet(event) {
   const box = sheet.getBoundingClientRect();
@@ -327,6 +353,9 @@ panels.forEach((panel, number) => {
     if (panel[part] && part !== "ticks") panel[part].size = [panel[part].viewBox.baseVal.width, panel[part].viewBox.baseVal.height];
   }
   panel.first = panel.ticks.innerHTML;
+  panel.name = group.querySelector(".name text");
+  panel.firstName = panel.name.textContent;
+  panel.nameSize = Number(panel.name.getAttribute("font-size"));
   panel.view = [panel.x.start, panel.x.stop, panel.y.start, panel.y.stop];
   if (panel.field) withCounts(panel.field.sets);
   const frame = group.querySelector(".frame");

@@ -14,8 +14,8 @@ from ringattn.geometry.bands import HI, K0, KN, KS, KSET, LO, Q0, QN, QS, QSET
 from ringattn.geometry.layouts import Layout
 from ringattn.geometry.spans import INF
 from ringattn.pictures import colours
-from ringattn.pictures.drawing import lay_out
-from ringattn.pictures.scene import Axis, Cells, Field, Panel, Scene
+from ringattn.pictures.drawing import Plot, lay_out
+from ringattn.pictures.scene import Axis, Cells, Field, Scene
 from ringattn.pictures.svg import of_sheet
 
 BANDS, MEMBERS = 20_000, 200_000  # of a mask that the page counts anew where it is magnified
@@ -27,7 +27,7 @@ def page(scene: Scene) -> str:
     """The whole text of the file. ``#at=PANEL,X,Y`` behind its address shows what is said there, of a panel counted
     from 0 at a place in the units of its axes; ``#view=PANEL,X0,X1,Y0,Y1`` magnifies."""
     sheet = lay_out(scene)
-    data = json.dumps([_panel(plot.panel, plot.x, plot.y) for plot in sheet.plots], separators=(",", ":"))
+    data = json.dumps([_panel(plot) for plot in sheet.plots], separators=(",", ":"))
     code = files("ringattn.pictures").joinpath("page.js").read_text()
     style = files("ringattn.pictures").joinpath("page.css").read_text()
     safe = data.replace("</", "<\\/")
@@ -39,10 +39,11 @@ def page(scene: Scene) -> str:
     )
 
 
-def _panel(panel: Panel, x: float, y: float) -> dict[str, Any]:
-    grid = panel.grid
+def _panel(plot: Plot) -> dict[str, Any]:
+    panel, grid = plot.panel, plot.panel.grid
     told: dict[str, Any] = {
-        "box": [x, y, panel.width, panel.height], "x": _axis(panel.x), "y": _axis(panel.y),
+        "box": [plot.x, plot.y, panel.width, panel.height], "x": _axis(panel.x), "y": _axis(panel.y),
+        "title": panel.title, "room": plot.room,
     }  # fmt: skip
     if grid is not None:
         told["cells"] = _cells(grid.drawn if isinstance(grid, Field) else grid)
@@ -53,7 +54,7 @@ def _panel(panel: Panel, x: float, y: float) -> dict[str, Any]:
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    return {"start": axis.start, "stop": axis.stop, "unit": axis.unit, "down": axis.down}
+    return {"label": axis.label, "start": axis.start, "stop": axis.stop, "unit": axis.unit, "down": axis.down}
 
 
 def _cells(cells: Cells) -> dict[str, Any]:

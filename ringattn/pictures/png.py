@@ -5,8 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from typing import Any
 
-from ringattn.pictures.colours import QUIET
-from ringattn.pictures.drawing import STRIP, Box, Image, Shape, Words, lay_out
+from ringattn.pictures.drawing import STRIP, Box, Image, Plot, Shape, Words, lay_out
 from ringattn.pictures.scene import Scene
 
 DPI, POINTS = 160, 72 / 100  # a pixel of the sheet is a hundredth of an inch
@@ -33,12 +32,13 @@ def png(scene: Scene) -> bytes:
     for shape in sheet.shapes:
         _draw(axes, shape, 0, 0)
     for plot in sheet.plots:
+        _draw(axes, plot.name, 0, 0)
         for shape in plot.inside:
             _draw(axes, shape, plot.x, plot.y)
         if plot.strips is not None:
             _draw(axes, plot.strips[0], plot.x - STRIP, plot.y)
             _draw(axes, plot.strips[1], plot.x, plot.y - STRIP)
-        _frame(axes, plot.x, plot.y, plot.panel.width, plot.panel.height)
+        _frame(axes, plot)
         for shape in plot.ticks:
             _draw(axes, shape, 0, 0)
     picture = BytesIO()
@@ -72,7 +72,11 @@ def _draw(axes: Any, shape: Shape, x: float, y: float) -> None:
         axes.annotate("", end, start, arrowprops=dict(arrowstyle=kind, **line), annotation_clip=False)
 
 
-def _frame(axes: Any, x: float, y: float, width: float, height: float) -> None:
+def _frame(axes: Any, plot: Plot) -> None:
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=QUIET, linewidth=0.7, zorder=3))
+    (colour, thick), width, height = plot.frame, plot.panel.width, plot.panel.height
+    frame = Rectangle(
+        (plot.x, plot.y), width, height, facecolor="none", edgecolor=colour, linewidth=thick * POINTS, zorder=3
+    )
+    axes.add_patch(frame)

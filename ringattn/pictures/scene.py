@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,7 +125,7 @@ class Rect:
 
 @dataclass(frozen=True)
 class Arrow:
-    """From a place to another, ``width`` in pixels."""
+    """From a place to another, ``width`` in pixels; ``dashed``, where it goes another way."""
 
     x0: float
     y0: float
@@ -134,6 +134,7 @@ class Arrow:
     colour: str
     width: float
     note: str = ""
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,23 @@ class Level:
     name: str
 
 
-Mark = Cells | Field | Rect | Arrow | Level
+@dataclass(frozen=True)
+class Border:
+    """A thin line between rows, or with ``across`` False between columns."""
+
+    at: float
+    across: bool = True
+
+
+Mark = Cells | Field | Rect | Arrow | Level | Border
+
+
+class Entry(NamedTuple):
+    """What a legend says of a colour: of a ``box``, or of an arrow, ``solid`` or ``dashed``."""
+
+    colour: str
+    name: str
+    kind: str = "box"
 
 
 @dataclass(frozen=True)
@@ -158,10 +175,11 @@ class Panel:
     marks: tuple[Mark, ...]
     width: int = 440
     height: int = 440
-    legend: tuple[tuple[str, str], ...] = ()  # colour and name
+    legend: tuple[Entry, ...] = ()
     legend_title: str = ""
     lines: tuple[str, ...] = ()
     together: str = ""  # how many neighbours are drawn as one, if several are
+    taken: bool = False  # of several that are offered, the one that is taken
 
     @property
     def grid(self) -> Cells | Field | None:

@@ -6,10 +6,11 @@ import base64
 import struct
 import zlib
 from html import escape
+from itertools import chain
 
 import numpy as np
 
-from ringattn.pictures.colours import QUIET, Colours
+from ringattn.pictures.colours import Colours
 from ringattn.pictures.drawing import STRIP, Box, Image, Line, Plot, Shape, Sheet, Words, lay_out
 from ringattn.pictures.scene import Scene
 
@@ -37,7 +38,7 @@ def of_sheet(sheet: Sheet, title: str) -> str:
 
 def _arrows(sheet: Sheet) -> set[str]:
     """Colours of arrows."""
-    shapes = (shape for plot in sheet.plots for shape in plot.inside)
+    shapes = chain(sheet.shapes, *(plot.inside for plot in sheet.plots))
     return {shape.colour for shape in shapes if isinstance(shape, Line) and shape.arrow}
 
 
@@ -51,8 +52,9 @@ def _head(colour: str) -> str:
 
 def _plot(number: int, plot: Plot) -> str:
     width, height = plot.panel.width, plot.panel.height
-    frame = f'fill="none" stroke="{QUIET}" stroke-width="1"'
-    parts = [f'<g class="panel" data-panel="{number}">']
+    colour, thick = plot.frame
+    frame = f'fill="none" stroke="{colour}" stroke-width="{thick:g}"'
+    parts = [f'<g class="panel" data-panel="{number}">', f'<g class="name">{_element(plot.name)}</g>']
     if plot.strips is not None:
         rows, cols = plot.strips
         parts.append(_nested("rows", plot.x - STRIP, plot.y, rows.width, rows.height, [rows]))

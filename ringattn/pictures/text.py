@@ -8,10 +8,11 @@ import numpy as np
 
 from ringattn.pictures import numbers
 from ringattn.pictures.owners import Owners
-from ringattn.pictures.scene import Field, Panel, Scene
+from ringattn.pictures.scene import Field, Panel, Scene, said
 
 WIDTH, HEIGHT = 64, 32  # cells of the largest grid; letters are twice as high as they are wide
 SHADES = ((0.0, " "), (0.1, "·"), (0.35, "░"), (0.65, "▒"), (0.999, "▓"), (2.0, "█"))
+LEGEND = "blank none, · to 10 %, ░ to 35 %, ▒ to 65 %, ▓ more, █ all"
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -42,21 +43,30 @@ def _panel(panel: Panel) -> Iterator[str]:
     above = _letters(cells.col_owners)
     if above:
         yield " " * (margin + 3) + "".join(letter * (2 if few else 1) for letter in above)
-    every = max(len(names) // 8, 1)
+    of = cells.row_owners
+    owned = [f"│ {who}" for who in of.words] if of is not None and not strip else [""] * len(names)
     ink = _fitted(cells.ink, tall if not few else HEIGHT, wide)
+    every = max(len(ink) // 8, 1)
     for i, row in enumerate(ink):
-        name = names[i] if i % every == 0 and len(names) == len(ink) else ""
+        at = i * len(names) // len(ink)
+        name, words = (names[at], owned[at]) if i % every == 0 else ("", "")
         side = strip[i] if strip else " "
-        yield f"{name:>{margin}} {side}│" + "".join(_shade(share) * (2 if few else 1) for share in row)
+        yield f"{name:>{margin}} {side}│{''.join(_shade(share) * (2 if few else 1) for share in row)}{words}"
     first, last = (numbers.written(float(cells.cols[at]), panel.x.unit) for at in (0, -1))
     line = "─" * (ink.shape[1] * (2 if few else 1))
     yield f"{'':{margin}}  └{line}"
     yield f"{'':{margin}}   {first}{last:>{max(len(line) - len(first), 1)}}"
-    if not isinstance(grid, Field):
-        return
-    yield f"{cells.scale}; {panel.x.label} across, {panel.y.label} down; shades: share of the pairs that attend" + (
-        "; letters: the rank that holds most of a row or column, * where several hold as much" if strip else ""
-    )
+    yield f"{panel.x.label} across, {panel.y.label} down"
+    if isinstance(grid, Field):
+        yield f"{cells.scale}; shades: share of the pairs that attend; {LEGEND}"
+    else:
+        layer = cells.layers[0]
+        most = said(layer.values.max(initial=0), layer.unit)
+        yield f"shades: {layer.name}, as a part of the most that a cell has ({most}); {LEGEND}"
+    if strip:
+        yield "letters: the rank that holds most of a row or column, * where several hold as much"
+    elif of is not None:
+        yield "at the right: who holds the queries of a row"
 
 
 def _shade(share: float) -> str:
@@ -65,7 +75,7 @@ def _shade(share: float) -> str:
 
 def _letters(of: Owners | None) -> list[str]:
     """A letter for the rank of each stretch; none where ranks are more than letters."""
-    if of is None or max(of.first, default=0) >= len(LETTERS):
+    if of is None or of.tokens[:, 1].max(initial=0) >= len(LETTERS):
         return []
     return [LETTERS[rank] if rank >= 0 else "*" for rank in of.first]
 

@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import ringattn
+from benchmarks import published
 from ringattn.budget import ModelShape, from_config, model, reach
 from ringattn.budget.models import FAMILIES, shipped
 from ringattn.integrations.transformers import beyond_positions
@@ -213,6 +214,13 @@ def test_models_of_published_runs_are_known() -> None:
     assert len(shapes) == len(runs) == 22 and sum(run["figure"] for run in runs) == 11
     assert all(run["sources"] and run["unknown"] and run["settings"]["batch"] == 1 for run in runs)
     assert shapes["oomb-qwen2.5-7b-1"].parameters == 7_615_616_512  # its page at huggingface.co
+
+
+@pytest.mark.slow
+def test_six_published_figures_are_planned_within_15_percent() -> None:
+    found = {row["name"]: row["ratio"] for row in published.published() if row["reproduced"] and row["figure"]}
+    trl = "trl-qwen3-0.6b-1m", "trl-qwen3-8b-1m", "trl-qwen3-30b-a3b-1m", "trl-qwen3-0.6b-4m"
+    assert {*trl, "alst-llama3-8b-8", "upipe-llama3-8b-16"} <= set(found), found
 
 
 def read(named: str | dict[str, object]) -> ModelShape:

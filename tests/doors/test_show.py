@@ -15,6 +15,7 @@ from ringattn.show import VIEWS
 from tests.support.pages import ROOT, blocks
 
 MASK = ringattn.longformer(15, 4)
+NODES = ringattn.Options(topology=ringattn.Topology(ringattn.Link(4e11), ringattn.Link(5e10), 4))
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -69,7 +70,10 @@ def test_a_mask_that_fits_no_length_is_written() -> None:
         ((MASK, 0), {}, "seqlen=0: must be at least 1"),
         ((MASK, 64), {"view": "shedule"}, "did you mean 'schedule'"),
         ((MASK, 64), {"layuot": "zigzag"}, "did you mean 'layout'"),
-        ((MASK, 64), {"view": "mask", "ranks": 4}, "view='mask' with ranks: shows no ranks"),
+        ((MASK, 64), {"view": "mask", "ranks": 4}, "view='mask' with ranks=4: shows no ranks"),
+        ((MASK, 64), {"view": "layouts", "layout": "zigzag"}, "view='layouts' with layout='zigzag': shows all"),
+        ((MASK, 64), {"ranks": 8, "ranks_per_node": 3}, "ranks_per_node=3: 8 ranks are not whole nodes of 3"),
+        ((MASK, 64), {"ranks_per_node": 4, "options": NODES}, "ranks_per_node=4 beside Options.topology"),
         ((MASK, 64), {"ranks": 0}, "ranks=0: must be at least 1"),
         ((MASK, 64), {"device": "H300"}, "device='H300': figures are known of cpu, H100"),
         ((MASK, 4), {"ranks": 8}, "more ranks than tokens"),
@@ -125,6 +129,33 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
         assert (tmp_path / f"x.{ending}").stat().st_size > 1000
 
 
+def test_the_command_draws_a_double_ring_over_nodes() -> None:
+    asked = ("causal()", "--seqlen", "1K", "--schedule", "double_ring", "--view", "schedule")
+    code, out, _ = run(*asked, "--ranks-per-node", "4")
+    assert (
+        code == 0
+        and "schedule double_ring of causal()" in out
+        and "4 of these ranks share a node" in out
+        and "kv to 4*" in out
+    )
+    code, _, error = run(*asked)
+    assert code == 2 and "say how many neighbours share a node with --ranks-per-node, or" in error
+
+
+def test_a_title_can_be_given_to_the_command() -> None:
+    mask = "bigbird(8, 3, 1, 2, seed=5) | documents([0, 5, 9, 20, 21, 22, 23, 30, 64])"
+    code, out, _ = run(mask, "--seqlen", "64")
+    title = out.splitlines()[0].removeprefix("mask ")
+    assert code == 0 and title == mask and run(title, "--seqlen", "64")[1] == out
+
+
+def test_what_the_library_says_is_said_in_options() -> None:
+    assert "(a guess: tell with --heads 32,8,128)" in run("causal()", "--seqlen", "64", "--view", "work")[1]
+    mask = "documents([0, 20, 64]) & sliding_window(3)"
+    code, out, _ = run(mask, "--seqlen", "64", "--view", "layouts", "--ranks", "2")
+    assert code == 0 and f"layouts of {mask}" in out and "--layout='auto' takes" in out
+
+
 def test_a_terminal_without_blocks_is_told_so() -> None:
     found = CliRunner(charset="ascii").invoke(app, ["show", "causal()", "--seqlen", "64"])
     assert found.exit_code == 2 and "this terminal writes ascii" in found.stderr and "--out" in found.stderr
@@ -142,6 +173,14 @@ def test_a_terminal_without_blocks_is_told_so() -> None:
         (("causal()", "--seqlen", "16", "--layout", "zigzg"), "did you mean 'zigzag'"),
         (("causal()", "--seqlen", "16", "--view", "lay"), "did you mean 'layout'"),
         (("causal()", "--seqlen", "16", "--heads", "8x2"), "--heads 8x2: must be query heads"),
+        (("causal()", "--seqlen", "16", "--heads", "8,3,64"), "--heads 8,3,64: 8 heads over 3 KV heads"),
+        (
+            ("causal()", "--seqlen", "16", "--ulysses", "auto"),
+            "--ulysses='auto' splits heads by cost: tell them with --heads",
+        ),
+        (("causal()", "--seqlen", "16", "--view", "mask", "--heads", "8,2,64"), "--view='mask' with --heads: shows no"),
+        (("causal()", "--seqlen", "16", "--device", "H300"), "GB200; name the nearest\n"),
+        (("causal()", "--seqlen", "16", "--kv-layout", "zag"), "--kv-layout='zag' is unknown"),
         (("documents([0, 5])", "--seqlen", "8"), "append 8"),
         (("causal()", "--seqlen", "16", "--out", "x.jpg"), "must end with one of"),
         (("causal()", "--seqlen", "99999G"), "must be at most"),

@@ -17,7 +17,11 @@ LENGTH = 1 << 20
 
 def said(page: Path, fragment: str) -> list[str]:
     """The lines of what the page says."""
-    found = re.search(r'<div id="said"[^>]*>(.*?)</div>', document_of(page, fragment), re.DOTALL)
+    return said_in(document_of(page, fragment))
+
+
+def said_in(document: str) -> list[str]:
+    found = re.search(r'<div id="said"[^>]*>(.*?)</div>', document, re.DOTALL)
     assert found is not None
     return html.unescape(found.group(1)).split("\n")
 
@@ -32,7 +36,8 @@ def test_magnified_a_page_counts_tokens(tmp_path: Path) -> None:
     picture.save(tmp_path / "x.html")
     first = 300_000
     view = f"view=0,{first},{first + 2048},{first},{first + 2048}"
-    lines = said(tmp_path / "x.html", f"{view}&at=0,{first + 1003.5},{first + 1043.5}")
+    document = document_of(tmp_path / "x.html", f"{view}&at=0,{first + 1003.5},{first + 1043.5}")
+    lines = said_in(document)
     queries, keys = (re.match(r".* ([\d,]+) to ([\d,]+), (?:of|held by) (.*)", line) for line in lines[:2])
     assert queries and keys
     (q0, q1), (k0, k1) = ([int(n.replace(",", "")) for n in found.groups()[:2]] for found in (queries, keys))
@@ -40,6 +45,10 @@ def test_magnified_a_page_counts_tokens(tmp_path: Path) -> None:
     bound = mask.bind(LENGTH, LENGTH).bands(q0, q1 + 1)
     expected = int(counted(regular(bound), np.array([q0, q1 + 1]), np.array([k0, k1 + 1]))[0, 0])
     assert lines[2] == f"pairs: {expected:,}"
+    seen = f"query position {first:,} to {first + 2047:,}, key position {first:,} to {first + 2047:,}"
+    title, name = (re.search(f"<{kind}.*?>(.*?)</", document) for kind in ("title", 'g class="name"><text'))
+    assert title and title[1].endswith(f"pairs by the rank that holds the query: {seen}")
+    assert name and name[1] == f"{seen}; a cell is 8 x 8 tokens"
     half = LENGTH // 2048
     assert queries.group(3) == keys.group(3) == f"rank {q0 // half}"
 

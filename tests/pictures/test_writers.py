@@ -46,6 +46,22 @@ def test_nothing_is_drawn_beyond_the_sheet(picture: Picture) -> None:
             assert 0 <= float(element.get("x", -1)) <= width and 0 <= float(element.get("y", -1)) <= height
 
 
+def test_headings_are_whole_and_on_the_sheet() -> None:
+    mask = ringattn.documents(range(0, 101, 2)) & ringattn.causal()
+    root = ElementTree.fromstring(svg(ringattn.show(mask, LENGTH).scene))
+    heading = [element for element in root.iter() if element.get("x") == "20.00"]
+    words = " ".join(element.text or "" for element in heading)
+    assert f"mask documents({list(range(0, 101, 2))}) & causal()" in words
+    widths = [len(element.text or "") * float(element.get("font-size", 0)) * 0.53 for element in heading]
+    assert len(widths) < 10 and max(widths) < float(root.get("width", 0)) - 20
+
+
+def test_text_names_owners_that_have_no_letter() -> None:
+    lines = text(ringattn.show(ringattn.causal(), 1024, ranks=128, layout="contiguous").scene).splitlines()
+    assert any(line.endswith("│ 4 ranks from 0 to 3") or line.endswith("│ ranks 0, 1, 2 and 3") for line in lines)
+    assert not any("*" in line for line in lines)
+
+
 def test_pixels_come_back_as_they_were() -> None:
     from matplotlib.image import imread
 

@@ -5,13 +5,17 @@ import pytest
 
 import ringattn
 from ringattn.comm import PlanningRank
+from ringattn.pictures import numbers
 from ringattn.pictures.charts import Series, bars, matrix
-from ringattn.pictures.scene import Arrow, Cells, Field, Layer, Panel, Rect
+from ringattn.pictures.scene import Arrow, Border, Cells, Field, Layer, Panel, Rect
+from ringattn.pictures.svg import svg
+from ringattn.pictures.text import text
 from ringattn.planning.cost import costs
 from ringattn.show import _loops, of_context
 from tests.support.cases import ALL
 
 MASK = ringattn.longformer(63, 8)
+NODES = ringattn.Options(topology=ringattn.Topology(ringattn.Link(4e11), ringattn.Link(5e10), 4))
 
 
 def context(world: int = 4, seqlen: int = 1000, **settings) -> ringattn.ContextParallel:  # type: ignore[no-untyped-def]
@@ -79,7 +83,8 @@ def test_layouts_have_the_costs_of_their_plans() -> None:
     balance = next(panel for panel in scene.panels if panel.title == "largest over mean work")
     for name in ("contiguous", "zigzag", "striped"):
         work = context(layout=name).plan.work
-        assert any(f"{name}  {work.max() / work.mean():.3f}" == getattr(m, "label", "") for m in balance.marks)
+        word = f"{name}  {work.max() / work.mean():.3f}"
+        assert any(getattr(m, "label", "").removesuffix(", auto") == word for m in balance.marks)
     assert {panel.title.split(",")[0] for panel in scene.panels[:4]} == {"contiguous", "zigzag", "striped", "balanced"}
 
 
@@ -96,6 +101,57 @@ def test_a_plans_cells_are_of_their_owners(name: str, layout: str) -> None:
         for position in plan.q_frame(rank).positions().tolist():
             assert cells.words(position, 0)[0] == f"query {position}, of rank {rank}"
             assert cells.words(0, position)[1] == f"key {position}, held by rank {rank}"
+
+
+def test_layouts_mark_the_one_that_auto_takes() -> None:
+    """In every writer: of a window the contiguous one, of a causal mask zigzag."""
+    for mask, name in ((MASK, "contiguous"), (ringattn.causal(), "zigzag")):
+        cp = context(mask=mask, seqlen=1 << 17, layout="striped", schedule="auto")
+        assert context(mask=mask, seqlen=1 << 17, layout="auto", schedule="auto").plan.q_layout.name == name
+        scene = of_context(cp, "layouts")
+        taken = [panel for panel in scene.panels if panel.taken]
+        assert len(taken) == 1 and taken[0].title.startswith(f"{name}, ") and taken[0].title.endswith("(auto)")
+        assert sum(line.endswith(" <- auto") for line in text(scene).splitlines()) == 3
+        assert svg(scene).count('stroke="#222222" stroke-width="3"') == 1
+        assert any(f"layout='auto' takes {name}, schedule " in note for note in scene.notes)
+
+
+def test_legends_name_every_colour_and_stroke() -> None:
+    scene = of_context(context(8, 1024, schedule="double_ring", options=NODES), "schedule")
+    for panel in scene.panels[:2]:
+        legend = {(entry.colour, entry.kind) for entry in panel.legend}
+        assert {(m.fill, "box") for m in panel.marks if isinstance(m, Rect)} <= legend
+        assert {(m.colour, "solid") for m in panel.marks if isinstance(m, Arrow)} <= legend
+        assert {"inside of a node", "between nodes"} <= {entry.name for entry in panel.legend}
+    assert all(panel.legend for panel in scene.panels)
+    assert of_context(context(8), "layouts").panels[3].legend
+
+
+def test_messages_take_the_link_that_the_nodes_say() -> None:
+    """Of a double ring over two nodes of four: dashed between nodes, and bytes of either link add up to all."""
+    cp = context(8, 1024, mask=ringattn.causal(), schedule="double_ring", options=NODES)
+    scene = of_context(cp, "schedule")
+    between = 0
+    for panel, loop in zip(scene.panels, _loops(cp), strict=False):
+        arrows = [m for m in panel.marks if isinstance(m, Arrow)]
+        assert len(arrows) == len(loop.messages)
+        for arrow, (_, src, dst, size) in zip(arrows, loop.messages.tolist(), strict=True):
+            crosses = src // 4 != dst // 4
+            between += size * crosses
+            assert arrow.dashed == crosses and ("between nodes" in arrow.note) == crosses
+        assert [m.at for m in panel.marks if isinstance(m, Border)] == [4]
+    assert between and any(note.endswith(f"{numbers.amount(between, 'B')} between nodes") for note in scene.notes)
+    assert text(scene).count("*") - 2 == sum(
+        m.dashed for p in scene.panels[:2] for m in p.marks if isinstance(m, Arrow)
+    )
+
+
+def test_cells_of_many_have_the_turn_of_the_largest() -> None:
+    pairs, tint = np.zeros((256, 256), np.int64), np.zeros((256, 256, 3), np.uint8)
+    pairs[3, 5], tint[3, 5] = 7, 99
+    grid = matrix("x", "a", "b", [Layer("x", pairs)], tint=tint).grid
+    assert isinstance(grid, Cells) and grid.colours.shape == (128, 128, 3)
+    assert (grid.colours[1, 2] == 99).all() and (np.delete(grid.colours.reshape(-1, 3), 130, 0) == 255).all()
 
 
 def test_bars_and_matrices_of_nothing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ringattn.geometry.mask_words import words_of
 from ringattn.pictures import mask, numbers
 from ringattn.pictures.charts import LONGEST
 from ringattn.pictures.scene import Axis, Panel, Rect, Scene
@@ -27,31 +28,35 @@ def candidates(problem: Problem, names: Sequence[str] = NAMES) -> dict[str, Cand
     return found
 
 
-def picture(problem: Problem, found: dict[str, Candidate | str], notes: Sequence[str]) -> Scene:
-    """The first mask of the problem under each candidate; figures of their best schedules."""
+def picture(problem: Problem, found: dict[str, Candidate | str], auto: Candidate, notes: Sequence[str]) -> Scene:
+    """The first mask of the problem under each candidate; figures of their best schedules. ``auto``: the candidate that
+    is taken where none is named."""
     taken = {name: made for name, made in found.items() if isinstance(made, Candidate)}
     offers = {name: made.offers[0] for name, made in taken.items()}
+    best = auto.q_layout.name
+    takes = f"layout='auto' takes {best}, schedule {auto.offers[0].schedule}"
+    same = [f"{name} is {m.q_layout.name} here" for name, m in taken.items() if m.q_layout.name != name]
     left_out = [f"{name} left out: {why}" for name, why in found.items() if isinstance(why, str)]
     bound = problem.masks[0]
     small = [
         _small(mask.over_layout(bound, made.q_layout, made.k_layout), name, offers[name], made.q_layout.interleaved)
         for name, made in taken.items()
     ]
+    small = [
+        replace(panel, taken=True, title=f"{panel.title} (auto)") if name == best else panel
+        for panel, name in zip(small, taken, strict=True)
+    ]
+    small[-1] = replace(small[-1], legend=mask.ranks_legend(problem.world_size), legend_title="of all of them")
     rows = [tuple(small[first : first + SIDE]) for first in range(0, len(small), SIDE)]
-    figures = (
-        _figures("largest over mean work", "", PALE[0], {name: one.balance for name, one in offers.items()}, offers),
-        _figures(
-            "bytes to the rank that gets most",
-            "B",
-            PALE[1],
-            {n: float(sum(o.moved)) for n, o in offers.items()},
-            offers,
-        ),
-        _figures(
-            "seconds, both passes, estimated", "s", PALE[2], {name: one.seconds for name, one in offers.items()}, offers
-        ),
+    said = {
+        ("largest over mean work", ""): {name: one.balance for name, one in offers.items()},
+        ("bytes to the rank that gets most", "B"): {name: float(sum(one.moved)) for name, one in offers.items()},
+        ("seconds, both passes, estimated", "s"): {name: one.seconds for name, one in offers.items()},
+    }
+    figures = tuple(
+        _figures(*what, colour, values, offers, best) for colour, (what, values) in zip(PALE, said.items(), strict=True)
     )
-    return Scene(f"layouts of {bound.mask}", (*notes, *left_out), (*rows, figures))
+    return Scene(f"layouts of {words_of(bound.mask)}", (*notes, takes, *same, *left_out), (*rows, figures))
 
 
 def _small(scene: Scene, name: str, offer: Offer, interleaved: bool) -> Panel:
@@ -64,8 +69,10 @@ def _small(scene: Scene, name: str, offer: Offer, interleaved: bool) -> Panel:
     )
 
 
-def _figures(title: str, unit: str, colour: str, values: dict[str, float], offers: dict[str, Offer]) -> Panel:
-    """Bars lying down, one for each layout, with its name and number on it."""
+def _figures(
+    title: str, unit: str, colour: str, values: dict[str, float], offers: dict[str, Offer], best: str
+) -> Panel:
+    """Bars lying down, one for each layout, with its name and number on it; ``best`` is marked."""
     top = max(values.values(), default=0.0) or 1.0
     marks, lines = [], []
     for row, (name, value) in enumerate(values.items()):
@@ -77,7 +84,8 @@ def _figures(title: str, unit: str, colour: str, values: dict[str, float], offer
         )
         marks.append(Rect(0, row + 0.12, top, row + 0.88, "#f2f2f2", note, ""))
         marks.append(Rect(0, row + 0.12, value, row + 0.88, colour, note, ""))
-        marks.append(Rect(0, row + 0.12, top, row + 0.88, "none", note, f"{name}  {word}"))
-        lines.append(f"{name:12} {'█' * round(LONGEST * value / top):{LONGEST}} {word}  ({offer.schedule})")
+        marks.append(Rect(0, row + 0.12, top, row + 0.88, "none", note, f"{name}  {word}{', auto' * (name == best)}"))
+        bar = "█" * max(round(LONGEST * value / top), int(value > 0))
+        lines.append(f"{name:12} {bar:{LONGEST}} {word}  ({offer.schedule}){' <- auto' * (name == best)}")
     axis = Axis("", 0, len(values), "names", down=True)
     return Panel(title, Axis("", 0, top, unit), axis, tuple(marks), SMALL, 26 * max(len(values), 1), lines=tuple(lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ringattn.geometry.mask_words import words_of
 from ringattn.geometry.spans import Ints
 from ringattn.pictures import mask, numbers
 from ringattn.pictures.charts import Series, bars
@@ -19,7 +20,7 @@ def picture(plan: Plan) -> Scene:
         "K/V tokens of other ranks that each needs", "tokens", [Series("needed", ORANGE, plan.received)],
         label="tokens", width=512,
     )  # fmt: skip
-    return Scene(f"plan of {plan.mask.mask}", over.notes, (*over.rows, (pairs(plan.work, 512),), (needs,)))
+    return Scene(f"plan of {words_of(plan.mask.mask)}", over.notes, (*over.rows, (pairs(plan.work, 512),), (needs,)))
 
 
 def pairs(work: Ints, width: int = 560) -> Panel:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from ringattn.geometry.mask_words import words_of
+from ringattn.geometry.spans import Ints
 from ringattn.pictures import numbers
 from ringattn.pictures.charts import matrix, summed_most
-from ringattn.pictures.colours import INK, Colours, of_ranks, of_shares, written
+from ringattn.pictures.colours import INK, PAPER, QUIET, Colours, of_ranks, of_shares, written
 from ringattn.pictures.mask import ranks_legend
-from ringattn.pictures.scene import Arrow, Axis, Layer, Panel, Rect, Scene
+from ringattn.pictures.scene import Arrow, Axis, Border, Entry, Layer, Panel, Rect, Scene
+from ringattn.planning.cost import Terms
 from ringattn.planning.plan import Plan
 from ringattn.planning.scenes.work import NAMES
 from ringattn.planning.shape import Shape
 from ringattn.planning.survey import Meetings, Pass
+from ringattn.planning.topology import Topology
 
 RANKS, TURNS, ARROWS = 16, 16, 160  # of a time line; beyond, matrices alone tell
 BOX = 0.64  # of a turn's width that the most work takes; messages are drawn in the rest
 LOOPS = ("forward", "backward")
 SWATCHES = 9  # of turns in a legend
 SEVERAL, ORANGE, VIOLET = "#b8b8b8", "#d55e00", "#7a3fb0"
+LINKS = (("inside of a node", "solid"), ("between nodes", "dashed"))  # how arrows are drawn, by level
 SENT: dict[str, tuple[set[str], str]] = {  # arrows by what they bring
     INK: ({"kv"}, "sends K/V"),
     ORANGE: ({"grad", "dk", "dv"}, "sends gradients of K/V"),
@@ -29,13 +35,15 @@ SENT: dict[str, tuple[set[str], str]] = {  # arrows by what they bring
 
 
 def picture(
-    plan: Plan, name: str, shape: Shape, meetings: Meetings, loops: Sequence[Pass], notes: Sequence[str]
+    plan: Plan, name: str, terms: Terms, meetings: Meetings, loops: Sequence[Pass], notes: Sequence[str]
 ) -> Scene:
-    """``loops``: both passes of all ranks' programs; none where these are too many."""
+    """``loops``: both passes of all ranks' programs; none where these are too many. Of several nodes a message takes
+    the link inside of one or the one between them."""
+    topology = None if terms.topology.flat(plan.world_size) else terms.topology
     rows: list[tuple[Panel, ...]] = []
     small = [loop for loop in loops if loop.turns and loop.turns <= TURNS and plan.world_size <= RANKS]
     for number, loop in enumerate(small):
-        rows.append((_time_line(LOOPS[number], loop, meetings if number == 0 else None),))
+        rows.append((_time_line(LOOPS[number], loop, topology, meetings if number == 0 else None),))
     said = list(notes)
     if not small:
         turns = [loop.pairs for loop in loops] or [meetings.by_turn]
@@ -47,32 +55,60 @@ def picture(
             f"{plan.world_size:,} ranks: work and needs are the plan's, exactly; programs were not compiled, so what a "
             "relay carries for others, and each turn's messages, are not drawn"
         )
-    rows.append((_tiles(meetings), _bytes(plan, shape, meetings, loops)))
-    return Scene(f"schedule {name} of {plan.mask.mask}", tuple(said), tuple(rows))
+    sent = _sent(plan, terms.shape, meetings, loops)
+    if topology is not None:
+        said.append(_by_link(topology, sent, bool(loops)))
+    title = "bytes sent, forward and backward" if loops else "bytes needed of others, both passes"
+    rows.append((_tiles(meetings), _bytes(title, sent, topology)))
+    return Scene(f"schedule {name} of {words_of(plan.mask.mask)}", tuple(said), tuple(rows))
 
 
-def _time_line(name: str, loop: Pass, meetings: Meetings | None) -> Panel:
-    """Boxes as long as the work of a rank in a turn, arrows as wide as its messages are large."""
+def _time_line(name: str, loop: Pass, topology: Topology | None, meetings: Meetings | None) -> Panel:
+    """Boxes as long as the work of a rank in a turn, arrows as wide as its messages are large, and dashed between
+    nodes."""
     ranks, turns = loop.pairs.shape
     marks: list[Rect | Arrow] = list(_boxes(loop, meetings))
     if len(loop.messages) <= ARROWS:
-        marks += _arrows(loop)
-    legend = [(colour, name) for colour, (kinds, name) in SENT.items() if kinds & set(loop.kinds)]
-    if meetings is not None:
-        of = [(colour, f"keys of {rank}") for colour, rank in ranks_legend(ranks)]
-        several = any(isinstance(mark, Rect) and mark.fill == SEVERAL for mark in marks)
-        legend = [*of, *([(SEVERAL, "keys of several ranks")] if several else []), *legend]
+        marks += _arrows(loop, topology)
+    legend = [*_boxes_legend(marks, ranks, meetings), *_arrows_legend(loop, topology)]
     return Panel(
         f"{name}: who computes and sends what in each turn",
         Axis("turn", 0, turns, "turn"),
         Axis("rank", 0, ranks, "rank", down=True),
-        tuple(marks),
+        (*_borders(ranks, topology), *marks),
         int(np.clip(110 * turns, 260, 900)),
         int(np.clip(34 * ranks, 90, 420)),
         tuple(legend),
         "pairs in boxes" + (", of a part of the heads" if meetings is not None and meetings.parts > 1 else ""),
-        tuple(_in_words(loop)),
+        tuple(_in_words(loop, topology)),
     )
+
+
+def _boxes_legend(marks: Sequence[Rect | Arrow], ranks: int, meetings: Meetings | None) -> Iterator[Entry]:
+    """Colours that boxes have."""
+    fills = {mark.fill for mark in marks if isinstance(mark, Rect)}
+    if meetings is not None:
+        yield from (
+            Entry(colour, f"keys of {rank}") for colour, rank, _ in ranks_legend(ranks, RANKS) if colour in fills
+        )
+    if SEVERAL in fills:
+        yield Entry(SEVERAL, "keys of several ranks" if meetings is not None else "computes gradients")
+
+
+def _arrows_legend(loop: Pass, topology: Topology | None) -> Iterator[Entry]:
+    """Colours and strokes that arrows have."""
+    if not len(loop.messages) or len(loop.messages) > ARROWS:
+        return
+    yield from (Entry(colour, name, "solid") for colour, (kinds, name) in SENT.items() if kinds & set(loop.kinds))
+    if topology is not None:
+        levels = set(topology.level(loop.messages[:, 1], loop.messages[:, 2]).tolist())
+        yield from (Entry(QUIET, name, kind) for level, (name, kind) in enumerate(LINKS) if level in levels)
+
+
+def _borders(ranks: int, topology: Topology | None) -> list[Border]:
+    """Lines between nodes, unless these are many."""
+    size = ranks if topology is None else topology.ranks_per_node or ranks
+    return [Border(rank) for rank in range(size, ranks, size)] if ranks // size <= RANKS else []
 
 
 def _boxes(loop: Pass, meetings: Meetings | None) -> Iterator[Rect]:
@@ -111,17 +147,28 @@ def _listed(ranks: Sequence[int]) -> str:
     )
 
 
-def _arrows(loop: Pass) -> Iterator[Arrow]:
-    most = int(loop.messages[:, 3].max(initial=1)) or 1
-    for (turn, src, dst, size), kind in zip(loop.messages.tolist(), loop.kinds, strict=True):
-        note = f"turn {turn}, rank {src} to rank {dst}\n{size:,} bytes of {NAMES[kind]}"
+def _arrows(loop: Pass, topology: Topology | None) -> Iterator[Arrow]:
+    most, levels = int(loop.messages[:, 3].max(initial=1)) or 1, _levels(loop, topology)
+    for (turn, src, dst, size), kind, level in zip(loop.messages.tolist(), loop.kinds, levels, strict=True):
+        link = "" if topology is None else f", {LINKS[level][0]}"
+        note = f"turn {turn}, rank {src} to rank {dst}{link}\n{size:,} bytes of {NAMES[kind]}"
         colour = next(colour for colour, (kinds, _) in SENT.items() if kind in kinds)
         width = 0.8 + 2.2 * size / most
-        yield Arrow(turn + BOX + 0.06, src + 0.5, turn + 0.98, dst + 0.5, colour, width, note)
+        yield Arrow(turn + BOX + 0.06, src + 0.5, turn + 0.98, dst + 0.5, colour, width, note, dashed=bool(level))
 
 
-def _in_words(loop: Pass) -> Iterator[str]:
+def _levels(loop: Pass, topology: Topology | None) -> list[int]:
+    """Of each message, the link that it takes: 0 inside of a node, 1 between nodes."""
+    if topology is None:
+        return [0] * len(loop.messages)
+    return [int(level) for level in topology.level(loop.messages[:, 1], loop.messages[:, 2])]
+
+
+def _in_words(loop: Pass, topology: Topology | None) -> Iterator[str]:
     """Turn by turn and rank by rank, for a terminal."""
+    levels = _levels(loop, topology)
+    if any(levels):
+        yield "*: between nodes"
     for turn in range(loop.turns):
         rows = np.flatnonzero(loop.messages[:, 0] == turn)
         yield f"turn {turn}"
@@ -130,6 +177,7 @@ def _in_words(loop: Pass) -> Iterator[str]:
             work = f"{numbers.amount(pairs):>8} pairs" if pairs else f"{'-':>8}      "
             told = [
                 f"{numbers.amount(int(loop.messages[n, 3]), 'B')} {loop.kinds[n]} to {loop.messages[n, 2]}"
+                + "*" * levels[n]
                 for n in sent
             ]
             more = f" and {len(told) - 4} more" if len(told) > 4 else ""
@@ -146,7 +194,7 @@ def _by_turn(name: str, pairs: np.ndarray) -> Panel:
     return matrix(
         f"{name}: pairs that each rank computes in each turn", "rank", "turn", [Layer("pairs", pairs)],
         units=("rank", "turn"), size=(int(np.clip(60 * pairs.shape[1], 160, 460)), 300), legend=_amounts(pairs, ""),
-        lines=(*lines, *rest),
+        legend_title="pairs in a cell", lines=(*lines, *rest),
     )  # fmt: skip
 
 
@@ -164,7 +212,11 @@ def _tiles(meetings: Meetings) -> Panel:
         "owner of the keys",
         [Layer("pairs", meetings.pairs), Layer(f"turn{first}", turn, "turn")],
         tint=_of_turns(np.maximum(turn, 0) / last),
-        legend=[(written(_of_turns(np.array(at / last))), f"turn {at:,}") for at in chosen],
+        legend=[
+            Entry(PAPER, "no pairs"),
+            *(Entry(written(_of_turns(np.array(at / last))), f"turn {at:,}") for at in chosen),
+        ],
+        legend_title="first turn, forward" if meetings.parts > 1 else "turn, forward",
         lines=_grid(meetings) if len(turn) <= RANKS else (),
     )
 
@@ -183,27 +235,43 @@ def _grid(meetings: Meetings) -> list[str]:
     return lines
 
 
-def _bytes(plan: Plan, shape: Shape, meetings: Meetings, loops: Sequence[Pass]) -> Panel:
-    """Bytes from rank to rank, forward and backward."""
-    world = plan.world_size
-    if loops:
-        sent, title = np.zeros((world, world), np.int64), "bytes sent, forward and backward"
-        for loop in loops:
-            np.add.at(sent, (loop.messages[:, 1], loop.messages[:, 2]), loop.messages[:, 3])
-    else:
-        sent = meetings.needs.T * (shape.forward.token + shape.backward.token)
-        title = "bytes needed of others, both passes"
+def _sent(plan: Plan, shape: Shape, meetings: Meetings, loops: Sequence[Pass]) -> Ints:
+    """Bytes ``[src, dst]`` of both passes; where programs are not known, what is needed of each other."""
+    if not loops:
+        return np.asarray(meetings.needs.T * (shape.forward.token + shape.backward.token), np.int64)
+    sent = np.zeros((plan.world_size, plan.world_size), np.int64)
+    for loop in loops:
+        np.add.at(sent, (loop.messages[:, 1], loop.messages[:, 2]), loop.messages[:, 3])
+    return sent
+
+
+def _by_link(topology: Topology, sent: Ints, known: bool) -> str:
+    """Nodes, and how many of the bytes go where, in a sentence."""
+    src, dst = np.nonzero(sent)
+    inside, between = (
+        numbers.amount(int(sent[src, dst][topology.level(src, dst) == level].sum()), "B") for level in range(2)
+    )
+    lines = ", with lines between nodes" if _borders(len(sent), topology) else ""
+    how = f"{inside} go inside of nodes, {between} between nodes"
+    if not known:
+        how = f"{inside} are needed of ranks of the same node, {between} of other nodes"
+    return f"{topology.ranks_per_node} of these ranks share a node{lines}: {how}"
+
+
+def _bytes(title: str, sent: Ints, topology: Topology | None) -> Panel:
+    """Bytes from rank to rank."""
     total = f"{numbers.amount(int(sent.sum()), 'B')} in all, the most from one rank to another "
     lines = [total + numbers.amount(int(sent.max(initial=0)), "B")]
     layers = [Layer("bytes", sent, "B")]
-    return matrix(title, "from rank", "to rank", layers, legend=_amounts(sent, "B"), lines=lines)
+    made = matrix(
+        title, "from rank", "to rank", layers, legend=_amounts(sent, "B"), legend_title="bytes in a cell", lines=lines
+    )
+    borders = _borders(len(sent), topology)
+    return replace(made, marks=(*made.marks, *borders, *(replace(border, across=False) for border in borders)))
 
 
-def _amounts(values: np.ndarray, unit: str) -> list[tuple[str, str]]:
+def _amounts(values: np.ndarray, unit: str) -> list[Entry]:
     """Colours of some amounts, as :func:`matrix` draws them."""
     most = summed_most(values)
-    return (
-        [(written(of_shares(np.array(part))), numbers.amount(part * most, unit)) for part in (0.0, 0.01, 0.1, 0.5, 1.0)]
-        if most
-        else []
-    )
+    parts = (0.0, 0.01, 0.1, 0.5, 1.0) if most else (0.0,)
+    return [Entry(written(of_shares(np.array(part))), numbers.amount(part * most, unit)) for part in parts]

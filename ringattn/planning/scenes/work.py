@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ringattn.geometry.mask_words import words_of
 from ringattn.pictures import numbers
 from ringattn.pictures.charts import Series, bars
 from ringattn.pictures.colours import BLUE, GREEN, OKABE_ITO, ORANGE
@@ -26,7 +27,7 @@ def picture(plan: Plan, spent: Spent, shape: Shape, loops: Sequence[Pass], notes
     """``loops``: both passes of all ranks' programs; none where these are too many."""
     moved = received(plan, loops) if loops else needed(plan, shape)
     return Scene(
-        f"work of {plan.mask.mask}",
+        f"work of {words_of(plan.mask.mask)}",
         tuple(notes),
         ((pairs(plan.work),), (moved,), (seconds(spent),)),
     )
