@@ -21,7 +21,7 @@ import typer
 
 from benchmarks.common import write
 from launch.budget import step_of
-from launch.config import Config, ModelConfig, OptimizerConfig
+from launch.config import Config, DeepspeedConfig, ModelConfig, OptimizerConfig
 from launch.memory import measured
 from launch.processes import World
 from launch.run import prepare, start
@@ -41,6 +41,7 @@ MOE = LLAMA | {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8,
     "num_experts_per_tok": 2, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "mlp_only_layers": [],
 }  # fmt: skip
+ZERO: dict[str, Any] = {"engine": "deepspeed", "model": HEAVY, "seqlen": 1024}
 HF: dict[str, Any] = {"model": None, "masks": (), "hf": "llama.json"}
 # the name of a configuration, how many ranks, and what it has otherwise than BASE; "hf" and "offload" are made in a
 # directory of the run
@@ -59,6 +60,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "2 ranks, fsdp": (2, {"engine": "fsdp", "model": HEAVY, "seqlen": 1024}),
     "2 ranks, heads split": (2, {"ulysses": 2, "recompute": True}),
     "2 ranks, Llama, fsdp, bfloat16": (2, {**HF, "engine": "fsdp", "recompute": True, "dtype": "bfloat16"}),
+    "2 ranks, ZeRO 1": (2, {**ZERO, "deepspeed": DeepspeedConfig(1)}),
+    "2 ranks, ZeRO 2": (2, {**ZERO, "deepspeed": DeepspeedConfig(2)}),
+    "2 ranks, ZeRO 3": (2, {**ZERO, "deepspeed": DeepspeedConfig(3)}),
     "4 ranks, fsdp, documents": (4, {"engine": "fsdp", "recompute": True, "token_chunks": 2, "documents": True}),
     "4 ranks, 2 x 2": (4, {"data_parallel": 2, "accumulate": 2}),
 }
@@ -89,6 +93,8 @@ def _row(name: str, world: World, folder: Path) -> dict[str, Any]:
     job = prepare(config, folder / f"run{world.rank}", False, True)
     trainer = start(job, world)
     samples = job.samples(world)
+    for _ in range(trainer.engine.settles):
+        trainer.step(samples, 1e-3, False)
     # what the row before has left, and the profiler would see go
     gc.collect()
     windows._mask.cache_clear(), windows._transposed_mask.cache_clear()  # as in a process of its own

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ringattn.budget
-from launch.config import Config
+from launch.config import Config, DeepspeedConfig
 from launch.data import Sample
 from launch.language import Language
-from launch.memory import Measured, measured
+from launch.memory import advice, measured
 from launch.training import Trainer
 from ringattn.budget.amounts import Amount, named
 from ringattn.budget.attention import scratch_of
@@ -21,6 +22,7 @@ from ringattn.budget.layers import Numerics
 from ringattn.budget.model_shape import AttentionShape, LayerShape, MLPShape, ModelShape
 from ringattn.budget.step import Gathering, Step, Way
 from ringattn.budget.tape import Moment, Tensor
+from ringattn.budget.zero import BUCKET, KEPT
 from ringattn.context import ContextParallel
 
 DIFFERS = 0.1  # of what was planned, from which on a difference is warned of
@@ -40,10 +42,9 @@ def shape_of(config: Config, language: Language) -> ModelShape:
 def step_of(config: Config, language: Language, cp: ContextParallel, world: int, rows: int = 1) -> Step:
     """A rank's step over sequences of a context, ``rows`` at a time.
 
-    Raises ValueError where it is not accounted for: DeepSpeed's engine, or a model that is not known.
+    Raises ValueError where it is not accounted for: a model that is not known; with ZeRO 3 one too large to be kept
+    whole while a step runs, or in bfloat16; micro-batches with ZeRO 2.
     """
-    if config.engine == "deepspeed" and world > 1:
-        raise ValueError("DeepSpeed's buffers are not accounted for")
     model, weight = shape_of(config, language), 8 if config.dtype == "float64" else 4
     half, gpu = config.dtype == "bfloat16", config.device == "cuda"
     residual = 2 if config.residual == "bfloat16" else weight
@@ -60,10 +61,24 @@ def step_of(config: Config, language: Language, cp: ContextParallel, world: int,
         attention.scratch,
         around=tuple((x, 1) for x in (*_inputs(config, tokens, model), *attention.buffers)),
         gathering=Gathering(world, numerics.weight, numerics.weight, not gpu) if sharded else None,
+        zero=_zero(config, model, world) if config.engine == "deepspeed" and world > 1 else None,
         generators=not gpu,
         grown=tuple((x, 1) for x in attention.grown),
     )
     return step.accumulating() if config.accumulate > 1 else step
+
+
+def _zero(config: Config, model: ModelShape, world: int) -> tuple[int, int, int]:
+    stage, numbers = DeepspeedConfig().stage if config.deepspeed is None else config.deepspeed.stage, model.parameters
+    if stage == 3 and 2 * numbers > KEPT:
+        raise ValueError(
+            f"ZeRO 3 lets go of some of {numbers:,} parameters and gathers them again, which is not accounted for"
+        )
+    if stage == 3 and config.dtype == "bfloat16":
+        raise ValueError("ZeRO 3 has linear layers of its own, whose copies in bfloat16 are not accounted for")
+    if stage == 2 and config.accumulate > 1:
+        raise ValueError("what ZeRO 2 keeps from one micro-batch to the next is not accounted for")
+    return stage, world, min(BUCKET, numbers)
 
 
 def _way(config: Config) -> Way:
@@ -98,7 +113,7 @@ class Forecast:
             cp, _ = trainer.context_for(sample)
             step = step_of(trainer.config, trainer.language, cp, trainer.world.size, len(sample.tokens))
             found.append(step.peak)
-        peak, always = max(found, key=lambda moment: moment.bytes), _there(trainer)
+        peak, always = max(found, key=lambda moment: moment.bytes), trainer.engine.held()
         return Forecast(peak.bytes + always, always, peak)
 
     def __str__(self) -> str:
@@ -110,42 +125,62 @@ class Forecast:
         return f"{_size(self.bytes)} a rank at the peak, {self.moment.name} ({of})"
 
 
-def _there(trainer: Trainer) -> int:
-    """Bytes of this rank's parameters, the optimizer's moments and DDP's buckets."""
-    tensors = [tensor for _, part in trainer.engine.state() for tensor in (part.block,)]
-    weights = sum(x.nbytes for x in trainer.model.parameters()) if trainer.engine.name == "ddp" else 0
-    return sum(x.nbytes for x in tensors) + weights
+def foretold(trainer: Trainer, samples: Sequence[Sample]) -> tuple[Forecast | None, str]:
+    """Before a step: this rank's forecast, None where any rank has none, and what is to be said of the rank that takes
+    most. A call of all ranks, which nothing that an account does ends."""
+    trainer.world.at("planning memory")
+
+    def told() -> tuple[Forecast, str]:
+        own = Forecast.of(trainer, samples)
+        return own, str(own)
+
+    found, problem = advice(told)
+    own, said = found or (None, "")
+    ranks = trainer.world.gather((own.bytes if own else 0, said, problem))
+    if unknown := _problem(ranks):
+        return None, f"memory is not planned: {unknown}"
+    return own, f"memory planned: {max(ranks)[1]}"
+
+
+def _problem(ranks: Sequence[tuple[int, Any, str]]) -> str:
+    """The first rank's, if any has one."""
+    having = [(rank, problem) for rank, (*_, problem) in enumerate(ranks) if problem]
+    if not having:
+        return ""
+    rank, problem = having[0]
+    return problem if len(having) == len(ranks) else f"rank {rank}: {problem}"
 
 
 @contextmanager
 def compared(trainer: Trainer, forecast: Forecast | None, watch: bool) -> Iterator[list[str]]:
-    """Around a step: what is to be said of its memory behind it. Of DeepSpeed nothing is: what it holds all the time
-    is not known here, and its state is gathered whole to be looked at."""
+    """Around a step: what is to be said of its memory behind it."""
     said: list[str] = []
-    if not watch or trainer.engine.name == "deepspeed":
+    if not watch:
         yield said
         return
     workspace = trainer.cp.link.workspace
-    before = sum(x.nbytes for x in workspace.buffers())
+    before, problem = advice(lambda: sum(x.nbytes for x in workspace.buffers()))
     with measured(trainer.world.device, workspace) as found:
         yield said
-    said += _verdict(trainer, forecast, found, before)
+    always, unknown = advice(lambda: trainer.engine.held() if forecast is None else forecast.always)
+    peak, planned = found.peak + (before or 0) + (always or 0), forecast.bytes if forecast else 0
+    ranks = trainer.world.gather((peak, planned, problem or found.problem or unknown))
+    said += _verdict(ranks, ("first", "second")[trainer.engine.settles])
 
 
-def _verdict(trainer: Trainer, forecast: Forecast | None, found: Measured, before: int) -> list[str]:
-    """Lines about the rank that took most, the same on all ranks."""
-    always = _there(trainer) if forecast is None else forecast.always
-    planned = 0 if forecast is None else forecast.bytes
-    ranks = trainer.world.gather((found.peak + before + always, planned))
-    peak, planned = max(ranks)
+def _verdict(ranks: Sequence[tuple[int, int, str]], step: str) -> list[str]:
+    """Lines about the rank that took most, of what each took, what was planned of it, and why it was not counted."""
+    if problem := _problem(ranks):
+        return [f"memory of the {step} step was not counted: {problem}"]
+    peak, planned, _ = max(ranks)
     if not planned:
-        return [f"memory of the first step: {_size(peak)} a rank at the peak"]
+        return [f"memory of the {step} step: {_size(peak)} a rank at the peak"]
     off = peak / planned - 1
     beside = f"{100 * abs(off):.1f} % {'more' if off > 0 else 'less'} than planned"
-    said = [f"memory of the first step: {_size(peak)} a rank at the peak, {beside}"]
+    said = [f"memory of the {step} step: {_size(peak)} a rank at the peak, {beside}"]
     if abs(off) > DIFFERS:
         said.append(
-            f"warning: the first step took {_size(peak)} where {_size(planned)} were planned, more than "
+            f"warning: the {step} step took {_size(peak)} where {_size(planned)} were planned, more than "
             f"{100 * DIFFERS:.0f} % apart: do not rely on this plan for other lengths"
         )
     return said
@@ -155,4 +190,4 @@ def _size(number: int) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-__all__ = ["Forecast", "compared", "shape_of", "step_of"]
+__all__ = ["Forecast", "compared", "foretold", "shape_of", "step_of"]

@@ -14,7 +14,7 @@ import torch
 
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
-from launch.budget import Forecast, compared
+from launch.budget import Forecast, compared, foretold
 from launch.config import Config, check_heads
 from launch.data import Sample
 from launch.engines import make_engine
@@ -221,13 +221,13 @@ def train(job: Job, trainer: Trainer, stop: StopSignal) -> bool:
     and saves nothing, once the loss is not a number."""
     config, world, progress = job.config, trainer.world, job.progress
     with job.locks, _open_report(job, trainer) if world.rank == 0 else nullcontext() as report:
-        before, asked, first = trainer.counters(), False, True
+        before, asked, done = trainer.counters(), False, 0
         if report and job.done:
             report.say(f"all steps were done before the restart: step {progress['step']}")
         while not job.done and not asked:
             _enter_stage(job, trainer, report)
-            record, asked = _step(job, trainer, stop, report, first)
-            first = False
+            record, asked = _step(job, trainer, stop, report, done)
+            done += 1
             if report:
                 report.add(record)
             if config.save_every and progress["step"] % config.save_every == 0:
@@ -274,17 +274,10 @@ def _open_report(job: Job, trainer: Trainer) -> Report:
 
 def _foretell(trainer: Trainer, samples: Sequence[Sample], report: Report | None) -> Forecast | None:
     """Says what memory a step will take of the rank that takes most, where the ranks can tell."""
-    trainer.world.at("planning memory")
-    own: Forecast | None = None
-    try:
-        own = Forecast.of(trainer, samples)
-        said = (own.bytes, str(own))
-    except ValueError as unknown:
-        said = (0, str(unknown))
-    most = max(trainer.world.gather(said))
+    forecast, said = foretold(trainer, samples)
     if report:
-        report.say(f"memory planned: {most[1]}" if most[0] else f"memory is not planned: {most[1]}")
-    return own
+        report.say(said)
+    return forecast
 
 
 def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
@@ -304,20 +297,22 @@ def _enter_stage(job: Job, trainer: Trainer, report: Report | None) -> None:
 
 
 def _step(
-    job: Job, trainer: Trainer, stop: StopSignal, report: Report | None, first: bool
+    job: Job, trainer: Trainer, stop: StopSignal, report: Report | None, done: int
 ) -> tuple[Record, bool]:  # fmt: skip
-    """One step, with `progress` moved on; and whether any rank was asked to stop. Of the `first` it is said what memory
-    it is planned to take, and what it took."""
+    """One step, with `progress` moved on; and whether any rank was asked to stop. Before the first that this process
+    has `done` it is said what memory a step is planned to take, and behind one that is like those to come what it took.
+    """
     config, world, progress = job.config, trainer.world, job.progress
     step, position = progress["step"], progress["position"]  # steps done before this one
     begin, before = time.perf_counter(), trainer.counters()
     world.step = step + 1
     world.at("reading data")
     samples = job.samples(world)
-    forecast = _foretell(trainer, samples, report) if first else None
+    settled = done == trainer.engine.settles
+    forecast = _foretell(trainer, samples, None if done else report) if done == 0 or settled else None
     lr = config.optimizer.lr_at(step, config.steps) * job.task.rate(progress["length"])
     written = traced(job.run, step + 1, trainer.cp, world.rank, world.device) if config.traces(step) else nullcontext()
-    watch = first and not (config.traces(step) and config.device == "cpu")  # profiles do not nest
+    watch = settled and not (config.traces(step) and config.device == "cpu")  # profiles do not nest
     with written, compared(trainer, forecast, watch) as memory:
         found = trainer.step(samples, lr, stop.number != 0, config.watches_logits(step))
         seconds = time.perf_counter() - begin

@@ -55,6 +55,9 @@ class Engine(Protocol):
     results: 1 where gradients are summed, the number of ranks where the engine averages over them. Divisions by the
     number of micro-batches are to be switched off, not to be made up for."""
 
+    settles: int
+    """How many steps of a process take less memory than those behind them."""
+
     def __init__(self, objective: "Objective", config: "Config", world: "World") -> None:
         """Takes over the objective, whose parameters are equal on all ranks and lie on `world.device`, and makes its
         own AdamW of `config.optimizer`. `world` is split already: `world.mesh` is data x context, None for a single
@@ -80,6 +83,9 @@ class Engine(Protocol):
         learning rate, and returns the norm before clipping, over all parameters, the same on every rank. Where that is
         no finite number the parameters are to stay as they are; an engine that cannot look first may return it all the
         same: the run ends there, and nothing is saved."""
+
+    def held(self) -> int:
+        """Bytes that lie on this rank from step to step: its part of the parameters, AdamW's moments, buffers."""
 
     def weights(self) -> dict[str, Tensor]:
         """What the model's `state_dict` names, each tensor whole and in the parameter's own dtype. Collective."""

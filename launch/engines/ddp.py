@@ -36,6 +36,10 @@ class Ddp(Plain):
         module.register_comm_hook(group, sum_each)
         return module
 
+    def held(self) -> int:
+        """With the buckets of gradients, which are as large as the parameters."""
+        return super().held() + sum(parameter.nbytes for parameter in self.model.parameters())
+
     def summing(self, last: bool) -> AbstractContextManager[None]:
         """DDP's own switch."""
         assert isinstance(self.module, DistributedDataParallel)

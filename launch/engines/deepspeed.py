@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from launch.engines.base import MODEL, OPTIMIZER, Part, Read, weights_of
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launch.processes import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOST_IN_BUCKET = 500_000_000  # as DeepSpeed has it
 
 
 class Deepspeed:
@@ -48,11 +49,13 @@ class Deepspeed:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": config.accumulate,
             "gradient_clipping": 0.0 if settings.clip == float("inf") else settings.clip,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": {"stage": self.stage, "reduce_bucket_size": bucket_of(self.model)},
             "steps_per_print": 2**62,  # the job has its own report
         }
         self.engine, self.optimizer, *_ = initialize(objective, table, optimizer=optimizer)
         self.loss_scale = float(loss_scale(self.engine, scale_wrt_gas=False))
+        self.settles = 1 if self.stage == 3 else 0  # the first step finds out in which order parameters are wanted
+        self._moments()
 
     def __call__(self, inputs: "Inputs") -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self.engine(inputs)
@@ -116,6 +119,20 @@ class Deepspeed:
         for flat in flats:
             flat["step"].copy_(torch.stack(steps).max())  # one for all parameters of a part
 
+    def held(self) -> int:
+        """Parameters whole or in parts, AdamW's own and its moments; of stage 3 also what small parameters are gathered
+        to, the bucket, and the parts of the gradients."""
+        optimizer, whole = self.optimizer, 0
+        tensors = [x for state in self._moments() for x in state.values()]
+        if self.stage < 3:
+            tensors += [*optimizer.bit16_groups_flat, *optimizer.single_partition_of_fp32_groups]
+        else:
+            tensors += [*optimizer.fp16_partitioned_groups_flat, *optimizer.fp32_partitioned_groups_flat]
+            tensors += [optimizer.grad_partitions_flat_buffer, *(b.buffer for b in optimizer.ipg_buckets.values())]
+            whole = sum(p.ds_numel * p.element_size() for p in optimizer.persistent_parameters)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        return sum(storages.values()) + whole
+
     def _whole(self, tensor: Tensor) -> Tensor:
         if not hasattr(tensor, "ds_id"):
             return tensor.detach()
@@ -155,6 +172,11 @@ class Deepspeed:
         if self.stage < 3:
             optimizer._lazy_init_hp_params_optimizer_state()
         return [states[part] for part in parts]
+
+
+def bucket_of(model: nn.Module) -> int:
+    """Numbers of the buffer in which gradients are summed, which DeepSpeed makes as large for a small model too."""
+    return min(MOST_IN_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
 
 
 def _shared(whole: Tensor) -> Part:

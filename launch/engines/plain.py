@@ -22,6 +22,7 @@ class Plain:
 
     name: ClassVar[str] = "plain"
     loss_scale = 1.0
+    settles = 0
 
     def __init__(self, objective: "Objective", config: "Config", world: "World") -> None:
         self.model = objective.model
@@ -73,6 +74,10 @@ class Plain:
     def part(self, tensor: Tensor) -> Part:
         """What this rank holds of a tensor."""
         return Part(tuple(tensor.shape), (0,) * tensor.ndim, tensor, shared=True)
+
+    def held(self) -> int:
+        """All that a checkpoint holds."""
+        return sum(part.block.nbytes for _, part in self.state())
 
     def weights(self) -> dict[str, Tensor]:
         """See `Engine`."""

@@ -58,7 +58,7 @@ TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 def tokens_of(name: str, text: str | int, least: int = 1) -> int:
     """A number of tokens or ranks as people write it: 131072, 131,072, "128K" (K is 1,024), "1M"."""
-    rule = "a whole number, such as 131072 or 128K (K is 1,024, M is 1,048,576)"
+    rule = "a positive whole number, such as 131072 or 128K (K is 1,024, M is 1,048,576)"
     return quantity(name, text, TOKENS, rule, least)
 
 

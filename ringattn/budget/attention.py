@@ -3,6 +3,7 @@ allocates while it runs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,8 +17,9 @@ from ringattn.budget.tape import Moment, Tensor, largest
 from ringattn.context import ContextParallel
 from ringattn.kernels import sdpa, windows
 from ringattn.kernels.scores import Scores
+from ringattn.masks import Mask
 from ringattn.planning.launches import Launch
-from ringattn.planning.program import Buffer, Program
+from ringattn.planning.program import Buffer, Parcel, Program
 from ringattn.planning.shape import TYPICAL
 from ringattn.planning.wanted import ALL_WANTED
 from ringattn.runtime import heads
@@ -83,13 +85,15 @@ def _buffer(buffer: Buffer, kind: Kind) -> Tensor:
 
 class Recorder:
     """A link that moves nothing, on whose workspace nothing lies: the head all-to-all of tensors without memory leaves
-    there what buffers it asks for."""
+    there what buffers it asks for, and in ``received`` the bytes of its messages."""
 
     def __init__(self) -> None:
         self.workspace = Workspace(lambda size, dtype, _: torch.empty(size, dtype=dtype, device="meta"))
+        self.received: Counter[str] = Counter()
 
-    def post(self, batch: object) -> None:
+    def post(self, batch: heads.Batch) -> None:
         """There is nothing to wait for."""
+        self.received.update({what: received for what, _, received in batch.moved})
 
     def wait(self, pending: object) -> None:
         """See `post`."""
@@ -97,13 +101,35 @@ class Recorder:
 
 def swaps(cp: ContextParallel, kind: Kind) -> tuple[Tensor, ...]:
     """Buffers of the head all-to-all, forward and backward, as it asks for them."""
+    flat = _swapped(cp, kind).workspace.flat()
+    return tuple(_flat(slot, x) for (slot, *_), x in flat.items())
+
+
+def _swapped(cp: ContextParallel, kind: Kind) -> Recorder:
     split, recorder = cp.binding.split, Recorder()
     on, link = kind._replace(device=torch.device("meta")), cast(Messages, recorder)
     for seat in _seats(cp, on):
         if seat.swap is not None:
             _swap(seat.swap, on, [sizes[split.member] for sizes in seat.swap.sizes], link)
-    flat = recorder.workspace.flat()
-    return tuple(_flat(slot, x) for (slot, *_), x in flat.items())
+    return recorder
+
+
+def received(cp: ContextParallel, mask: Mask, kind: Kind) -> tuple[int, int]:
+    """Bytes that this rank receives in a call forward and in its backward: its program's messages and those of the head
+    all-to-all, as `ContextParallel.traffic` counts them."""
+    program, swapped = cp.program(mask), _swapped(cp, kind).received
+    kinds = [seat.computed(kind) for seat in _seats(cp, kind)]
+    ahead, back = (
+        sum(_message(parcel, of) for of in kinds for turn in turns for parcel in turn.recvs)
+        for turns in (program.forward, program.backward)
+    )
+    return ahead + swapped["forward heads"], back + swapped["backward heads"]
+
+
+def _message(parcel: Parcel, kind: Kind) -> int:
+    _, batch, count, width = kind.shape(parcel.buffer)
+    rows = parcel.rows.stop - parcel.rows.start
+    return rows * batch * count * width * kind.dtype_of(parcel.buffer.row).itemsize
 
 
 def _seats(cp: ContextParallel, kind: Kind) -> tuple[heads.Seat, ...]:
@@ -262,4 +288,4 @@ def _masks(part: sdpa.Part, kind: Kind, backward: bool) -> dict[str, Amount]:
     return {f"forward, windows of {width}": made}
 
 
-__all__ = ["BUFFERS", "Attention", "buffers", "scratch_of"]
+__all__ = ["BUFFERS", "Attention", "buffers", "kind_of", "received", "scratch_of"]

@@ -93,7 +93,7 @@ def model(name_or_path: str) -> ModelShape:
     given = path("model", name_or_path)
     if given in shipped():
         return from_config(SHIPPED / f"{given}.json", given)
-    if Path(given).exists():
+    if given and Path(given).exists():
         return from_config(given)
     if given.endswith(".json") or "/" in given or "\\" in given:
         raise ValueError(f"model={given!r}: there is no such file; a shape that comes along is {', '.join(shipped())}")

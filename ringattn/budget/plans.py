@@ -8,9 +8,11 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
-from ringattn.budget.attention import Attention, scratch_of
+from ringattn.budget.attention import Attention, kind_of, received, scratch_of
 from ringattn.budget.layers import LayerCode, Numerics, Scratch
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
@@ -18,10 +20,12 @@ from ringattn.budget.positions import reach
 from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, shards
 from ringattn.budget.step import Gathering, Step, Way
 from ringattn.budget.tape import Moment, Tensor
+from ringattn.budget.updates import updating
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.context import ContextParallel
 from ringattn.geometry import layouts
 from ringattn.masks import Mask
+from ringattn.planning.cost import cost
 from ringattn.planning.shape import Shape
 from ringattn.runtime.settings import Options
 
@@ -93,6 +97,14 @@ class Plan:
         return tuple(Item(kind, name, size * n, n, text) for (kind, name, text), (n, size) in counts.items() if size)
 
     @property
+    def received(self) -> int:
+        """Bytes that this rank receives in the attention calls of a step, of all layers: forward once more where those
+        are computed again."""
+        again = 2 if self.setup.recompute == "full" else 1
+        calls = zip(self.setup.layers(), self.placed.received, strict=True)
+        return sum(layers * (again * ahead + back) for layers, (ahead, back) in calls)
+
+    @property
     def reserve(self) -> int:
         return self.reserved.value
 
@@ -102,6 +114,11 @@ class Plan:
         if self.setup.reserve is not None:
             return named("reserve", self.setup.reserve)
         return named("context and NCCL", CONTEXT) + named("memory", self.setup.memory).over(PART)
+
+    @property
+    def reserve_name(self) -> str:
+        """Says whether it was given."""
+        return "reserve" if self.setup.reserve is not None else "reserve (assumed)"
 
     @property
     def headroom(self) -> int:
@@ -171,14 +188,15 @@ class Plan:
     def explain(self) -> str:
         """Every number of the peak as a formula with the values put in."""
         lines = [f"peak: {self.moment}", *map(str, self.items), f"sum: {self.peak:,}"]
-        lines += [f"reserve: {self.reserved} = {self.reserve:,}"]
+        lines += [f"{self.reserve_name}: {self.reserved} = {self.reserve:,}"]
         left = f"headroom: {self.setup.memory:,} - {self.peak:,} - {self.reserve:,} = {self.headroom:,}"
         return "\n".join([*lines, left])
 
     def __str__(self) -> str:
         s = self.setup
         rows = [f"  {kind:32} {gigabytes(size):>10}" for kind, size in self.kinds.items()]
-        rows += [f"  {'reserve':32} {gigabytes(self.reserve):>10}", f"  {'headroom':32} {gigabytes(self.headroom):>10}"]
+        beside = (self.reserve_name, self.reserve), ("headroom", self.headroom)
+        rows += [f"  {name:32} {gigabytes(size):>10}" for name, size in beside]
         on = f"{s.world} x {gigabytes(s.memory)}"
         title = f"{s.model.name}, {s.seqlen:,} tokens on {on}, a rank at its peak: {self.moment}"
         return "\n".join([title, *rows, f"  {'it fits' if self.fits else 'it does not fit'}"])
@@ -189,36 +207,42 @@ class Plan:
         items = [asdict(item) for item in self.items]
         return {
             "setup": setup, "moment": self.moment, "peak": self.peak, "reserve": self.reserve,
-            "headroom": self.headroom,
+            "headroom": self.headroom, "received": self.received,
             "fits": self.fits, "warning": self.warning, "items": items,
         }  # fmt: skip
 
 
-def plan(model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", **settings: Any) -> Plan:
+def plan(
+    model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", reserve: int | str | None = None,
+    **settings: Any,
+) -> Plan:  # fmt: skip
     """The memory of a training step on the rank that takes most.
 
     Args:
         model: a shape's name (`budget.shipped()`), the path of a Transformers config.json, or a :class:`ModelShape`.
         seqlen: tokens of a sequence; "1M" is 2**20.
         memory: of a device; "80GB" is 80e9 bytes, "80GiB" 80 * 2**30.
+        reserve: what is taken of it beside tensors, as measured on such a device; None: 2 GiB and a twenty-fifth of the
+            memory, assumed.
         settings: nodes, gpus (of a node), batch (sequences of a replica at a time), dtype (bfloat16, float32),
-            optimizer (adamw, adamw8bit, muon, sgd), shard (none, fsdp, zero1, zero2, zero3), recompute (none;
-            attention: a layer keeps its input and attention's result; full), offload (what layers keep is on the host),
-            offload_states (what is on the host: none, optimizer, or all: parameters and
-            gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks
-            (pieces of all but attention), head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code
-            (whose layers: transformers, or the pretraining job's decoder), device (a GPU's name), reserve (bytes beside
-            tensors), transient (attention's buffers are freed behind each call, as other libraries' are).
+            optimizer (adamw: fused; adamw_foreach: PyTorch's default; adamw8bit, muon, sgd), shard (none, fsdp, zero1,
+            zero2, zero3), recompute (none; attention: a layer keeps its input and attention's result; full), offload
+            (what layers keep is on the host), offload_states (what is on the host: none, optimizer, or all: parameters
+            and gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks (pieces of all but attention),
+            head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code (whose layers: transformers,
+            or the pretraining job's decoder), device (a GPU's name), transient (attention's buffers are freed behind
+            each call, as other libraries' are).
 
     Raises:
         ValueError: a name, number or split that cannot be, with the rule and the remedy.
     """
-    shape = model_of(model) if isinstance(model, str) else model
-    known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory"}
+    shape = model if isinstance(model, ModelShape) else model_of(model)
+    known = set(Setup.__dataclass_fields__) - {"model", "seqlen", "memory", "reserve"}
     for name in settings:
         if name not in known:
             layouts.named("setting", name, sorted(known))
-    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), **settings)
+    beside = None if reserve is None else bytes_of("reserve", reserve, 0)
+    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), reserve=beside, **settings)
     return planned(setup)
 
 
@@ -242,15 +266,15 @@ def planned(setup: Setup) -> Plan:
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
-    the seconds of the calls of one layer of each mask by the shared cost function, and the bytes received; whose layers
-    they are."""
+    of a layer of each mask the seconds of its calls by the shared cost function, and the bytes that this rank receives
+    in a call forward and in its backward; whose layers they are."""
 
     attention: Attention
     tokens: int
     layout: str
     schedule: str
-    seconds: float
-    received: int
+    seconds: tuple[float, ...]
+    received: tuple[tuple[int, int], ...]
     layer: Callable[..., LayerCode] = LayerCode
 
     def transient(self) -> Placed:
@@ -286,14 +310,21 @@ def _placed(
         )  # fmt: skip
 
     cp = context(0)
-    most = cp.ulysses * int(cp.plan.received.argmax()) if len(cp.plan.received) else 0
-    if cp.plan.received[most // cp.ulysses] > cp.plan.received[0]:
-        cp = context(most)
-    offer, token = cp.binding.offers[0], shape.forward.token + shape.backward.token
-    received = sum(int(plan.received.max(initial=0)) for plan in cp.plans.values()) * token // cp.ulysses
-    tokens = int(cp.q_layout.sizes.max())
-    received += offer.swapped.received * len(masks) if cp.ulysses > 1 else 0
-    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, offer.seconds, received)
+    needed = np.sum([plan.received for plan in cp.plans.values()], axis=0)
+    if needed.max() > needed[0]:
+        cp = context(cp.ulysses * int(needed.argmax()))
+    kind, tokens = kind_of(cp, "cuda"), int(cp.q_layout.sizes.max())
+    moved = tuple(received(cp, mask, kind) for mask in masks)
+    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, _seconds(cp), moved)
+
+
+def _seconds(cp: ContextParallel) -> tuple[float, ...]:
+    """Of the calls of a layer of each mask: all of them by the cost function, where there is one."""
+    offer, terms = cp.binding.offers[0], cp.binding.settings.terms
+    if len(cp.masks) == 1:
+        return (offer.seconds,)
+    swapping = offer.swapping / len(cp.masks)
+    return tuple(cost(cp.plans[mask], cp.schedule, terms).seconds + swapping for mask in cp.masks)
 
 
 def _step(setup: Setup, placed: Placed) -> Step:
@@ -307,7 +338,8 @@ def _step(setup: Setup, placed: Placed) -> Step:
         setup.model, setup.code, tokens, numerics, way, attention.scratch,
         persistent=tuple((x, 1) for x in _persistent(setup, shard)),
         around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
-        gathering=gathering, generators=False, layer=placed.layer,
+        gathering=gathering, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
+        layer=placed.layer,
     )  # fmt: skip
 
 
@@ -356,11 +388,13 @@ def _inputs(setup: Setup, tokens: Amount) -> Iterator[Tensor]:
 def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
     """Changes that save memory, by what they cost: nothing, a part of the layers computed twice, all of them, the link
     to the host, another optimizer, more devices."""
-    if setup.loss_chunks < 64:
+    if setup.optimizer == "adamw_foreach":
+        yield {"optimizer": "adamw"}
+    if setup.loss_chunks < 64 <= setup.seqlen:
         yield {"loss_chunks": 64}
     if setup.shard == "none" and setup.world > 1:
         yield {"shard": "fsdp"}
-    if setup.token_chunks < 16:
+    if setup.token_chunks < 16 <= setup.seqlen:
         yield {"token_chunks": 16}
     if setup.recompute == "none":
         yield {"recompute": "attention"}
@@ -371,7 +405,7 @@ def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
         yield {"head_chunks": min(heads, 4)}
     if not setup.offload:
         yield {"offload": True}
-    if setup.optimizer == "adamw":
+    if setup.optimizer.removesuffix("_foreach") == "adamw":
         yield {"optimizer": "adamw8bit"}
     if setup.offload_states != "all" and setup.shard not in ("none", "zero1"):
         yield {"offload_states": "all"}

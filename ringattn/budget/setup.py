@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from ringattn.arguments.values import integer, quantity
+from ringattn.arguments.values import flag, integer, quantity, shown
 from ringattn.budget.model_shape import ModelShape
 from ringattn.geometry.layouts import named as known
 from ringattn.mask_text import parse_mask
 from ringattn.masks import Mask, sliding_window
-from ringattn.planning.hardware import checked_device
+from ringattn.planning.hardware import GPUS, known_gpu
 
 RECOMPUTE = ("none", "attention", "full")
 STATES = ("none", "optimizer", "all")
@@ -17,7 +18,7 @@ CODES = ("transformers", "decoder")
 DTYPES = ("bfloat16", "float32")
 MOST = 1 << 40
 # bytes of an optimizer's state a parameter of a matrix inside the layers, and of the others
-OPTIMIZERS = {"adamw": (8, 8), "adamw8bit": (2, 2), "muon": (4, 8), "sgd": (0, 0)}
+OPTIMIZERS = {"adamw": (8, 8), "adamw_foreach": (8, 8), "adamw8bit": (2, 2), "muon": (4, 8), "sgd": (0, 0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,26 @@ class Setup:
             ("code", CODES), ("offload_states", STATES),
         ):  # fmt: skip
             known(name, getattr(self, name), choices)
-        checked_device(self.device)
+        for name in ("offload", "fused_loss", "transient"):
+            flag(name, getattr(self, name))
+        if not isinstance(self.device, str) or known_gpu(self.device) is None:
+            known("device", self.device, [mark.upper() for gpu in GPUS for mark in gpu.marks])
+        if not isinstance(self.mask, str):
+            raise ValueError(f"mask={shown(self.mask)}: must be text, such as 'sliding_window(4095) & causal()'")
+        for name in ("loss_chunks", "token_chunks"):
+            if getattr(self, name) > self.seqlen:
+                raise ValueError(
+                    f"{name}={getattr(self, name):,} of {self.seqlen:,} tokens: must be at most as many, for instance 8"
+                )
         self._check_split()
 
     def _check_split(self) -> None:
         heads = self.model.layers[0].attention.num_heads
         if self.world % self.data:
-            raise ValueError(f"data={self.data} over {self.world} ranks: must divide them; the rest share a sequence")
+            raise ValueError(
+                f"data={self.data} over {self.world} ranks: must divide them, as the ranks of a replica share a "
+                f"sequence; take a divisor of {self.world}"
+            )
         if self.context % self.ulysses:
             raise ValueError(
                 f"ulysses={self.ulysses} over the {self.context} ranks of a sequence ({self.world} ranks by data="
@@ -127,8 +141,15 @@ class Setup:
     def masks(self) -> tuple[Mask, ...]:
         """Of the layers, without repeats: the mask, and within a layer's window where it has one."""
         whole = parse_mask(self.mask)
-        windows = dict.fromkeys(layer.attention.window for layer in self.model.layers)
-        return tuple(whole if w is None else whole & sliding_window(w - 1) for w in windows)
+        return tuple(whole if w is None else whole & sliding_window(w - 1) for w in self._windows)
+
+    def layers(self) -> tuple[int, ...]:
+        """How many layers each of them has."""
+        return tuple(self._windows.values())
+
+    @property
+    def _windows(self) -> Counter[int | None]:
+        return Counter(layer.attention.window for layer in self.model.layers)
 
 
 UNITS = {
@@ -137,6 +158,6 @@ UNITS = {
 }  # fmt: skip
 
 
-def bytes_of(name: str, text: str | int) -> int:
+def bytes_of(name: str, text: str | int, least: int = 1) -> int:
     """A number of bytes: "80GB" is 80e9, "80GiB" 80 * 2**30."""
-    return quantity(name, text, UNITS, "a positive size such as 80GB or 80GiB", 1, MOST)
+    return quantity(name, text, UNITS, f"a {'positive ' if least else ''}size such as 80GB or 80GiB", least, MOST)

@@ -82,7 +82,7 @@ def _plans(first: Plan) -> Iterator[Plan]:
 
 
 def _split(found: Plan) -> Split:
-    s, placed = found.setup, found.placed
+    s = found.setup
     ring, tokens = s.context // s.ulysses, s.seqlen * s.data * s.batch
     engine = {"none": "ddp", "fsdp": "fsdp"}.get(s.shard, "deepspeed")  # which has its stage in [deepspeed]
     meet = "--rdzv-backend c10d --rdzv-endpoint HOST:29500 " if s.nodes > 1 else ""
@@ -94,10 +94,8 @@ def _split(found: Plan) -> Split:
     told |= dict(recompute=s.recompute != "none", offload=s.offload, loss_chunks=s.loss_chunks)
     told |= {"token_chunks": s.token_chunks} if s.code == "decoder" else {}
     settings = "\n".join(f"{name} = {json.dumps(value)}" for name, value in told.items())
-    layers = len(s.model.layers) / len(s.masks())
-    received = int(placed.received * layers)
     return Split(
-        ring, s.ulysses, s.data, s.batch, s.recompute, s.offload, found.peak, received, _seconds(found), tokens,
+        ring, s.ulysses, s.data, s.batch, s.recompute, s.offload, found.peak, found.received, _seconds(found), tokens,
         command, settings,
     )  # fmt: skip
 
@@ -109,7 +107,8 @@ def _seconds(found: Plan) -> float:
     s = found.setup
     rates, local = hardware(f"NVIDIA {s.device}").rates, found.placed.tokens * s.batch
     again = {"none": (0, 0.0), "attention": (2, 0.0), "full": (2, 1 / 3)}[s.recompute]
-    attention = found.placed.seconds * len(s.model.layers) / len(s.masks()) * (1 + again[1])
+    calls = sum(layers * seconds for layers, seconds in zip(s.layers(), found.placed.seconds, strict=True))
+    attention = calls * (1 + again[1])
     products = (6 + again[0]) * s.model.matmuls * local / (EFFICIENCY * rates.forward)
     moved = 2 * sum(x.size.value * n for layer in s.model.layers for x, n in found.step.layers[layer].kept) / HOST
     return max(attention + products, moved if s.offload else 0.0)

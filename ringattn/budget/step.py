@@ -15,8 +15,9 @@ from ringattn.budget.amounts import Amount, named
 from ringattn.budget.layers import CASTS, INPUT, OUT, QKV, WEIGHTS, LayerCode, Numerics, Scratch
 from ringattn.budget.model_shape import LayerShape, ModelShape
 from ringattn.budget.tape import ACTIVATIONS, Moment, Tape, Tensor, largest
+from ringattn.budget.zero import GATHERED, Zero
 
-GATHERED, LOGITS, RANDOM = "parameters gathered", "logits", "random states"
+LOGITS, RANDOM = "logits", "random states"
 LEAST = 1 << 16  # bytes below which `ringattn.offloaded` lets a tensor stay
 GENERATOR = named("bytes of a CPU generator's state", 5056)
 
@@ -40,9 +41,11 @@ class Way:
 @dataclass(frozen=True)
 class Step:
     """``persistent`` lies there all the time: parameters, moments of the optimizer, buffers. ``around``: what a step
-    holds from its beginning to its end. ``gathering``: how parameters that lie in parts are brought together.
+    holds from its beginning to its end. ``gathering``: how parameters that lie in parts are brought together; ``zero``:
+    that, and how gradients are summed, as DeepSpeed does (stage, ranks, numbers of its bucket).
     ``generators``: whether states of random generators lie with the rest, as on a CPU. ``grown``: what the first
-    backward leaves in the kernel's caches. ``layer``: whose layers these are."""
+    backward leaves in the kernel's caches. ``updating``: what the optimizer takes in its step. ``layer``: whose layers
+    these are."""
 
     model: ModelShape
     code: str
@@ -53,17 +56,35 @@ class Step:
     persistent: Alive = ()
     around: Alive = ()
     gathering: Gathering | None = None
+    zero: tuple[int, int, int] | None = None
     generators: bool = True
     grown: Alive = ()
     accumulates: bool = False
+    updating: Alive = ()
     layer: Callable[..., LayerCode] = LayerCode
 
     def accumulating(self) -> Step:
         """The same for the later of several micro-batches: the gradients of those before lie there all the time."""
-        tables = () if self.model.tied else (self._table,)
-        found = [x for shape in self.model.layers for x in self.layers[shape].left]
-        gradients = _each([*self.tail.left, *tables, *found])
+        gradients = () if self.taken else _each(self.weights)
         return replace(self, around=(*self.around, *gradients), accumulates=True)
+
+    @cached_property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The gradients of all parameters."""
+        return (*self._root, *(x for shape in self.model.layers for x in self.layers[shape].left))
+
+    @cached_property
+    def dealt(self) -> Zero | None:
+        """What DeepSpeed does with them."""
+        if self.zero is None:
+            return None
+        stage, ranks, bucket = self.zero
+        return Zero(stage, ranks, self.numerics.weight, self.weights, bucket)
+
+    @property
+    def taken(self) -> bool:
+        """Whether gradients do not stay where they are made."""
+        return self.zero is not None and self.zero[0] > 1
 
     @cached_property
     def width(self) -> Amount:
@@ -96,12 +117,15 @@ class Step:
         return largest(self.moments)
 
     def _walk(self) -> Iterator[Moment]:
-        gathering, root = self.gathering, self._root
+        gathering, root, zero = self.gathering, self._root, self.dealt
         always = (*self.persistent, *self.around, *(gathering.whole(root) if gathering else ()))
+        always = (*always, *(zero.gathered if zero else ()))
         held: list[Alive] = []
         for number, shape in enumerate(self.model.layers):
             layer = self.layers[shape]
             others = (*always, *_flat(held), *layer.given)
+            if zero:
+                yield self._coming(number, layer).beside((*others, *zero.message), f"layer {number}, forward")
             if gathering:
                 yield Moment(f"layer {number}, gathered", (*others, *gathering.arriving(layer.left)))
                 others = (*others, *gathering.whole(layer.left))
@@ -109,13 +133,28 @@ class Step:
             held.append(layer.held)
         last = self.tail
         yield last.forward.beside((*always, *_flat(held), *last.given), f"loss, forward: {last.forward.name}")
-        for moment in last.backward:
+        for moment in last.backward[:-1]:
             yield moment.beside((*always, *_flat(held), *last.given), f"loss, {moment.name}")
+        always, final = (*always, *(zero.bucketed if zero else ())), last.backward[-1]
+        yield final.beside((*always, *_flat(held), *last.given), f"loss, {final.name}")
         yield from self._backward(always, held)
+
+    def _coming(self, number: int, layer: LayerMoments) -> Moment:
+        """The largest of a layer's forward while parameters are on their way: of the last layer before the last
+        product, the last operation to keep something."""
+        if number < len(self.model.layers) - 1 or self.way.token_chunks:
+            return layer.forward
+        tape = self.layer_code(self.model.layers[-1]).whole(self.tokens)
+        return tape.forward(True, None if self.way.recompute == "none" else self.attended(tape))
+
+    def attended(self, tape: Tape) -> list[Tensor]:
+        """What a layer that is computed again keeps of attention."""
+        return [x for x in tape.kept() if x.kind == OUT and self.way.recompute == "attention"]
 
     def _backward(self, always: Alive, held: list[Alive]) -> Iterator[Moment]:
         gathering = self.gathering
-        made: list[Alive] = [] if self.accumulates else [_each(self.tail.left)]
+        staying = not (self.accumulates or self.taken)
+        made: list[Alive] = [_each(self.tail.left)] if staying else []
         leaving: Alive = ()
         for number in reversed(range(len(self.model.layers))):
             first = number == len(self.model.layers) - 1
@@ -130,7 +169,7 @@ class Step:
             for moment in layer.backward:
                 yield moment.beside(others, f"layer {number}, {moment.name}")
             always = (*always, *self.grown) if first else always
-            if not self.accumulates:
+            if staying:
                 made.append(gathering.sharded(layer.left) if gathering else _each(layer.left))
             if gathering:
                 leaving = gathering.leaving(layer.left)
@@ -140,13 +179,16 @@ class Step:
         dx = _gradient_of("the embedding's result", size)
         others = (*always, *_flat(made), (self._table, 1), *leaving)
         yield Moment("embedding, backward", ((dx, 1), *others))
-        if not self.accumulates:
+        if staying:
             made.append(((self._table, 1),))
         if gathering and not self.accumulates:
             yield Moment("root, gradients summed", (*others, *gathering.leaving(self._root)))
             made = [gathering.sharded(self._root), *made[1:-1]]
+        if zero := self.dealt:
+            yield Moment("gradients summed", (*always, *zero.last, *_flat(made)))
+            made = [zero.updating]
         always = (*self.persistent, *self.around, *self.grown)
-        yield Moment("optimizer's step", (*always, *_flat(made)))
+        yield Moment("optimizer's step", (*always, *_flat(made), *self.updating))
 
     @property
     def _table(self) -> Tensor:
@@ -184,7 +226,7 @@ class Step:
         joined = _gradient_of("the last norm's result", hidden.size)
         both = Moment("gradients of chunks joined", (*held, (rows, 1), (joined, 1), *_each(left)))
         moment, weights = norm.backward()
-        final = moment.beside(_each(left))
+        final = moment if self.taken else moment.beside(_each(left))
         given = () if self.way.offload else ((x, 1),)
         return LayerMoments(given, held, forward, (pieces, both, final), (*left, *weights))
 
@@ -291,17 +333,17 @@ def _at_once(step: Step, code: LayerCode) -> LayerMoments:
     stays = () if way.offload else given
     if way.recompute == "none":
         kept = step._put_away(tape.kept())
-        moment, left = tape.backward(away=set(tape.kept()) - set(kept))
+        moment, left = tape.backward(set(tape.kept()) - set(kept), step.taken)
         whole = (*given, *_each(tape.kept()))
         return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment.beside(given),), left, whole)
-    moment, left = tape.backward()
-    attended = step._put_away([x for x in tape.kept() if x.kind == OUT]) if way.recompute == "attention" else []
+    moment, left = tape.backward(taken=step.taken)
+    attended = step.attended(tape)
     again = tape.forward(again=True)
     rerun = again.beside(_each([_gradient_of("the layer's result", x.size)]), f"computed again: {again.name}")
-    held = (*_each(attended), *step._states(1), *stays)
-    whole = (*given, *_each([x for x in tape.kept() if x.kind == OUT and way.recompute == "attention"]))
+    held = (*_each(step._put_away(attended)), *step._states(1), *stays)
+    whole = (*given, *_each(attended))
     back = rerun.beside(given), moment.beside(given)
-    return LayerMoments(given, held, tape.forward(), back, left, whole)
+    return LayerMoments(given, held, tape.forward(keeping=attended), back, left, whole)
 
 
 def _tiled(step: Step, code: LayerCode) -> LayerMoments:
@@ -334,6 +376,7 @@ def _tiled(step: Step, code: LayerCode) -> LayerMoments:
     kept = (*(whole if not way.offload else ()), *attended)
     again = again.beside((*given, *kept, *weights, *_each([dresult, dx, dout])), f"conclusion of a piece: {again.name}")
     moment, _ = attention.backward()
+    weights = () if step.taken else weights
     attending = moment.beside((*(() if way.offload else given), *_each([q, k, v]), (dx, 1), *weights), moment.name)
     moment, of_projection = project.backward()
     grads = [_gradient_of(y.name, y.size) for y in (q, k, v)]

@@ -95,12 +95,14 @@ class Tape:
         found = dict.fromkeys(x.storage for operation in self.operations for x in operation.keeps)
         return [x for x in found if x not in given]
 
-    def forward(self, again: bool = False) -> Moment:
+    def forward(self, again: bool = False, keeping: Sequence[Tensor] | None = None) -> Moment:
         """The largest moment of the forward pass, the inputs not counted. ``again``: checkpointing computes it again,
-        and stops at the last operation that keeps something, before that runs."""
+        and stops at the last operation that keeps something, before that runs. ``keeping``: what stays for backward,
+        where it is not all that backward reads."""
         given, moments = {x.storage for x in self.inputs}, [Moment("", ())]
         last = {x.storage: at for at, op in enumerate(self.operations) for x in (*op.inputs, *op.outputs)}
-        last |= dict.fromkeys((*(x.storage for x in self.results), *self.kept()), len(self.operations))
+        staying = self.kept() if keeping is None else keeping
+        last |= dict.fromkeys((*(x.storage for x in self.results), *staying), len(self.operations))
         alive: dict[Tensor, None] = {}
         stop = max(at for at, op in enumerate(self.operations) if op.keeps) if again else len(self.operations)
         for at, op in enumerate(self.operations[:stop]):
@@ -109,20 +111,22 @@ class Tape:
             alive = {x: None for x in alive if last[x] > at}
         return largest(moments)
 
-    def backward(self, away: Container[Tensor] = ()) -> tuple[Moment, tuple[Tensor, ...]]:
+    def backward(self, away: Container[Tensor] = (), taken: bool = False) -> tuple[Moment, tuple[Tensor, ...]]:
         """The largest moment of the backward pass, with the gradients of the results and without the inputs; and the
-        gradients of parameters that are left behind. ``away``: what is elsewhere but while an operation reads it."""
+        gradients of parameters that are left behind, or ``taken`` elsewhere as soon as they are made. ``away``: what is
+        elsewhere but while an operation reads it."""
         given = {x.storage for x in self.inputs}
         readers = Counter(x for op in self.operations for x in {x.storage: None for x in op.keeps})
         gradients = {x: _gradient(x) for x in self.results if x.grad is not None}
         left: list[Tensor] = []
         moments = [Moment("", ())]
+        staying = [] if taken else left
         for op in reversed(self.operations):
             read = {x.storage for x in op.keeps}
             there = [x for x in _left(readers, given) if x not in away or x in read]
             made = self._made(op, gradients)
             left += op.weights
-            now = [*there, *left, *op.sums, *gradients.values()]
+            now = [*there, *(op.weights if taken else left), *op.sums, *gradients.values()]
             results = made.values()
             for more in ((*op.backward_scratch,), results) if op.sums else ((*op.backward_scratch, *results),):
                 moments.append(_moment(f"{op.name}, backward", [*now, *more]))
@@ -132,7 +136,7 @@ class Tape:
             sums = {x: _gradient(x) for x, grad in made.items() if gradients.get(x, grad) is not grad}
             if sums:  # gradients of two paths are added up in a tensor of its own
                 there = [x for x in _left(readers, given) if x not in away]
-                now = [*there, *left, *gradients.values(), *made.values(), *sums.values()]
+                now = [*there, *staying, *gradients.values(), *made.values(), *sums.values()]
                 moments.append(_moment(f"{op.name}, its gradient added", now))
             gradients |= made | sums
         return largest(moments), tuple(left)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ringattn.arguments.values import tokens_of
+from ringattn.arguments.values import integer, tokens_of
 from ringattn.budget.plans import Plan, gigabytes, plan
 from ringattn.budget.splits import Split, splits
 
@@ -22,10 +22,14 @@ Seqlen = Annotated[str, typer.Option(help="tokens of a sequence: 131072, 128K, 1
 Nodes = Annotated[int, typer.Option(help="nodes")]
 Gpus = Annotated[int, typer.Option(help="GPUs of a node")]
 Memory = Annotated[str, typer.Option(help="of a GPU: 80GB (1e9 bytes), 80GiB")]
+Reserve = Annotated[
+    str | None,
+    typer.Option(help="of it beside tensors: CUDA's context, NCCL; 2 GiB and a 25th are assumed", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="the GPU's name")]
 Batch = Annotated[int, typer.Option(help="sequences of a replica at a time")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32")]
-Optimizer = Annotated[str, typer.Option(help="adamw, adamw8bit, muon, sgd")]
+Optimizer = Annotated[str, typer.Option(help="adamw (fused), adamw_foreach (PyTorch's default), adamw8bit, muon, sgd")]
 Shard = Annotated[str, typer.Option(help="fsdp, zero1, zero2, zero3, none")]
 Recompute = Annotated[str, typer.Option(help="none; attention: keeps its result; full")]
 Offload = Annotated[bool, typer.Option("--offload", help="what layers keep is on the host")]
@@ -44,7 +48,8 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @app.command("memory")
 def memory_command(
-    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", device: Device = "H100",
+    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", reserve: Reserve = None,
+    device: Device = "H100",
     batch: Batch = 1, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp",
     recompute: Recompute = "full", offload: Offload = False, offload_states: OffloadStates = "none",
     loss_chunks: LossChunks = "8", fused_loss: FusedLoss = False, token_chunks: TokenChunks = "1",
@@ -85,7 +90,7 @@ def _show(found: Plan, longest: int, console: Console) -> None:
     for kind, size in found.kinds.items():
         table.add_row(kind, gigabytes(size))
     table.add_section()
-    for name, size in (("peak", found.peak), ("reserve", found.reserve), ("headroom", found.headroom)):
+    for name, size in (("peak", found.peak), (found.reserve_name, found.reserve), ("headroom", found.headroom)):
         table.add_row(name, gigabytes(size))
     console.print(table)
 
@@ -106,7 +111,8 @@ def _show(found: Plan, longest: int, console: Console) -> None:
 
 @app.command("split")
 def split_command(
-    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", device: Device = "H100",
+    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", reserve: Reserve = None,
+    device: Device = "H100",
     dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp", loss_chunks: LossChunks = "64",
     token_chunks: TokenChunks = "16", mask: Mask = "causal()",
     show: Annotated[int, typer.Option(help="how many")] = 10, as_json: Json = False,
@@ -121,6 +127,7 @@ def split_command(
     with refusals():
         for name in ("loss_chunks", "token_chunks"):
             settings[name] = tokens_of(f"--{name.replace('_', '-')}", settings[name])
+        integer("--show", show, 1)
         found = splits(model, seqlen, **settings)
     if as_json:
         print(json.dumps([split.as_dict() for split in found]))
