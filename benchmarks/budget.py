@@ -25,7 +25,6 @@ from launch.config import Config, DeepspeedConfig, ModelConfig, OptimizerConfig
 from launch.memory import measured
 from launch.processes import World
 from launch.run import prepare, start
-from ringattn.kernels import windows
 from ringattn.testing import run_processes
 
 WIDE = ModelConfig(d_model=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=320)
@@ -97,7 +96,6 @@ def _row(name: str, world: World, folder: Path) -> dict[str, Any]:
         trainer.step(samples, 1e-3, False)
     # what the row before has left, and the profiler would see go
     gc.collect()
-    windows._mask.cache_clear(), windows._transposed_mask.cache_clear()  # as in a process of its own
     planned = max(
         (step_of(config, job.language, trainer.context_for(s)[0], world.size, len(s.tokens)).peak for s in samples),
         key=lambda moment: moment.bytes,

@@ -53,6 +53,8 @@ class Amount:
             f"{_in_product(a, self)} / {_in_product(b, parts)}"
             for a, b in ((self.symbols, parts.symbols), (self.numbers, parts.numbers))
         )
+        if self.value % parts.value:
+            symbols, numbers = f"ceil({symbols})", f"ceil({numbers})"
         return Amount(-(-self.value // parts.value), symbols, numbers)
 
     def __str__(self) -> str:

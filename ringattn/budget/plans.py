@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
-from itertools import accumulate
+from functools import cached_property
+from itertools import count
 from typing import Any
-
-import numpy as np
 
 from ringattn.arguments.values import tokens_of
 from ringattn.budget.amounts import Amount, named
-from ringattn.budget.attention import Attention, kind_of, received, scratch_of
-from ringattn.budget.layers import LayerCode, Numerics, Scratch
+from ringattn.budget.attention import Attention
+from ringattn.budget.layers import LayerCode, Scratch
 from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
 from ringattn.budget.positions import reach
-from ringattn.budget.setup import MOST, OPTIMIZERS, Setup, Shard, bytes_of, shards
-from ringattn.budget.step import Gathering, Step, Way
-from ringattn.budget.tape import Moment, Tensor
-from ringattn.budget.updates import updating
-from ringattn.comm.planning_rank import PlanningRank
-from ringattn.context import ContextParallel
+from ringattn.budget.runs import Placed, placed_of, step_of
+from ringattn.budget.setup import MOST, Setup, bytes_of
+from ringattn.budget.step import Step
+from ringattn.budget.tape import Moment
 from ringattn.geometry import layouts
-from ringattn.masks import Mask
-from ringattn.planning.cost import cost
-from ringattn.planning.shape import Shape
-from ringattn.runtime.settings import Options
 
 # What a process takes beside PyTorch's tensors: CUDA's context and kernels, NCCL's buffers ("about 1 GiB" and "several
 # GiB" in ALST, arXiv:2506.13996, section 3.2), and what the allocator cannot hand out of what it holds, here a
 # twenty-fifth of the memory. Assumed, not measured; `reserve` sets another.
 CONTEXT, PART = 2 << 30, 25
 STEP = 1024  # tokens that the longest sequence is a multiple of, times the ranks
+PLANNED, GUESSES = 64, 6  # ranks for which lengths are planned in search of it; guesses, before it is halved
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +121,44 @@ class Plan:
     def fits(self) -> bool:
         return self.headroom >= 0
 
+    @property
+    def exact(self) -> bool:
+        """Whether ``longest`` comes of plans of that length. More ranks take seconds a plan: this one's estimate."""
+        return self.setup.context <= PLANNED
+
     @cached_property
     def longest(self) -> int:
-        """The longest sequence that fits, in tokens, a multiple of 1,024 for each rank that shares one; 0: not even
-        that fits. Found by halving on the whole account, in which attention's buffers grow with the shard."""
+        """The longest sequence that fits, in tokens, a multiple of 1,024 for each rank that shares one, where a step
+        more does not fit (for many ranks an estimate, see ``exact``); 0: not even that step. Where the mask has a
+        length of its own, that or 0."""
+        unit, (low, high), guess = STEP * self.setup.context, (0, 0), self._reach
+        if self.setup.ends:
+            return self.setup.seqlen if self.fits else 0
+        if not self.exact:
+            return guess * unit
+        tries = 0
+        while not high or high - low > 1:
+            at = max(guess, low + 1)
+            if high:
+                at = min(at, high - 1) if tries < GUESSES else (low + high) // 2
+            there = self._of(at * unit)
+            low, high = (at, high) if there is not None and there.fits else (low, at)
+            guess, tries = at // 2 if there is None else there._reach, tries + 1
+        return low * unit
+
+    def _of(self, seqlen: int) -> Plan | None:
+        """The same run with another length; None where that cannot be."""
+        found = _try(self.setup, {"seqlen": seqlen})
+        return found if found is None or self.placed.layer is LayerCode else found.computed_by(self.placed.layer)
+
+    @property
+    def _reach(self) -> int:
+        """Steps of tokens that fit if attention's memory grows with the shard, and nothing is placed anew."""
         setup, unit = self.setup, STEP * self.setup.context
 
         def fits(units: int) -> bool:
             longer = replace(setup, seqlen=units * unit)
-            step = _step(longer, self.placed.grown(-(-longer.seqlen // setup.context)))
+            step = step_of(longer, self.placed.grown(-(-longer.seqlen // setup.context)))
             return step.peak.bytes + self.reserve <= setup.memory
 
         low, high = 0, 1
@@ -145,27 +167,12 @@ class Plan:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * unit
-
-    @cached_property
-    def changes(self) -> tuple[Change, ...]:
-        """Where it does not fit: the smallest changes that make it fit, the cheapest first; where none does alone,
-        as many as it takes, in the order of their cost. Empty where all of them together are not enough."""
-        if self.fits:
-            return ()
-        steps = list(_remedies(self.setup))
-        alone = [Change(change, p.peak) for change in steps if (p := _try(self.setup, change)) and p.fits]
-        if alone:
-            return tuple(alone)
-        for together in accumulate(steps, lambda a, b: a | b):
-            if (p := _try(self.setup, together)) and p.fits:
-                return (self._least(together),)
-        return ()
+        return low
 
     def computed_by(self, layer: Callable[..., LayerCode]) -> Plan:
         """The same run with another library's layers, which say themselves what their attention takes."""
         placed = replace(self.placed, attention=Attention((), Scratch()), layer=layer)
-        return replace(self, step=_step(self.setup, placed), placed=placed)
+        return replace(self, step=step_of(self.setup, placed), placed=placed)
 
     def _least(self, together: dict[str, Any]) -> Change:
         """Without those that it does without, the dearest first."""
@@ -255,134 +262,8 @@ def _try(setup: Setup, changes: dict[str, Any]) -> Plan | None:
 
 def planned(setup: Setup) -> Plan:
     """The plan of a run that is checked."""
-    first = setup.model.layers[0].attention
-    shape = Shape(first.num_heads, first.num_kv_heads, first.head_dim, first.v_head_dim, setup.batch, setup.dtype)
-    how = setup.layout, setup.schedule, setup.ulysses, setup.head_chunks, setup.device
-    placed = _placed(setup.context, setup.seqlen, setup.masks(), shape, *how)
-    placed = placed.transient() if setup.transient else placed
-    return Plan(setup, _step(setup, placed), placed, reach(setup.model, setup.seqlen))
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Attention's memory and the tokens of the rank that needs most of the others; the layout and schedule taken, and
-    of a layer of each mask the seconds of its calls by the shared cost function, and the bytes that this rank receives
-    in a call forward and in its backward; whose layers they are."""
-
-    attention: Attention
-    tokens: int
-    layout: str
-    schedule: str
-    seconds: tuple[float, ...]
-    received: tuple[tuple[int, int], ...]
-    layer: Callable[..., LayerCode] = LayerCode
-
-    def transient(self) -> Placed:
-        """With buffers that are there only while a call runs."""
-        of = self.attention
-        ahead, back = (*of.scratch.forward, *of.buffers), (*of.scratch.backward, *of.buffers)
-        return replace(
-            self, attention=replace(of, buffers=(), scratch=replace(of.scratch, forward=ahead, backward=back))
-        )
-
-    def grown(self, tokens: int) -> Placed:
-        """With so many tokens: all that attention takes is a multiple of them."""
-        was = named("tokens before", self.tokens)
-
-        def longer(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            now = named("local tokens", tokens)
-            return tuple(replace(x, size=(x.size * now).over(was)) for x in tensors)
-
-        of = self.attention
-        scratch = replace(of.scratch, forward=longer(of.scratch.forward), backward=longer(of.scratch.backward))
-        return replace(self, attention=replace(of, buffers=longer(of.buffers), scratch=scratch), tokens=tokens)
-
-
-@lru_cache(maxsize=256)
-def _placed(
-    ranks: int, seqlen: int, masks: tuple[Mask, ...], shape: Shape, layout: str, schedule: str, ulysses: int,
-    head_chunks: int, device: str,
-) -> Placed:  # fmt: skip
-    def context(rank: int) -> ContextParallel:
-        return ContextParallel(
-            PlanningRank(rank, ranks, device=f"NVIDIA {device}"), seqlen, mask=masks, shape=shape, layout=layout,
-            schedule=schedule, ulysses=ulysses, options=Options(head_chunks=head_chunks),
-        )  # fmt: skip
-
-    cp = context(0)
-    needed = np.sum([plan.received for plan in cp.plans.values()], axis=0)
-    if needed.max() > needed[0]:
-        cp = context(cp.ulysses * int(needed.argmax()))
-    kind, tokens = kind_of(cp, "cuda"), int(cp.q_layout.sizes.max())
-    moved = tuple(received(cp, mask, kind) for mask in masks)
-    return Placed(scratch_of(cp, "cuda"), tokens, cp.q_layout.name, cp.schedule, _seconds(cp), moved)
-
-
-def _seconds(cp: ContextParallel) -> tuple[float, ...]:
-    """Of the calls of a layer of each mask: all of them by the cost function, where there is one."""
-    offer, terms = cp.binding.offers[0], cp.binding.settings.terms
-    if len(cp.masks) == 1:
-        return (offer.seconds,)
-    swapping = offer.swapping / len(cp.masks)
-    return tuple(cost(cp.plans[mask], cp.schedule, terms).seconds + swapping for mask in cp.masks)
-
-
-def _step(setup: Setup, placed: Placed) -> Step:
-    shard, numerics, attention = shards(setup.dtype)[setup.shard], _numerics(setup), placed.attention
-    tokens = named("local tokens", placed.tokens) * named("batch", setup.batch)
-    chunks = setup.token_chunks if setup.token_chunks > 1 else 0
-    way = Way(setup.recompute, chunks, setup.offload, setup.loss_chunks, setup.fused_loss)
-    sharded = named("bytes of a gradient in parts", 0 if setup.offload_states == "all" else shard.part_gradients)
-    gathering = Gathering(setup.world, numerics.weight, numerics.weight, gradient=sharded) if shard.gathered else None
-    return Step(
-        setup.model, setup.code, tokens, numerics, way, attention.scratch,
-        persistent=tuple((x, 1) for x in _persistent(setup, shard)),
-        around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
-        gathering=gathering, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
-        layer=placed.layer,
-    )  # fmt: skip
-
-
-def _numerics(setup: Setup) -> Numerics:
-    low = 2 if setup.dtype == "bfloat16" else 4
-    if setup.shard == "none":  # under autocast, over fp32 weights
-        return Numerics.of(4, low, 4, low == 2, True)
-    return Numerics.of(low, low, low, False, True)
-
-
-def _persistent(setup: Setup, shard: Shard) -> Iterator[Tensor]:
-    """Parameters, gradients that are there all the time, and the optimizer's states."""
-    model, ranks = setup.model, named("ranks", setup.world)
-    parameters = named("parameters", model.parameters)
-    if shard.whole_weights:
-        yield Tensor("parameters", "weights", parameters * named("bytes", shard.whole_weights))
-    if shard.buckets:
-        yield Tensor("communication buffers", "buckets of gradients", parameters * named("bytes", shard.buckets))
-    if setup.offload_states == "all":
-        return
-    if shard.part_weights:
-        yield Tensor("parameters", "weights in parts", (parameters * named("bytes", shard.part_weights)).over(ranks))
-    if setup.offload_states == "optimizer":
-        return
-    if shard.master:
-        yield Tensor("parameters", "fp32 weights in parts", (parameters * named("bytes", shard.master)).over(ranks))
-    matrix, other = OPTIMIZERS[setup.optimizer]
-    rest = model.embedding + model.head
-    inner = named("parameters of layers", model.parameters - rest) * named("bytes of state", matrix)
-    outer = named("of embedding and head", rest) * named("bytes of state", other)
-    states = inner + outer
-    yield Tensor("optimizer states", setup.optimizer, states if shard.moments_whole else states.over(ranks))
-
-
-def _inputs(setup: Setup, tokens: Amount) -> Iterator[Tensor]:
-    size, first = named("bytes of an id", 8), setup.model.layers[0].attention
-    for name in ("tokens", "labels", "positions"):
-        yield Tensor("tokens and labels", name, tokens * size)
-    dim = named("rotary size", first.latent.rope_dim if first.latent else first.head_dim)
-    own = setup.code == "decoder"
-    number = named("bytes", 2 if setup.dtype == "bfloat16" and not own else 4)
-    for name in ("rotation",) if own else ("cos", "sin"):
-        yield Tensor("rotation", name, tokens * dim * number)
+    placed = placed_of(setup)
+    return Plan(setup, step_of(setup, placed), placed, reach(setup.model, setup.seqlen))
 
 
 def _remedies(setup: Setup) -> Iterator[dict[str, Any]]:
@@ -418,4 +299,4 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
-__all__ = ["Change", "Item", "Placed", "Plan", "plan", "planned"]
+__all__ = ["Change", "Item", "Plan", "plan", "planned"]

@@ -143,6 +143,16 @@ class Setup:
         whole = parse_mask(self.mask)
         return tuple(whole if w is None else whole & sliding_window(w - 1) for w in self._windows)
 
+    @property
+    def ends(self) -> bool:
+        """Whether the mask has this length and no longer one, as that of documents."""
+        try:
+            for mask in self.masks():
+                mask.bind(self.seqlen + 1, self.seqlen + 1)
+        except ValueError:
+            return True
+        return False
+
     def layers(self) -> tuple[int, ...]:
         """How many layers each of them has."""
         return tuple(self._windows.values())

@@ -98,7 +98,9 @@ def _show(found: Plan, longest: int, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     say(f"the peak is at: {found.moment}")
-    say(f"layout {found.placed.layout}, schedule {found.placed.schedule}; the longest sequence that fits: {longest:,}")
+    about = "" if found.exact else "about "
+    how = f"layout {found.placed.layout}, schedule {found.placed.schedule}"
+    say(f"{how}; the longest sequence that fits: {about}{longest:,}")
     if found.warning:
         say(f"warning: {found.warning}")
     if not found.fits:

@@ -90,6 +90,12 @@ def _bounds(band: TileBand) -> tuple[int, int, int]:
     return band.lo, band.hi, band.hi - band.lo + 1
 
 
+def forget() -> None:
+    """Drops the masks that calls have left for those to come."""
+    _mask.cache_clear()
+    _transposed_mask.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _mask(step: int, width: int, slack: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask `[step, slack + width + step - 1]`: row i sees `width` columns from `slack + i` on."""

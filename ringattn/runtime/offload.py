@@ -65,8 +65,9 @@ def offloaded(where: Where | os.PathLike[str] = True) -> AbstractContextManager[
     loss.backward()
 
     Stay where they are: parameters and other leaves, views of them, tensors below 64 KiB, those whose elements share
-    memory, tensor subclasses, and what a block inside has hooks of its own for (a checkpointed layer is computed again;
-    its input is put away).
+    memory, conjugates that were not computed, tensor subclasses, and what a block inside has hooks of its own for (a
+    checkpointed layer is computed again; its input is put away). A saved tensor that is changed in place is back as it
+    was saved, where PyTorch would raise.
 
     Args:
         where: True: pinned host memory, behind the work of the GPU, and back before backward gets there (written
@@ -170,6 +171,8 @@ def taken(kept: Tensor | Entry) -> Tensor:
 def stays(x: Tensor) -> bool:
     """Whether putting a tensor away would save nothing, or is not for us to do."""
     if type(x) is not Tensor or x.layout != torch.strided or x.nbytes < LEAST:
+        return True
+    if x.is_conj() or x.is_neg():  # another tensor's bits, to be read as their conjugates or negatives
         return True
     base = x._base if x._is_view() else x
     if isinstance(base, nn.Parameter) or (base is not None and base.is_leaf and base.requires_grad):
