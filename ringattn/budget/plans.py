@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import count
+from itertools import accumulate
 from typing import Any
 
 from ringattn.arguments.values import tokens_of
@@ -168,6 +168,21 @@ class Plan:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """Where it does not fit: the smallest changes that make it fit, the cheapest first; where none does alone,
+        as many as it takes, in the order of their cost. Empty where all of them together are not enough."""
+        if self.fits:
+            return ()
+        steps = list(_remedies(self.setup))
+        alone = [Change(change, p.peak) for change in steps if (p := _try(self.setup, change)) and p.fits]
+        if alone:
+            return tuple(alone)
+        for together in accumulate(steps, lambda a, b: a | b):
+            if (p := _try(self.setup, together)) and p.fits:
+                return (self._least(together),)
+        return ()
 
     def computed_by(self, layer: Callable[..., LayerCode]) -> Plan:
         """The same run with another library's layers, which say themselves what their attention takes."""
