@@ -57,10 +57,11 @@ SEQLEN = 45
 
 
 def test_readme_begins_with_what_it_is() -> None:
-    """A picture, code that runs, how to install it, and what else there is, before anything else."""
+    """A picture, how to install it, code that runs, and what else there is, before anything else."""
     text = (ROOT / "README.md").read_text()
     first = "\n".join(text.splitlines()[:30])
-    assert 0 < first.index("docs/pictures/") < first.index("```python") < first.index("pip install")
+    assert 0 < first.index("docs/pictures/") < first.index("pip install") < first.index("```python")
+    assert "several GPUs have never run it" in text[: text.index("<img")]
     for name in re.findall(r"^## (.*)", text.split("**Contents:**")[1], flags=re.MULTILINE):
         assert f"[{name.lower()}](#" in first.lower() or name in ("Figures", "Licence")
 
@@ -73,7 +74,7 @@ def first_block(rank: int, world_size: int, code: str) -> list[Tensor]:
 
 def test_the_first_block_equals_one_process() -> None:
     (code,), seqlen = blocks("README.md")["ringattn"], 250
-    code = re.sub(r"^dist.init_process_group.*\n", "", code, flags=re.MULTILINE)  # there is one
+    code = re.sub(r"^torch.distributed.init_process_group.*\n", "", code, flags=re.MULTILINE)  # there is one
     code = code.replace("8192", str(seqlen)).replace("bigbird(256,", "bigbird(16,")
     torch.manual_seed(0)
     q, k, v = (x.double().requires_grad_() for x in torch.randn(3, 1, seqlen, 4, 64))
@@ -183,40 +184,42 @@ def test_the_deepspeed_block_equals_one_process() -> None:
             torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)
 
 
-WIDTH, IDS = 12, 31
+IDS = 31
 
 
-def hidden_and_labels() -> tuple[nn.Module, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    model = nn.Module()
-    model.lm_head = nn.Linear(WIDTH, IDS, bias=False).double()
-    with torch.no_grad():
-        model.lm_head.weight.copy_(torch.randn(IDS, WIDTH, generator=draw))
-    labels = torch.randint(IDS, (1, SEQLEN), generator=draw)
+def loss_inputs() -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, tokens, and labels of which one rank has hardly any."""
+    ids = Rows(1).ids
+    labels = ringattn.loss.shift_labels(ids)
     labels[:, :25] = -100
-    return model, torch.randn(1, SEQLEN, WIDTH, generator=draw, dtype=torch.float64), labels
+    return build(configs()["llama"]), ids, labels
 
 
-def loss_block(rank: int, world_size: int, code: str) -> tuple[float, Tensor]:
-    names = everything()
-    mesh = names["data_context_mesh"]("cpu", context=2)
-    cp = ringattn.ContextParallel(mesh["cp"], SEQLEN, layout="contiguous")
-    model, hidden, labels = hidden_and_labels()
-    names |= {"mesh": mesh, "cp": cp, "model": model, "hidden": cp.shard(hidden), "labels": cp.shard(labels)}
-    exec(code, names)
-    gradient = model.lm_head.weight.grad
-    dist.all_reduce(gradient)  # and divided, as DDP does
-    return float(ringattn.loss.sum_over(names["share"], mesh)), gradient / world_size
+def loss_blocks(rank: int, world_size: int, transformers: str, losses: str) -> tuple[float, dict[str, Tensor]]:
+    """The block of Transformers and behind it that of losses, over the same mesh and model."""
+    model, ids, labels = loss_inputs()
+    names = everything() | {"seqlen": SEQLEN, "config": model.config, "model": model, "ids": ids}
+    exec(transformers.replace("layers=model.model.layers", "layers=[*model.model.layers, model.lm_head]"), names)
+    model.zero_grad()
+    told = {name: names["batch"][name] for name in ("input_ids", "position_ids")}
+    hidden = model(**told, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    names |= {"hidden": hidden, "labels": names["cp"].shard(labels)}
+    exec(losses, names)
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return float(ringattn.loss.sum_over(names["share"], names["mesh"]["dp", "cp"])), gradients
 
 
-def test_the_loss_block_equals_one_process() -> None:
-    model, hidden, labels = hidden_and_labels()
-    logits = model.lm_head(hidden)[0]
+def test_the_block_of_losses_behind_that_of_transformers_equals_one_process() -> None:
+    model, ids, labels = loss_inputs()
+    logits = model(input_ids=ids, use_cache=False).logits[0]
     expected = F.cross_entropy(logits, labels[0]) + 0.3 * F.cross_entropy(logits[:-1], labels[0, 1:])
     expected.backward()
-    for loss, gradient in run_processes(loss_block, 2, blocks("README.md")["Losses"][0]):
-        assert loss == pytest.approx(float(expected.detach()), rel=1e-12)
-        torch.testing.assert_close(gradient, model.lm_head.weight.grad, rtol=1e-10, atol=1e-12)
+    codes = blocks("README.md")["In Transformers and FSDP2"][0], blocks("README.md")["Losses"][0]
+    for loss, found in run_processes(loss_blocks, 2, *codes):
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
+        for name, parameter in model.named_parameters():
+            bound = 2e-6 * float(parameter.grad.abs().max()) + 1e-12
+            torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=bound)
 
 
 def test_the_block_of_one_device_has_the_gradients_of_the_whole(tmp_path: Path) -> None:
