@@ -25,6 +25,7 @@ from ringattn.budget.tape import Moment, Tensor
 from ringattn.budget.zero import BUCKET, KEPT
 from ringattn.context import ContextParallel
 
+ALLOCATED = "allocated by PyTorch"
 DIFFERS = 0.1  # of what was planned, from which on a difference is warned of
 
 
@@ -139,7 +140,7 @@ def foretold(trainer: Trainer, samples: Sequence[Sample]) -> tuple[Forecast | No
     ranks = trainer.world.gather((own.bytes if own else 0, said, problem))
     if unknown := _problem(ranks):
         return None, f"memory is not planned: {unknown}"
-    return own, f"memory planned: {max(ranks)[1]}"
+    return own, f"memory planned ({ALLOCATED}): {max(ranks)[1]}"
 
 
 def _problem(ranks: Sequence[tuple[int, Any, str]]) -> str:
@@ -173,11 +174,12 @@ def _verdict(ranks: Sequence[tuple[int, int, str]], step: str) -> list[str]:
     if problem := _problem(ranks):
         return [f"memory of the {step} step was not counted: {problem}"]
     peak, planned, _ = max(ranks)
+    what = f"memory of the {step} step ({ALLOCATED})"
     if not planned:
-        return [f"memory of the {step} step: {_size(peak)} a rank at the peak"]
+        return [f"{what}: {_size(peak)} a rank at the peak"]
     off = peak / planned - 1
     beside = f"{100 * abs(off):.1f} % {'more' if off > 0 else 'less'} than planned"
-    said = [f"memory of the {step} step: {_size(peak)} a rank at the peak, {beside}"]
+    said = [f"{what}: {_size(peak)} a rank at the peak, {beside}"]
     if abs(off) > DIFFERS:
         said.append(
             f"warning: the {step} step took {_size(peak)} where {_size(planned)} were planned, more than "

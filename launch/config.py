@@ -260,11 +260,6 @@ class Config:
             )
         check_choice("transport", self.transport, TRANSPORTS)
         self._check_ramp()
-        if self.profile and self.profile[0] > self.steps:
-            raise ValueError(
-                f"profile is {list(self.profile)} in {self.steps} steps; set earlier ones, "
-                f"for instance [{self.steps}, {self.steps}], or leave it out"
-            )
 
     def _check_model(self) -> None:
         """One model, and the masks of its layers."""
@@ -369,6 +364,16 @@ def check_heads(ulysses: int | str, heads: int) -> None:
         raise ValueError(
             f"ulysses is {ulysses} and the model has {heads} query heads, of which each rank computes some; set at "
             f'most {heads}, or "auto"'
+        )
+
+
+def check_profile(config: Config) -> None:
+    """Raises ValueError where no step is traced. Apart from the other rules, for what is asked of a run that has its
+    steps done already is another matter."""
+    if config.profile and config.profile[0] > config.steps:
+        raise ValueError(
+            f"profile is {list(config.profile)} in {config.steps} step{'' if config.steps == 1 else 's'}; set earlier "
+            f"ones, for instance [{config.steps}, {config.steps}], or leave it out"
         )
 
 

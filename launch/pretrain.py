@@ -20,9 +20,22 @@ from launch.stopping import StopSignal
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # how many ranks a launcher has started, in the words of torchrun, Open MPI, MPICH and Slurm
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # and which one this process is
 
 
-@app.command(help="Train a small decoder on text, its context sharded over all processes that are started together.")
+def show_help(context: typer.Context, asked: bool) -> None:
+    """Says it once, however many ranks there are."""
+    if not asked:
+        return
+    if next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0":
+        typer.echo(context.get_help())
+    raise typer.Exit
+
+
+@app.command(
+    context_settings={"help_option_names": []},
+    help="Train a small decoder on text, its context sharded over all processes that are started together.",
+)
 def main(
     config: Annotated[str | None, typer.Option(help="a shipped config or a .toml file [cpu-128k]")] = None,
     data: Annotated[list[str] | None, typer.Option(help="text: a file or directory; may be repeated")] = None,
@@ -38,6 +51,9 @@ def main(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="write metrics for TensorBoard too")] = False,
     profile: Annotated[tuple[int, int] | None, typer.Option(help="trace these steps, FIRST LAST, from 1")] = None,
     check: Annotated[bool, typer.Option("--verify", help="do the first step on one rank too, and compare")] = False,
+    _: Annotated[
+        bool, typer.Option("--help", callback=show_help, is_eager=True, help="show this message and exit")
+    ] = False,
 ) -> None:
     """See the module."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler, which counts the first step's memory, is to be quiet

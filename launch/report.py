@@ -39,7 +39,8 @@ class Record:
     at which the step began and `tokens` how many it took, each counted once; `seconds` is the whole step's wall time
     and `waiting_s` what rank 0's attention waited for others. `seqlen` and `documents` are of rank 0's first sequence;
     `accuracy` is the share of right answers in recall, `max_logit` the largest logit of any layer, head and token, in
-    the steps that look for it."""
+    the steps that look for it. `start` counts from 1 how often the run was started, or gone on with, before the step.
+    """
 
     step: int
     loss: float
@@ -53,6 +54,7 @@ class Record:
     documents: int
     accuracy: float | None
     max_logit: float | None = None
+    start: int = 1
 
     @property
     def tokens_per_s(self) -> float:
@@ -80,6 +82,7 @@ class Report:
         self.done = done
         self.console = Console(soft_wrap=True)
         self.records = [record for record in _read(run / "metrics.jsonl") if record.step <= done] if done else []
+        self.start = self.records[-1].start + 1 if self.records else 1
         run.mkdir(parents=True, exist_ok=True)
         write_durably(run / "config.toml", dump(config).encode())
         kept = "".join(json.dumps(asdict(record)) + "\n" for record in self.records)
@@ -115,6 +118,7 @@ class Report:
 
     def add(self, record: Record) -> None:
         """Notes one step."""
+        record = replace(record, start=self.start)
         self.records.append(record)
         self.metrics.write(json.dumps(asdict(record)) + "\n")
         if self.scalars is not None:
@@ -128,7 +132,8 @@ class Report:
         if not self.console.is_terminal:
             config = self.config
             left = record.seconds * config.tokens(record.step) / config.at(record.step - 1).tokens_a_step
-            self.say(f"step {record.step}/{self.config.steps}  {figures}  about {left:.0f} s left")
+            ahead = "" if record.step == config.steps else f"  about {left:.0f} s left"
+            self.say(f"step {record.step}/{config.steps}  {figures}{ahead}")
 
     def summarize(self, ranks: Sequence[RankSummary], answers: Sequence[Answers]) -> None:
         """Draws the plot and prints the summary of the steps done since the start or the resume."""
@@ -137,7 +142,9 @@ class Report:
         self.progress.stop()
         lengths = sorted({record.seqlen for record in self.records} if self.config.ramp else {self.config.seqlen})
         span = " to ".join(f"{length:,}" for length in dict.fromkeys((lengths[0], lengths[-1])))
-        title = f"{self.config.name}: sequences of {span} tokens on {len(ranks)} ranks"
+        on = f"{len(ranks)} rank{'' if len(ranks) == 1 else 's'}"
+        since = f" since step {self.done + 1}" if self.done else ""
+        title = f"{self.config.name}: sequences of {span} tokens, on {on}{since}"
         write_durably(self.run / "plot.png", draw(self.records, self.baseline, title))
         table = Table(title=Text(title), show_header=False)
         for name, value in self._rows(ranks):
@@ -165,7 +172,8 @@ class Report:
         yield "time", f"{seconds:.0f} s for {steps}, {seconds / len(done):.2f} s a step"
         yield "throughput", f"{sum(record.tokens for record in done) / seconds:,.0f} tokens/s"
         yield from self._utilisation(ranks, seconds)
-        yield "peak memory per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
+        largest = "most allocated by PyTorch" if self.config.device == "cuda" else "largest resident set"
+        yield f"{largest}, per rank", ", ".join(f"{rank.peak_memory / 2**30:.2f} GiB" for rank in ranks)
         split = "" if self.config.ulysses == 1 else ", with what heads travel"
         yield "K/V and gradients received", f"{mebibytes(received)}{split}; the masks require {mebibytes(required)}"
         yield "attention waiting for other ranks", f"{100 * waiting:.1f} % of the time{on_host}"

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from launch import checkpoint
 from launch.board import Attempt
 from launch.checkpoint import Saved
-from launch.config import Config
+from launch.config import Config, check_profile
 from launch.processes import World
 from launch.rules import shown
 from launch.tasks import Progress
@@ -97,6 +97,7 @@ def check(job: "Job", saved: Saved) -> None:
         raise ValueError(
             f"checkpoint {path} is of step {there['step']}, and {config.steps} are asked for; ask for more with --steps"
         )
+    check_profile(config)
     if job.task.learnt(there):
         raise ValueError(f"{job.run} has nothing left to learn; start a new run with --out")
 

@@ -15,7 +15,7 @@ import torch
 from launch import checkpoint, huggingface, model, resume
 from launch.board import ALONE, Attempt
 from launch.budget import Forecast, compared, foretold
-from launch.config import Config, check_heads
+from launch.config import Config, check_heads, check_profile
 from launch.data import Sample
 from launch.engines import make_engine
 from launch.language import Language, Objective
@@ -122,6 +122,8 @@ def prepare(config: Config, run: Path, go_on: bool, overwrite: bool, attempt: At
         check_tensorboard()
     _check_place(config, run)
     restarted, there = resume.began_here(run, attempt), checkpoint.holds_any(run)
+    if not go_on and not restarted:
+        check_profile(config)  # else once it is known how far the run has come
     if go_on and not restarted and not there:
         raise ValueError(f"no checkpoint under {run / 'checkpoint'}; start without --resume")
     if there and not (go_on or overwrite or restarted):

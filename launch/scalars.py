@@ -32,7 +32,7 @@ class Scalars:
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Every number of a step under its name."""
         for name, value in values.items():
-            if value is not None and name != "step":
+            if value is not None and name not in ("step", "start"):
                 self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -155,7 +155,7 @@ class _Machine:
             yield from self._splits()
             yield Item("subsets of ranks", self._subsets)
             yield from self._other_transports()
-        yield from (Item(f"kernel {kernel.name}", partial(self._kernel, kernel)) for kernel in KERNELS)
+        yield from self._kernels()
 
     def renew(self) -> Answer:
         """The context of all items, made anew."""
@@ -215,7 +215,7 @@ class _Machine:
     def _subsets(self) -> Answer:
         """Even and odd ranks apart, at the same time, over the connections of all."""
         if self.place.size < 3:
-            return Answer(SKIPPED, "of two ranks each would be alone")
+            return Answer(SKIPPED, "each of two ranks would be alone")
         mine = range(self.place.rank % 2, self.place.size, 2)
         return self._compared(self.cp.on(mine, schedule="ring"))
 
@@ -256,6 +256,17 @@ class _Machine:
         where = f" on rank {self.place.rank}" if self.place.size > 1 else ""
         status = OK if worst.weight <= 1 else FAILS
         return Answer(status, f"{dtypes}, {worst}{where}", worst.weight, asdict(worst))
+
+    def _kernels(self) -> Iterator[Item]:
+        """One each, but for those of other devices, which have one together for each reason."""
+        absent: dict[str, list[str]] = {}
+        for kernel in KERNELS:
+            if why := kernel.needs.elsewhere(self.place.device.type):
+                absent.setdefault(why, []).append(kernel.name)
+            else:
+                yield Item(f"kernel {kernel.name}", partial(self._kernel, kernel))
+        for why, names in absent.items():
+            yield Item(f"kernel{'s' if len(names) > 1 else ''} {', '.join(names)}", partial(Answer, SKIPPED, why))
 
     def _kernel(self, kernel: Kernel) -> Answer:
         """A kernel by name, over every dtype and mask that it does not refuse."""

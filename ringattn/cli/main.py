@@ -123,8 +123,11 @@ def calibrate_command(
 @app.command("show")
 def show_command(
     mask: Annotated[str, typer.Argument(help="as in Python: 'longformer(1023, 64) & documents([0, 4000, 16384])'")],
-    seqlen: Annotated[str | None, typer.Option(help="tokens: 131072, 128K, 1M")] = None,
-    view: Annotated[str | None, typer.Option(help="mask, layout, schedule, work, layouts")] = None,
+    seqlen: Annotated[str | None, typer.Option(help="tokens, always needed: 131072, 128K, 1M")] = None,
+    view: Annotated[
+        str | None,
+        typer.Option(help="mask, layout, schedule, work, layouts; default: mask, or layout where ranks are told of"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="a file: .svg, .html (zoom, hover), .png, .txt")] = None,
     ranks: Annotated[str | None, typer.Option(help="of the world that is planned for; default 8")] = None,
     layout: Annotated[str | None, typer.Option(help="auto, balanced, contiguous, zigzag, striped, cyclic")] = None,
@@ -134,7 +137,7 @@ def show_command(
     heads: Annotated[str | None, typer.Option(help="of calls: query heads, KV heads, head size, as 32,8,128")] = None,
     kv_seqlen: Annotated[str | None, typer.Option(help="keys, where they are another sequence")] = None,
     q_offset: Annotated[str | None, typer.Option(help="position of the first query")] = None,
-    device: Annotated[str | None, typer.Option(help="for seconds: a GPU's name, or cpu; default NVIDIA H100")] = None,
+    device: Annotated[str | None, typer.Option(help="for seconds: A100, H100, H200, B200, cpu; default H100")] = None,
     ranks_per_node: Annotated[
         str | None, typer.Option(help="that share a node; default: as many as the device's")
     ] = None,

@@ -169,10 +169,18 @@ class Needs:
     install: str | None = None
     modules: Mapping[str, str] = field(default_factory=dict)
 
+    def elsewhere(self, device_type: str) -> str | None:
+        """That it does not run on a type of device at all; None if it does."""
+        if self.devices is None or device_type in self.devices:
+            return None
+        having = " and ".join(sorted(self.devices))
+        verb = "has" if len(self.devices) == 1 else "have"
+        return f"there is no operator for device {device_type!r} (only {having} {verb} one)"
+
     def lacking(self, call: Call) -> str | None:
         """What is missing here for a call, with what to do; None if nothing is."""
-        if self.devices is not None and call.device_type not in self.devices:
-            return f"device {call.device_type!r} has no operator here ({' and '.join(sorted(self.devices))} have)"
+        if said := self.elsewhere(call.device_type):
+            return said
         if call.device_type == "cuda":
             shown = "the CUDA device, of compute capability {}.{},".format(*call.capability)
             if call.capability < self.capability:

@@ -45,7 +45,7 @@ def refuse(call: Call) -> str | None:
             )
         return None
     if call.dtype != torch.float32:
-        return f"dtype {call.dtype} has no fused operator on CUDA (float16, bfloat16, float32 have)"
+        return f"dtype {call.dtype} has no fused operator on CUDA (only float16, bfloat16 and float32 have one)"
     if call.head_dim % 4 or call.v_head_dim % 4:
         return f"head_dim {call.head_dim} and v_head_dim {call.v_head_dim} must be multiples of 4 in float32"
     return None

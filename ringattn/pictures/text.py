@@ -1,4 +1,4 @@
-"""A scene as text, for a terminal: shades for shares, letters for ranks, and bars."""
+"""A scene as text, for a terminal: shades for shares, digits and letters for ranks, and bars."""
 
 from __future__ import annotations
 
@@ -64,13 +64,19 @@ def _panel(panel: Panel) -> Iterator[str]:
         most = said(layer.values.max(initial=0), layer.unit)
         yield f"shades: {layer.name}, as a part of the most that a cell has ({most}); {LEGEND}"
     if strip:
-        yield "letters: the rank that holds most of a row or column, * where several hold as much"
+        beyond = "; a is rank 10, A rank 36" if _ranks(cells.row_owners, cells.col_owners) > 10 else ""
+        yield f"at the edges: the rank that holds most of a row or column, * where several hold as much{beyond}"
     elif of is not None:
         yield "at the right: who holds the queries of a row"
 
 
 def _shade(share: float) -> str:
     return next(letter for most, letter in SHADES if share <= most)
+
+
+def _ranks(*of: Owners | None) -> int:
+    """As many as have a share of any stretch."""
+    return 1 + max((int(one.tokens[:, 1].max(initial=0)) for one in of if one is not None), default=0)
 
 
 def _letters(of: Owners | None) -> list[str]:

@@ -38,11 +38,11 @@ def describe(binding: Binding) -> str:
     """Printable text, the same on every rank but for the rank's own steps."""
     settings, choice = binding.settings, binding.choice
     programs = {mask: _program(binding, mask) for mask in settings.masks}
-    keys = f", {settings.kv_seqlen:,} keys" if settings.kv_seqlen != settings.seqlen else ""
+    keys = f", {_count(settings.kv_seqlen, 'key')}" if settings.kv_seqlen != settings.seqlen else ""
     offset = f", first query at {settings.q_offset:,}" if settings.q_offset else ""
     sizes = binding.held.q.sizes
     lines = [
-        f"ringattn: {settings.seqlen:,} tokens{keys}{offset} over {binding.world_size} ranks "
+        f"ringattn: {_count(settings.seqlen, 'token')}{keys}{offset} over {_count(binding.world_size, 'rank')} "
         f"({_between(sizes)} a rank), this is rank {binding.rank}{_among(settings, binding.rank)}",
         *_alone(binding),
         f"layout {binding.held.q.name} ({choice.asked}){_keys(binding)}, schedule {' or else '.join(choice.schedules)}",
@@ -205,7 +205,7 @@ def _rows(line: Line, best: float, schedules: Collection[str] = ()) -> list[str]
         open_ &= not taken
         rows.append(
             f"    {line.layout:11} {offer.schedule:11} {offer.seconds / best:.2f} x the time ({_time(offer.seconds)}), "
-            f"balance {offer.balance:.2f}, needs {offer.received:,} tokens, {_moved(offer.moved)}, "
+            f"balance {offer.balance:.2f}, needs {_count(offer.received, 'token')}, {_moved(offer.moved)}, "
             f"{_count(offer.calls, 'call')}{note}"
         )
     return rows
@@ -225,7 +225,7 @@ def _describe_mask(binding: Binding, mask: Expression, program: Program | str) -
     lines = [
         f"mask {mask}",
         f"    {int(work.sum()):,} pairs ({100 * work.sum() / full:.2f} % of dense), largest over mean rank {balance}",
-        f"    the most a rank must receive: {int(plan.received.max(initial=0)):,} tokens of K/V",
+        f"    the most a rank must receive: {_count(int(plan.received.max(initial=0)), 'token')} of K/V",
     ]
     lines += [f"    {program}"] if isinstance(program, str) else _describe_program(binding, mask, program)
     reports = [(call.kind, line) for call in binding.known(mask) for line in binding.graphs.report(call)]
@@ -238,8 +238,9 @@ def _describe_program(binding: Binding, mask: Expression, program: Program) -> l
     others = np.delete(guess, program.rank)
     beside = f" (about {_between(others)} on the others)" if len(others) else ""
     lines = [
-        f"    rank {binding.rank}: {int(plan.work[program.rank]):,} pairs in {program.calls:,} kernel calls{beside}, "
-        f"receives {program.tokens(Row.KV):,} and sends {program.tokens(Row.KV, sent=True):,} tokens of K/V, "
+        f"    rank {binding.rank}: {_count(int(plan.work[program.rank]), 'pair')} in "
+        f"{_count(program.calls, 'kernel call')}{beside}, "
+        f"receives {program.tokens(Row.KV):,} and sends {_count(program.tokens(Row.KV, sent=True), 'token')} of K/V, "
         f"sends {sum(program.tokens(row, sent=True) for row in GRADIENTS):,} of gradients",
     ]
     if plan.travel:

@@ -250,6 +250,6 @@ def described(rank: int, world: int) -> tuple[str, str]:
 def test_a_context_without_a_group_says_so_where_there_is_one() -> None:
     for rank, (alone, together) in enumerate(run_processes(described, 2)):
         first, second, *_ = alone.splitlines()
-        assert "over 1 ranks" in first and f"this process, rank {rank} of 2, attends alone" in second
+        assert "over 1 rank (" in first and f"this process, rank {rank} of 2, attends alone" in second
         assert "torch.distributed.group.WORLD" in second and "NOT SHARDED" not in together
     assert "NOT SHARDED" not in ra.ContextParallel(None, S).describe()

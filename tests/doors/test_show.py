@@ -153,7 +153,7 @@ def test_what_the_library_says_is_said_in_options() -> None:
     assert "(a guess: tell with --heads 32,8,128)" in run("causal()", "--seqlen", "64", "--view", "work")[1]
     mask = "documents([0, 20, 64]) & sliding_window(3)"
     code, out, _ = run(mask, "--seqlen", "64", "--view", "layouts", "--ranks", "2")
-    assert code == 0 and f"layouts of {mask}" in out and "--layout='auto' takes" in out
+    assert code == 0 and f"layouts of {mask}" in out and "\nauto takes" in out
 
 
 def test_a_terminal_without_blocks_is_told_so() -> None:
@@ -166,8 +166,8 @@ def test_a_terminal_without_blocks_is_told_so() -> None:
     [
         (("causl()", "--seqlen", "16"), "did you mean 'causal'"),
         (("causal()",), "--seqlen is missing"),
-        (("causal()", "--seqlen", "16X"), "--seqlen='16X': must be a whole number"),
-        (("causal()", "--seqlen", "0.3K"), "--seqlen='0.3K': must be a whole number"),
+        (("causal()", "--seqlen", "16X"), "--seqlen='16X': must be a positive whole number"),
+        (("causal()", "--seqlen", "0.3K"), "--seqlen='0.3K': must be a positive whole number"),
         (("causal()", "--seqlen", "16", "--ranks", "32"), "more ranks than tokens"),
         (("causal()", "--seqlen", "16", "--ranks", "8", "--ulysses", "3"), "does not divide the 8 ranks"),
         (("causal()", "--seqlen", "16", "--layout", "zigzg"), "did you mean 'zigzag'"),

@@ -33,8 +33,11 @@ def test_a_run_says_what_its_first_step_takes(text: Path, capsys: pytest.Capture
     config = tiny(text, steps=1, seqlen=1024, dtype="float32", documents=False, model=model, loss_chunks=2)
     run_until(0, 1, config, NOWHERE / "budget", False, -1)
     said = capsys.readouterr().out
-    planned = re.search(r"memory planned: ([\d.]+) MiB a rank at the peak, l.*MLP inner", said)
-    verdict = r"memory of the first step: ([\d.]+) MiB a rank at the peak, ([\d.]+) % (more|less) than planned"
+    planned = re.search(r"memory planned \(allocated by PyTorch\): ([\d.]+) MiB a rank at the peak, l.*MLP inner", said)
+    verdict = (
+        r"memory of the first step \(allocated by PyTorch\): ([\d.]+) MiB a rank at the peak, "
+        r"([\d.]+) % (more|less) than planned"
+    )
     found = re.search(verdict, said)
     assert planned and found, said
     assert float(found[2]) < 10 and "warning: the first step" not in said
@@ -63,4 +66,4 @@ def test_what_fails_in_a_forecast_is_said_and_ends_nothing(where: str, text: Pat
     assert ("memory is not planned: rank 1: KeyError: 'planted'" in said) == (where == "account"), said
     counted = "memory of the first step was not counted: rank 1: KeyError: 'planted'"
     assert (counted in said) == (where == "count"), said
-    assert ("memory of the first step: " in said) == (where == "account"), said
+    assert ("memory of the first step (allocated by PyTorch): " in said) == (where == "account"), said

@@ -260,6 +260,7 @@ def test_a_run_goes_on_over_another_number_of_ranks(
     summary = capsys.readouterr().out
     for line in ("nats a target", "tokens/s", "GiB", "the masks require", "waiting for other ranks", "6/6"):
         assert line in summary
+    assert [line.split()[1] for line in summary.splitlines() if "s left" in line] == [f"{n}/6" for n in range(1, 6)]
 
     assert run_processes(run_until, 2, config, parts, False, 1) == [False, False]
     assert len(records_of(parts)) == 2
@@ -270,6 +271,7 @@ def test_a_run_goes_on_over_another_number_of_ranks(
 
     expected, found = records_of(whole), records_of(parts)
     assert [record["step"] for record in found] == list(range(1, 7))
+    assert [record["start"] for record in found] == [1, 1, 2, 2, 3, 3]
     for name in ("loss", "grad_norm", "lr", "position"):
         assert [r[name] for r in found] == pytest.approx([r[name] for r in expected], rel=1e-10), name
     assert found[-1]["loss"] < found[0]["loss"]
@@ -407,6 +409,9 @@ def test_checkpoints_that_do_not_fit_are_refused_and_kept(tmp_path: Path, text: 
     assert "was made with model.num_heads = 4, not 8" in refusal("--resume", run, "--config", other)
     assert "text other than this one" in refusal("--resume", run, "--data", text / "6.txt")
     assert "is of step 2, and 2 are asked for" in refusal("--resume", run, "--steps", 2)
+    traced = (run / "config.toml").read_text().replace("seed = 0", "seed = 0\nprofile = [2, 2]")
+    (run / "config.toml").write_text(traced)
+    assert "is of step 2, and 1 are asked for" in refusal("--resume", run, "--steps", 1)  # nothing of its profile
     for part in (run / "checkpoint").glob("*/*.safetensors"):
         part.write_bytes(part.read_bytes()[:100])
     assert "no whole checkpoint" in refusal("--resume", run)

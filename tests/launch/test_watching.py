@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ringattn
 from launch.config import Config
+from launch.pretrain import app
 from launch.run import prepare, start
 from ringattn.testing import run_processes
 from tests.support.pretrain import NOWHERE, config_file, records_of, refusal, run_until, tiny, world_of
@@ -25,7 +27,7 @@ def test_tensorboard_shows_what_the_metrics_hold_once(text: Path, tmp_path: Path
     newest.rename(newest.with_name("lost"))
     run_until(0, 1, config, run, True, -1)
     found, records = EventAccumulator(str(run / "tensorboard")).Reload(), records_of(run)
-    names = {name for name, value in records[0].items() if value is not None and name != "step"}
+    names = {name for name, value in records[0].items() if value is not None and name not in ("step", "start")}
     assert set(found.Tags()["scalars"]) == names | {"tokens_per_s"}
     for name in names:
         shown = found.Scalars(name)
@@ -75,6 +77,13 @@ def test_steps_that_cannot_be_traced_are_refused(profile: str, said: str, tmp_pa
 def test_the_command_s_options_are_settings(tmp_path: Path) -> None:
     file = config_file(tmp_path, "steps = 6", "steps = 5")
     assert "profile is [9, 12] in 5 steps" in refusal("--config", file, "--profile", 9, 12)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_prints_the_help(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0 and ("--resume" in result.output) == (rank == 0) == bool(result.output)
 
 
 def stepped(rank: int, world_size: int, config: Config) -> tuple[float, list[float]]:

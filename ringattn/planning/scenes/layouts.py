@@ -31,11 +31,13 @@ def candidates(problem: Problem, names: Sequence[str] = NAMES) -> dict[str, Cand
 def picture(problem: Problem, found: dict[str, Candidate | str], auto: Candidate, notes: Sequence[str]) -> Scene:
     """The first mask of the problem under each candidate; figures of their best schedules. ``auto``: the candidate that
     is taken where none is named."""
-    taken = {name: made for name, made in found.items() if isinstance(made, Candidate)}
+    made_of = {name: made for name, made in found.items() if isinstance(made, Candidate)}
+    same = {name: made.q_layout.name for name, made in made_of.items() if made.q_layout.name in made_of.keys() - {name}}
+    taken = {name: made for name, made in made_of.items() if name not in same}
     offers = {name: made.offers[0] for name, made in taken.items()}
     best = auto.q_layout.name
-    takes = f"layout='auto' takes {best}, schedule {auto.offers[0].schedule}"
-    same = [f"{name} is {m.q_layout.name} here" for name, m in taken.items() if m.q_layout.name != name]
+    takes = f"auto takes {best}, schedule {auto.offers[0].schedule}"
+    once = [f"{name} comes out as {other} here, which is drawn once" for name, other in same.items()]
     left_out = [f"{name} left out: {why}" for name, why in found.items() if isinstance(why, str)]
     bound = problem.masks[0]
     small = [
@@ -56,7 +58,7 @@ def picture(problem: Problem, found: dict[str, Candidate | str], auto: Candidate
     figures = tuple(
         _figures(*what, colour, values, offers, best) for colour, (what, values) in zip(PALE, said.items(), strict=True)
     )
-    return Scene(f"layouts of {words_of(bound.mask)}", (*notes, takes, *same, *left_out), (*rows, figures))
+    return Scene(f"layouts of {words_of(bound.mask)}", (*notes, takes, *once, *left_out), (*rows, figures))
 
 
 def _small(scene: Scene, name: str, offer: Offer, interleaved: bool) -> Panel:
@@ -80,7 +82,8 @@ def _figures(
         offer = offers[name]
         note = (
             f"{name} with {offer.schedule}\n{title}: {word}\nbalance {offer.balance:.3f}, "
-            f"{numbers.amount(sum(offer.moved), 'B')}, {numbers.seconds(offer.seconds)}, {offer.calls:,} kernel calls"
+            f"{numbers.amount(sum(offer.moved), 'B')}, {numbers.seconds(offer.seconds)}, "
+            f"{offer.calls:,} kernel call{'' if offer.calls == 1 else 's'}"
         )
         marks.append(Rect(0, row + 0.12, top, row + 0.88, "#f2f2f2", note, ""))
         marks.append(Rect(0, row + 0.12, value, row + 0.88, colour, note, ""))

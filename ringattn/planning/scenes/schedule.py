@@ -71,6 +71,10 @@ def _time_line(name: str, loop: Pass, topology: Topology | None, meetings: Meeti
     if len(loop.messages) <= ARROWS:
         marks += _arrows(loop, topology)
     legend = [*_boxes_legend(marks, ranks, meetings), *_arrows_legend(loop, topology)]
+    head = "pairs in boxes" + (", of a part of the heads" if meetings is not None and meetings.parts > 1 else "")
+    if 0 < len(loop.messages) <= ARROWS:
+        most = numbers.amount(int(loop.messages[:, 3].max()), "B")
+        head += f"; the thicker an arrow the more bytes, {most} at most"
     return Panel(
         f"{name}: who computes and sends what in each turn",
         Axis("turn", 0, turns, "turn"),
@@ -79,7 +83,7 @@ def _time_line(name: str, loop: Pass, topology: Topology | None, meetings: Meeti
         int(np.clip(110 * turns, 260, 900)),
         int(np.clip(34 * ranks, 90, 420)),
         tuple(legend),
-        "pairs in boxes" + (", of a part of the heads" if meetings is not None and meetings.parts > 1 else ""),
+        head,
         tuple(_in_words(loop, topology)),
     )
 
@@ -173,12 +177,13 @@ def _in_words(loop: Pass, topology: Topology | None) -> Iterator[str]:
         rows = np.flatnonzero(loop.messages[:, 0] == turn)
         yield f"turn {turn}"
         for rank in range(len(loop.pairs)):
-            pairs, sent = int(loop.pairs[rank, turn]), [n for n in rows.tolist() if loop.messages[n, 1] == rank]
+            pairs, sent = int(loop.pairs[rank, turn]), dict[tuple[str, int, int], int]()
+            for n in rows[loop.messages[rows, 1] == rank].tolist():  # one of several spans may be several messages
+                to = loop.kinds[n], int(loop.messages[n, 2]), levels[n]
+                sent[to] = sent.get(to, 0) + int(loop.messages[n, 3])
             work = f"{numbers.amount(pairs):>8} pairs" if pairs else f"{'-':>8}      "
             told = [
-                f"{numbers.amount(int(loop.messages[n, 3]), 'B')} {loop.kinds[n]} to {loop.messages[n, 2]}"
-                + "*" * levels[n]
-                for n in sent
+                f"{numbers.amount(size, 'B')} {kind} to {dst}{'*' * level}" for (kind, dst, level), size in sent.items()
             ]
             more = f" and {len(told) - 4} more" if len(told) > 4 else ""
             yield f"  rank {rank:<3} {work}  {'sends ' if told else ''}{', '.join(told[:4])}{more}".rstrip()
