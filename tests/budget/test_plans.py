@@ -1,10 +1,12 @@
 """Plans of memory: formulas that are the numbers, what fits and how far, what is refused and how it is said."""
 
-import ast
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
+from math import ceil
 
 import pytest
 from typer.testing import CliRunner
@@ -22,15 +24,20 @@ def small() -> budget.Plan:
     return budget.plan("qwen3-0.6b", "64K", **SMALL)
 
 
-def test_every_number_is_its_formula(small: budget.Plan) -> None:
+ODD = {"gpus": 3, "ulysses": 3, "loss_chunks": 7, "token_chunks": 5, "batch": 3}
+
+
+@pytest.mark.parametrize("settings", [SMALL, ODD], ids=["even", "odd"])
+def test_every_number_is_its_formula(settings: dict[str, object]) -> None:
     """What is printed with the values put in is what was added up."""
-    for item in small.items:
+    found = budget.plan("qwen3-0.6b", "64K", **settings)
+    for item in found.items:
         numbers = item.formula.split(" = ")[-1].replace(",", "").replace(" x ", " * ")
-        value = eval(compile(ast.parse(numbers.replace(" / ", " / "), mode="eval"), "formula", "eval"))
-        assert abs(value * item.count - item.bytes) <= item.count * 2**10, item  # quotients are rounded up
-    assert sum(item.bytes for item in small.items) == small.peak
-    assert re.search(rf"^sum: {small.peak:,}$", small.explain(), re.M)
-    assert small.headroom == small.setup.memory - small.peak - small.reserve and small.fits
+        exact = re.sub(r"\b(\d+)\b", r"Fraction(\1)", numbers)
+        assert eval(exact, {"Fraction": Fraction, "ceil": ceil}) * item.count == item.bytes, item
+    assert sum(item.bytes for item in found.items) == found.peak
+    assert re.search(rf"^sum: {found.peak:,}$", found.explain(), re.M)
+    assert found.headroom == found.setup.memory - found.peak - found.reserve
 
 
 @pytest.mark.parametrize(
@@ -51,9 +58,29 @@ def test_what_saves_is_seen(small: budget.Plan, change: dict[str, object]) -> No
     assert budget.plan("qwen3-0.6b", "64K", **SMALL | change).peak < small.peak
 
 
-def test_the_longest_fits_and_a_step_more_does_not(small: budget.Plan) -> None:
-    assert budget.plan("qwen3-0.6b", small.longest, **SMALL).fits
-    assert not budget.plan("qwen3-0.6b", small.longest + 64 * 2048, **SMALL).fits
+@pytest.mark.parametrize(
+    ("lengths", "settings"),
+    [
+        (("4K", "64K"), {}),
+        (("16K", "128K"), {"memory": "40GB"}),
+        (("4K", "1M"), {"mask": "causal() & sliding_window(2000)"}),
+        (("8K",), {"gpus": 1, "memory": "12GB"}),
+    ],
+    ids=str,
+)
+def test_the_longest_fits_and_a_step_more_does_not(lengths: Sequence[str], settings: dict[str, object]) -> None:
+    """Wherever the search begins: layout and buffers are others at other lengths."""
+    plans = [budget.plan("llama3-8b", length, **settings) for length in lengths]
+    (longest,) = {found.longest for found in plans}
+    step = 1024 * plans[0].setup.context
+    assert not longest or budget.plan("llama3-8b", longest, **settings).fits
+    assert not budget.plan("llama3-8b", longest + step, **settings).fits
+
+
+def test_a_mask_with_a_length_of_its_own_has_no_longer_one() -> None:
+    documents = {"mask": "causal() & documents([0, 4096, 8192])"}
+    assert budget.plan("llama3-8b", "8K", **documents).longest == 8192
+    assert budget.plan("llama3-8b", "8K", **documents, memory="8GB").longest == 0
 
 
 def test_changes_make_it_fit_the_cheapest_first(small: budget.Plan) -> None:

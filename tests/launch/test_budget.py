@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import launch.budget
 import launch.memory
+import ringattn as ra
 from benchmarks import budget
 from launch.config import Config, ModelConfig
+from ringattn.kernels import windows
 from ringattn.testing import run_processes
 from tests.support.pretrain import NOWHERE, run_until, tiny
 
@@ -42,6 +45,20 @@ def test_a_run_says_what_its_first_step_takes(text: Path, capsys: pytest.Capture
     assert planned and found, said
     assert float(found[2]) < 10 and "warning: the first step" not in said
     assert float(found[1]) == pytest.approx(float(planned[1]), rel=0.1)
+
+
+def test_a_step_counts_the_masks_that_it_keeps_whatever_ran_before() -> None:
+    """`--verify` computes the step first, and the kernel keeps masks of its windows."""
+    cp = ra.ContextParallel(None, 2048, mask=ra.sliding_window(255))
+    q, k, v = torch.randn(3, 1, 2048, 2, 16).unbind()
+    ra.attention(q, k, v, cp=cp)  # plans, and leaves a workspace
+    windows.forget()  # as in a process that has computed nothing
+    peaks = []
+    for _ in range(2):
+        with launch.memory.measured(torch.device("cpu"), cp.link.workspace) as found:
+            ra.attention(q, k, v, cp=cp)
+        peaks.append(found.peak)
+    assert peaks[0] == peaks[1]
 
 
 def broken(rank: int, world: int, config: Config, run: Path, where: str) -> str:

@@ -46,6 +46,22 @@ def attended(transport: Transport | None, where: str | bool, tokens: int) -> tup
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)], files
 
 
+def test_conjugates_and_negatives_are_what_they_were(tmp_path: Path) -> None:
+    """They share a storage, offsets and strides with what they are conjugates of."""
+
+    def gradient() -> Tensor:
+        x = torch.randn(100, 256, dtype=torch.complex128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        h = x * 1
+        products = (h * h).real, ((h.conj() * h) * h).imag, h.conj().imag * h.real
+        sum(y.sum() for y in products).backward()  # type: ignore[union-attr]
+        assert x.grad is not None
+        return x.grad
+
+    with ra.offloaded(str(tmp_path)):
+        found = gradient()
+    assert torch.equal(found, gradient())
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_attention_has_the_same_gradients_from_a_directory(world: int, tmp_path: Path) -> None:
     """The same bits on one rank; on several, sums come in the order in which messages do."""
