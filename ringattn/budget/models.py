@@ -91,13 +91,20 @@ def model(name_or_path: str) -> ModelShape:
     """The shape of a model by its name (`shipped`), or by the path of a config.json or of its directory. ValueError
     for what is neither, with the nearest name."""
     given = path("model", name_or_path)
-    if given in shipped():
-        return from_config(SHIPPED / f"{given}.json", given)
-    if given and Path(given).exists():
-        return from_config(given)
-    if given.endswith(".json") or "/" in given or "\\" in given:
-        raise ValueError(f"model={given!r}: there is no such file; a shape that comes along is {', '.join(shipped())}")
-    return from_config(SHIPPED / f"{named('model', given, shipped())}.json", given)
+    return from_config(file_of(given), given)
+
+
+def file_of(name_or_path: str) -> Path:
+    """The config.json that `model` reads for a name or path, and raises the same for."""
+    given = path("model", name_or_path)
+    if given not in shipped():
+        if given and Path(given).exists():
+            return Path(given) / "config.json" if Path(given).is_dir() else Path(given)
+        if given.endswith(".json") or "/" in given or "\\" in given:
+            raise ValueError(
+                f"model={given!r}: there is no such file; a shape that comes along is {', '.join(shipped())}"
+            )
+    return SHIPPED / f"{named('model', given, shipped())}.json"
 
 
 def from_config(config: Mapping[str, Any] | str | Path, name: str | None = None) -> ModelShape:

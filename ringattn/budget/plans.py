@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from ringattn.arguments.values import tokens_of
@@ -16,10 +15,11 @@ from ringattn.budget.model_shape import ModelShape
 from ringattn.budget.models import model as model_of
 from ringattn.budget.positions import reach
 from ringattn.budget.runs import Placed, placed_of, step_of
-from ringattn.budget.setup import MOST, Setup, bytes_of
+from ringattn.budget.setup import MOST, Setup, bytes_of, checked_gpu
 from ringattn.budget.step import Step
 from ringattn.budget.tape import Moment
 from ringattn.geometry import layouts
+from ringattn.planning.hardware import memory_of
 
 # What a process takes beside PyTorch's tensors: CUDA's context and kernels, NCCL's buffers ("about 1 GiB" and "several
 # GiB" in ALST, arXiv:2506.13996, section 3.2), and what the allocator cannot hand out of what it holds, here a
@@ -171,33 +171,37 @@ class Plan:
 
     @cached_property
     def changes(self) -> tuple[Change, ...]:
-        """Where it does not fit: the smallest changes that make it fit, the cheapest first; where none does alone,
-        as many as it takes, in the order of their cost. Empty where all of them together are not enough."""
-        if self.fits:
-            return ()
-        steps = list(_remedies(self.setup))
-        alone = [Change(change, p.peak) for change in steps if (p := _try(self.setup, change)) and p.fits]
-        if alone:
-            return tuple(alone)
-        for together in accumulate(steps, lambda a, b: a | b):
-            if (p := _try(self.setup, together)) and p.fits:
-                return (self._least(together),)
-        return ()
+        """Where it does not fit: sets of changes that make it fit, none of which does without one of its own, in the
+        order of the dearest change in each; of the same settings the cheapest values alone. Empty where all of them
+        together are not enough."""
+        found: list[Change] = []
+        together: dict[str, Any] = {}
+        for step in () if self.fits else _remedies(self.setup):
+            together |= step
+            change = self._fitting(step) or (self._least(together, step) if self._fitting(together) else None)
+            if change and all(change.settings.keys() != other.settings.keys() for other in found):
+                found.append(change)
+        return tuple(found)
 
     def computed_by(self, layer: Callable[..., LayerCode]) -> Plan:
         """The same run with another library's layers, which say themselves what their attention takes."""
         placed = replace(self.placed, attention=Attention((), Scratch()), layer=layer)
         return replace(self, step=step_of(self.setup, placed), placed=placed)
 
-    def _least(self, together: dict[str, Any]) -> Change:
-        """Without those that it does without, the dearest first."""
-        for name in reversed(list(together)):
+    def _fitting(self, changes: dict[str, Any]) -> Change | None:
+        found = _try(self.setup, changes)
+        return Change(dict(changes), found.peak) if found and found.fits else None
+
+    def _least(self, together: dict[str, Any], step: dict[str, Any]) -> Change | None:
+        """Without those that it does without, the dearest first; None where ``step``, the last of them, is one."""
+        least = None
+        for name in [*step, *(name for name in reversed(list(together)) if name not in step)]:
             less = {key: value for key, value in together.items() if key != name}
-            if (p := _try(self.setup, less)) and p.fits:
-                together = less
-        found = _try(self.setup, together)
-        assert found is not None, "it fitted before"
-        return Change(together, found.peak)
+            if fits := self._fitting(less):
+                if name in step:
+                    return None
+                together, least = less, fits
+        return least or self._fitting(together)
 
     @cached_property
     def kinds(self) -> dict[str, int]:
@@ -219,7 +223,7 @@ class Plan:
         rows = [f"  {kind:32} {gigabytes(size):>10}" for kind, size in self.kinds.items()]
         beside = (self.reserve_name, self.reserve), ("headroom", self.headroom)
         rows += [f"  {name:32} {gigabytes(size):>10}" for name, size in beside]
-        on = f"{s.world} x {gigabytes(s.memory)}"
+        on = f"{s.world} x {s.device} of {gigabytes(s.memory)}"
         title = f"{s.model.name}, {s.seqlen:,} tokens on {on}, a rank at its peak: {self.moment}"
         return "\n".join([title, *rows, f"  {'it fits' if self.fits else 'it does not fit'}"])
 
@@ -235,15 +239,15 @@ class Plan:
 
 
 def plan(
-    model: str | ModelShape, seqlen: int | str, *, memory: int | str = "80GB", reserve: int | str | None = None,
-    **settings: Any,
+    model: str | ModelShape, seqlen: int | str, *, memory: int | str | None = None,
+    reserve: int | str | None = None, **settings: Any,
 ) -> Plan:  # fmt: skip
     """The memory of a training step on the rank that takes most.
 
     Args:
         model: a shape's name (`budget.shipped()`), the path of a Transformers config.json, or a :class:`ModelShape`.
         seqlen: tokens of a sequence; "1M" is 2**20.
-        memory: of a device; "80GB" is 80e9 bytes, "80GiB" 80 * 2**30.
+        memory: of a device; "80GB" is 80e9 bytes, "80GiB" 80 * 2**30; None: the device's, by its datasheet.
         reserve: what is taken of it beside tensors, as measured on such a device; None: 2 GiB and a twenty-fifth of the
             memory, assumed.
         settings: nodes, gpus (of a node), batch (sequences of a replica at a time), dtype (bfloat16, float32),
@@ -253,7 +257,9 @@ def plan(
             and gradients in parts too), loss_chunks, fused_loss (Liger's), token_chunks (pieces of all but attention),
             head_chunks, mask (as text), layout, schedule, ulysses, data (replicas), code (whose layers: transformers,
             or the pretraining job's decoder), device (a GPU's name), transient (attention's buffers are freed behind
-            each call, as other libraries' are).
+            each call, as other libraries' are), autocast (bfloat16 by autocast over fp32 weights, which are gathered
+            in fp32, and over an fp32 residual stream, as the pretraining job computes; else weights are gathered, and
+            tokens held between layers, in bfloat16).
 
     Raises:
         ValueError: a name, number or split that cannot be, with the rule and the remedy.
@@ -264,8 +270,9 @@ def plan(
         if name not in known:
             layouts.named("setting", name, sorted(known))
     beside = None if reserve is None else bytes_of("reserve", reserve, 0)
-    setup = Setup(shape, tokens_of("seqlen", seqlen), memory=bytes_of("memory", memory), reserve=beside, **settings)
-    return planned(setup)
+    own = memory_of(checked_gpu(settings.get("device", Setup.device)))
+    size = own if memory is None else bytes_of("memory", memory)
+    return planned(Setup(shape, tokens_of("seqlen", seqlen), memory=size, reserve=beside, **settings))
 
 
 def _try(setup: Setup, changes: dict[str, Any]) -> Plan | None:

@@ -16,6 +16,7 @@ from ringattn.budget.setup import OPTIMIZERS, Setup, Shard, shards
 from ringattn.budget.step import Gathering, Step, Way
 from ringattn.budget.tape import Tensor
 from ringattn.budget.updates import updating
+from ringattn.budget.zero import BUCKET, GATHERED, KEPT
 from ringattn.comm.planning_rank import PlanningRank
 from ringattn.context import ContextParallel
 from ringattn.masks import Mask
@@ -99,24 +100,40 @@ def _seconds(cp: ContextParallel) -> tuple[float, ...]:
 
 def step_of(setup: Setup, placed: Placed) -> Step:
     """What a step of a run holds, attention placed so."""
-    shard, numerics, attention = shards(setup.dtype)[setup.shard], _numerics(setup), placed.attention
+    shard, numerics = shards(setup.dtype, setup.autocast)[setup.shard], _numerics(setup)
+    attention, zero = placed.attention, _zero(setup)
     tokens = named("local tokens", placed.tokens) * named("batch", setup.batch)
     chunks = setup.token_chunks if setup.token_chunks > 1 else 0
     way = Way(setup.recompute, chunks, setup.offload, setup.loss_chunks, setup.fused_loss)
     sharded = named("bytes of a gradient in parts", 0 if setup.offload_states == "all" else shard.part_gradients)
-    gathering = Gathering(setup.world, numerics.weight, numerics.weight, gradient=sharded) if shard.gathered else None
+    parts = shard.gathered and not (setup.autocast and setup.world == 1)  # one rank alone of the job's shards nothing
+    gathering = Gathering(setup.world, numerics.weight, numerics.weight, gradient=sharded) if parts else None
     return Step(
         setup.model, setup.code, tokens, numerics, way, attention.scratch,
         persistent=tuple((x, 1) for x in _persistent(setup, shard)),
-        around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers)),
-        gathering=gathering, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
+        around=tuple((x, 1) for x in (*_inputs(setup, tokens), *attention.buffers, *_kept(setup, numerics))),
+        gathering=gathering, zero=zero, generators=False, updating=tuple((x, 1) for x in updating(setup, shard)),
         layer=placed.layer,
     )  # fmt: skip
 
 
+def _zero(setup: Setup) -> tuple[int, int, int] | None:
+    """How DeepSpeed sums gradients in the job with ZeRO 1 and 2; elsewhere it is taken to do so as they are made, and
+    with ZeRO 3 to gather parameters a layer at a time."""
+    stage = {"zero1": 1, "zero2": 2}.get(setup.shard) if setup.autocast and setup.world > 1 else None
+    return None if stage is None else (stage, setup.world, min(BUCKET, setup.model.parameters))
+
+
+def _kept(setup: Setup, numerics: Numerics) -> Iterator[Tensor]:
+    """The most that the job's ZeRO 3 keeps gathered beside the layer that computes."""
+    if setup.shard == "zero3" and setup.autocast:
+        numbers = named("numbers", min(KEPT, setup.model.parameters))
+        yield Tensor(GATHERED, "parameters kept, at most", numbers * numerics.weight)
+
+
 def _numerics(setup: Setup) -> Numerics:
     low = 2 if setup.dtype == "bfloat16" else 4
-    if setup.shard == "none":  # under autocast, over fp32 weights
+    if setup.shard == "none" or setup.autocast:
         return Numerics.of(4, low, 4, low == 2, True)
     return Numerics.of(low, low, low, False, True)
 
@@ -151,7 +168,7 @@ def _inputs(setup: Setup, tokens: Amount) -> Iterator[Tensor]:
         yield Tensor("tokens and labels", name, tokens * size)
     dim = named("rotary size", first.latent.rope_dim if first.latent else first.head_dim)
     own = setup.code == "decoder"
-    number = named("bytes", 2 if setup.dtype == "bfloat16" and not own else 4)
+    number = named("bytes", 2 if setup.dtype == "bfloat16" and not (own or setup.autocast) else 4)
     for name in ("rotation",) if own else ("cos", "sin"):
         yield Tensor("rotation", name, tokens * dim * number)
 

@@ -10,7 +10,7 @@ from ringattn.budget.model_shape import ModelShape
 from ringattn.geometry.layouts import named as known
 from ringattn.mask_text import parse_mask
 from ringattn.masks import Mask, sliding_window
-from ringattn.planning.hardware import GPUS, known_gpu
+from ringattn.planning.hardware import GPUS, known_gpu, memory_of
 
 RECOMPUTE = ("none", "attention", "full")
 STATES = ("none", "optimizer", "all")
@@ -35,11 +35,11 @@ class Shard:
     moments_whole: bool = False
 
 
-def shards(dtype: str) -> dict[str, Shard]:
+def shards(dtype: str, autocast: bool = False) -> dict[str, Shard]:
     """Of FSDP2 with fp32 weights gathered in `dtype`; of DDP under autocast; of DeepSpeed's stages with 16-bit weights
-    and fp32 ones beside them."""
-    low = 2 if dtype == "bfloat16" else 4
-    master = 4 if low == 2 else 0
+    and fp32 ones beside them, which it has beside fp32 weights too. Under autocast weights are fp32 everywhere."""
+    low = 2 if dtype == "bfloat16" and not autocast else 4
+    master = 4
     return {
         "none": Shard(4, 0, 0, buckets=4, moments_whole=True),
         "fsdp": Shard(0, 4, 4, gathered=True),
@@ -60,7 +60,7 @@ class Setup:
     seqlen: int
     nodes: int = 1
     gpus: int = 8
-    memory: int = 80 * 10**9
+    memory: int = memory_of("H100")
     batch: int = 1
     dtype: str = "bfloat16"
     optimizer: str = "adamw"
@@ -68,7 +68,7 @@ class Setup:
     recompute: str = "full"
     offload: bool = False
     offload_states: str = "none"
-    loss_chunks: int = 8
+    loss_chunks: int = 64
     fused_loss: bool = False
     token_chunks: int = 1
     head_chunks: int = 1
@@ -81,6 +81,7 @@ class Setup:
     device: str = "H100"
     reserve: int | None = None
     transient: bool = False
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         for name in ("seqlen", "nodes", "gpus", "memory", "batch", "loss_chunks", "token_chunks", "head_chunks"):
@@ -92,10 +93,9 @@ class Setup:
             ("code", CODES), ("offload_states", STATES),
         ):  # fmt: skip
             known(name, getattr(self, name), choices)
-        for name in ("offload", "fused_loss", "transient"):
+        for name in ("offload", "fused_loss", "transient", "autocast"):
             flag(name, getattr(self, name))
-        if not isinstance(self.device, str) or known_gpu(self.device) is None:
-            known("device", self.device, [mark.upper() for gpu in GPUS for mark in gpu.marks])
+        checked_gpu(self.device)
         if not isinstance(self.mask, str):
             raise ValueError(f"mask={shown(self.mask)}: must be text, such as 'sliding_window(4095) & causal()'")
         for name in ("loss_chunks", "token_chunks"):
@@ -169,5 +169,16 @@ UNITS = {
 
 
 def bytes_of(name: str, text: str | int, least: int = 1) -> int:
-    """A number of bytes: "80GB" is 80e9, "80GiB" 80 * 2**30."""
-    return quantity(name, text, UNITS, f"a {'positive ' if least else ''}size such as 80GB or 80GiB", least, MOST)
+    """A number of bytes: "80GB" is 80e9, "80GiB" 80 * 2**30. A number without a unit is of bytes, and refused where it
+    is below a MiB, since gigabytes were meant."""
+    size = quantity(name, text, UNITS, f"a {'positive ' if least else ''}size such as 80GB or 80GiB", least, MOST)
+    if str(text).strip()[-1:].isdigit() and 0 < size < 1 << 20:
+        raise ValueError(f'{name}={shown(text)}: {size:,} bytes are no memory of a GPU; give a unit, as in "{size}GB"')
+    return size
+
+
+def checked_gpu(name: str) -> str:
+    """The name of a GPU that is known. Raises ValueError for another."""
+    if not isinstance(name, str) or known_gpu(name) is None:
+        known("device", name, [mark.upper() for gpu in GPUS for mark in gpu.marks])
+    return name

@@ -337,10 +337,12 @@ def _at_once(step: Step, code: LayerCode) -> LayerMoments:
         whole = (*given, *_each(tape.kept()))
         return LayerMoments(given, (*_each(kept), *stays), tape.forward(), (moment.beside(given),), left, whole)
     moment, left = tape.backward(taken=step.taken)
-    attended = step.attended(tape)
+    attended = step.attended(
+        tape
+    )  # stays where it is: selective checkpointing keeps it itself, past offloading's hooks
     again = tape.forward(again=True)
     rerun = again.beside(_each([_gradient_of("the layer's result", x.size)]), f"computed again: {again.name}")
-    held = (*_each(step._put_away(attended)), *step._states(1), *stays)
+    held = (*_each(attended), *step._states(1), *stays)
     whole = (*given, *_each(attended))
     back = rerun.beside(given), moment.beside(given)
     return LayerMoments(given, held, tape.forward(keeping=attended), back, left, whole)
@@ -367,7 +369,7 @@ def _tiled(step: Step, code: LayerCode) -> LayerMoments:
     whole = _each([q, k, v]) if way.recompute == "none" else ()
     held = (
         *_each(step._put_away([q, k, v] if way.recompute == "none" else [])),
-        *_each(step._put_away([] if way.recompute == "full" else [out, lse])),
+        *_each({"none": step._put_away([out, lse]), "attention": [out, lse], "full": []}[way.recompute]),
     )
     held = (*held, *step._states(2 if way.recompute == "none" else 1), *(given if not way.offload else ()))
     moment, of_conclusion = conclude.backward()

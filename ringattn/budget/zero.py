@@ -96,4 +96,4 @@ class Zero:
         return ((Tensor(WEIGHTS, name, size), 1),)
 
 
-__all__ = ["BUCKET", "KEPT", "Zero"]
+__all__ = ["BUCKET", "GATHERED", "KEPT", "Zero"]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ringattn.arguments.values import integer, tokens_of
+from ringattn.budget.job import differing
 from ringattn.budget.plans import Plan, gigabytes, plan
+from ringattn.budget.setup import Setup
 from ringattn.budget.splits import Split, splits
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Plan memory and splits of a training run.")
@@ -21,12 +25,15 @@ Model = Annotated[str, typer.Option(help="a shape's name, such as llama3-8b, or 
 Seqlen = Annotated[str, typer.Option(help="tokens of a sequence: 131072, 128K, 1M")]
 Nodes = Annotated[int, typer.Option(help="nodes")]
 Gpus = Annotated[int, typer.Option(help="GPUs of a node")]
-Memory = Annotated[str, typer.Option(help="of a GPU: 80GB (1e9 bytes), 80GiB")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="of a GPU: 80GB (1e9 bytes), 80GiB; by default its own, by its datasheet", show_default=False),
+]
 Reserve = Annotated[
     str | None,
     typer.Option(help="of it beside tensors: CUDA's context, NCCL; 2 GiB and a 25th are assumed", show_default=False),
 ]
-Device = Annotated[str, typer.Option(help="the GPU's name")]
+Device = Annotated[str, typer.Option(help="the GPU's name: A100, H100, H200, B200, or as its driver gives it")]
 Batch = Annotated[int, typer.Option(help="sequences of a replica at a time")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float32")]
 Optimizer = Annotated[str, typer.Option(help="adamw (fused), adamw_foreach (PyTorch's default), adamw8bit, muon, sgd")]
@@ -43,17 +50,23 @@ Layout = Annotated[str, typer.Option(help="auto, contiguous, zigzag, striped, ba
 Schedule = Annotated[str, typer.Option(help="auto, ring, gather, exchange, double_ring")]
 Ulysses = Annotated[int, typer.Option(help="ranks of the head axis")]
 Data = Annotated[int, typer.Option(help="replicas; the other ranks share a sequence")]
+Autocast = Annotated[bool, typer.Option("--autocast", help="bfloat16 over fp32 weights, as launch.pretrain")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+COLUMNS = (
+    "ring x heads\nx data", "micro-\nbatch", "recompute", "offload", "memory,\nGB", "received,\nGB", "s a\nstep",
+    "us a\ntoken",
+)  # fmt: skip
+WIDEST = 1000  # characters of a table
 
 
 @app.command("memory")
 def memory_command(
-    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", reserve: Reserve = None,
-    device: Device = "H100",
+    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = None, reserve: Reserve = None,
+    device: Device = Setup.device,
     batch: Batch = 1, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp",
     recompute: Recompute = "full", offload: Offload = False, offload_states: OffloadStates = "none",
-    loss_chunks: LossChunks = "8", fused_loss: FusedLoss = False, token_chunks: TokenChunks = "1",
-    head_chunks: HeadChunks = 1,
+    loss_chunks: LossChunks = str(Setup.loss_chunks), fused_loss: FusedLoss = False,
+    token_chunks: TokenChunks = str(Setup.token_chunks), head_chunks: HeadChunks = 1, autocast: Autocast = False,
     mask: Mask = "causal()", layout: Layout = "auto", schedule: Schedule = "auto", ulysses: Ulysses = 1, data: Data = 1,
     code: Annotated[str, typer.Option(help="whose layers: transformers, decoder")] = "transformers",
     explain: Annotated[bool, typer.Option("--explain", help="every number as a formula with the values")] = False,
@@ -85,18 +98,18 @@ def memory_command(
 
 def _show(found: Plan, longest: int, console: Console) -> None:
     s = found.setup
-    title = f"{s.model.name}, {s.seqlen:,} tokens on {s.world} GPUs of {gigabytes(s.memory)}: one of them"
-    table = Table("kind", "bytes", title=title, title_justify="left")
+    table = Table("kind", "bytes")
     for kind, size in found.kinds.items():
         table.add_row(kind, gigabytes(size))
     table.add_section()
     for name, size in (("peak", found.peak), (found.reserve_name, found.reserve), ("headroom", found.headroom)):
         table.add_row(name, gigabytes(size))
-    console.print(table)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    say(f"{s.model.name}, {s.seqlen:,} tokens on {_gpus(s)}: one of them, estimated, never measured on a GPU")
+    _print_whole(table, console)
     say(f"the peak is at: {found.moment}")
     about = "" if found.exact else "about "
     how = f"layout {found.placed.layout}, schedule {found.placed.schedule}"
@@ -106,21 +119,27 @@ def _show(found: Plan, longest: int, console: Console) -> None:
     if not found.fits:
         say("it does not fit; what would make it fit, the cheapest first:")
         for change in found.changes:
-            say(f"    {change}")
+            say(f"    {_flags(change.settings)}: {gigabytes(change.peak)}")
         if not found.changes:
             say("    nothing that is known here: a smaller model, or shorter sequences")
 
 
 @app.command("split")
 def split_command(
-    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = "80GB", reserve: Reserve = None,
-    device: Device = "H100",
-    dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp", loss_chunks: LossChunks = "64",
-    token_chunks: TokenChunks = "16", mask: Mask = "causal()",
+    model: Model, seqlen: Seqlen, nodes: Nodes = 1, gpus: Gpus = 8, memory: Memory = None, reserve: Reserve = None,
+    device: Device = Setup.device,
+    dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw", shard: Shard = "fsdp",
+    loss_chunks: LossChunks = str(Setup.loss_chunks), token_chunks: TokenChunks = str(Setup.token_chunks),
+    mask: Mask = "causal()",
+    own_loop: Annotated[bool, typer.Option("--own-loop", help="of your own, not launch.pretrain: see above")] = False,
     show: Annotated[int, typer.Option(help="how many")] = 10, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """The splits of the GPUs (ring x head split x data), ways of recomputing, offload and micro-batches that fit, by
-    seconds a token, with what starts the first; --json has that of each.
+    """The splits of the GPUs (ring x head split x data), ways of recomputing and offload that fit, by estimated seconds
+    a token, with the command and config that start the first; --json has those of each.
+
+    They are of launch.pretrain, which computes under autocast, one sequence of a replica at a time. With --own-loop
+    they are of a training loop of your own, with micro-batches, layers computed again as a whole, and weights gathered
+    in bfloat16, and calls in Python take the place of the command.
 
     Exit code 0: some fit; 1: none; 2: bad input.
     """
@@ -134,30 +153,65 @@ def split_command(
     if as_json:
         print(json.dumps([split.as_dict() for split in found]))
     else:
-        _show_splits(found[:show], Console())
+        _show_splits(found, show, own_loop, Console())
     raise typer.Exit(0 if found else 1)
 
 
-def _show_splits(found: list[Split], console: Console) -> None:
-    columns = (
-        "ring x heads x data",
-        "micro-batch",
-        "recompute",
-        "offload",
-        "memory",
-        "received",
-        "s a step",
-        "us a token",
-    )
-    table = Table(*columns)
-    for split in found:
-        table.add_row(*split.row())
-    console.print(table)
-    for split in found[:1]:
-        text = f"the first, of the pretraining job:\n{split.command}\n\nand in CONFIG.toml:\n{split.settings}"
+def _show_splits(found: list[Split], show: int, own_loop: bool, console: Console) -> None:
+    def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     if not found:
-        console.print("none fits: more GPUs, or shorter sequences", markup=False)
+        say("none fits: more GPUs, shorter sequences, or more --loss-chunks")
+        return
+    say(_heading(found[0].setup, own_loop))
+    table = Table(*COLUMNS, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[4:]:
+        column.justify = "right"
+    for split in found[:show]:
+        table.add_row(*split.row())
+    _print_whole(table, console)
+    first = found[0]
+    if own_loop:
+        say(f"the first, not with launch.pretrain; in Python:\n{first.call}")
+    else:
+        say(f"the first, on each node:\n{first.command}\n\nand CONFIG.toml, its steps and rate for you to set:")
+        say(f"{first.settings}\n\nplanned as {_command(first.setup)}")
+
+
+def _heading(s: Setup, own_loop: bool) -> str:
+    half = s.dtype == "bfloat16"
+    loop = "a loop of your own" if own_loop else f"launch.pretrain{' (autocast over fp32 weights)' * half}"
+    what = f"{s.model.name}, {s.seqlen:,} tokens on {_gpus(s)}, {s.shard}, {s.dtype}, for {loop}"
+    unknown = "; ZeRO 3's own copies in bfloat16 are not counted" if s.shard == "zero3" and half else ""
+    return f"{what}: memory and seconds are estimates for this device, never measured on one{unknown}"
+
+
+def _gpus(s: Setup) -> str:
+    return f"{s.world} x {s.device} of {gigabytes(s.memory)}"
+
+
+def _command(s: Setup) -> str:
+    """That plans the same."""
+    asked = ("ringattn plan memory --model", shlex.quote(s.model.name), "--seqlen", str(s.seqlen), _flags(differing(s)))
+    return " ".join(asked).strip()
+
+
+def _flags(settings: Mapping[str, object]) -> str:
+    """Settings as this command takes them."""
+    said = []
+    for name, value in settings.items():
+        text = shlex.quote(f"{value}B" if name in ("memory", "reserve") else str(value))
+        said.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
+    return " ".join(said)
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """As wide as it must be, whatever the terminal is: no value is cut."""
+    for column in table.columns:
+        column.no_wrap = True
+    needed = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+    (console if needed <= console.width else Console(width=needed)).print(table)
 
 
 @contextmanager

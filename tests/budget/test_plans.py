@@ -128,7 +128,7 @@ def test_the_command_warns_of_positions_and_plans_splits() -> None:
     assert said.exit_code == 0 and "warning: qwen3-0.6b: 65,536 tokens" in said.output
     splits = CliRunner().invoke(app, ["plan", "split", "--model", "qwen3-0.6b", "--seqlen", "64K", "--gpus", "2"])
     assert splits.exit_code == 0 and "torchrun --nnodes 1 --nproc-per-node 2" in splits.output
-    assert "--engine fsdp" in splits.output and "\nseqlen = 65536\n" in splits.output
+    assert '\nengine = "fsdp"\n' in splits.output and "\nseqlen = 65536\n" in splits.output
 
 
 def test_numbers_are_explained_and_written_as_json() -> None:
@@ -139,7 +139,7 @@ def test_numbers_are_explained_and_written_as_json() -> None:
     assert f"sum: {found['peak']:,}" in lines
     assert all(f"{item['name']}: " in lines and f"{item['bytes']:,}" in lines for item in found["items"])
     best = splits_of("qwen3-0.6b", "16K", gpus=2, shard="zero3")[0]
-    assert "--engine deepspeed" in best.command
+    assert 'engine = "deepspeed"' in best.settings and "[deepspeed]\nstage = 3" in best.settings
 
 
 def test_the_optimizers_step_can_be_the_peak() -> None:

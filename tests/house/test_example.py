@@ -49,7 +49,7 @@ def test_an_example_trains_alike_on_any_number_of_ranks(name: str) -> None:
 def test_the_example_without_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "look.py"))["main"](str(tmp_path / "look.html"))
     said = capsys.readouterr().out
-    assert "pairs that each rank computes" in said and "qwen3-0.6b, 131,072 tokens on 8 x 80.00 GB" in said
+    assert "pairs that each rank computes" in said and "qwen3-0.6b, 131,072 tokens on 8 x H100 of 80.00 GB" in said
     assert "balanced, exchange" in (tmp_path / "look.html").read_text()
 
 
