@@ -9,7 +9,9 @@ loss, or a parameter, is no longer a number; 5 another rank died or froze; 128 +
 (130 for Ctrl-C). torchrun reports all but 0 as 1; mpiexec the code of the first that ends otherwise."""
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -20,6 +22,7 @@ from launch.stopping import StopSignal
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # how many ranks a launcher has started, in the words of torchrun, Open MPI, MPICH and Slurm
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+PATIENCE = 10.0  # seconds for processes that were started together to get as far as their arguments
 RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # and which one this process is
 
 
@@ -90,9 +93,13 @@ def run() -> None:
 
 
 def refuse(text: str) -> NoReturn:
-    """Ends this process for bad input, said once a machine."""
+    """Ends this process for bad input, said once a machine. torchrun ends all processes with the first: those that say
+    nothing wait for the one that speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {text}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
     sys.exit(2)
 
 
