@@ -20,6 +20,8 @@ STEPS = 4
 def said_in(way: str) -> list[str]:
     """What a loop of some steps is warned of."""
     model, cp = build(configs()["llama"]), ringattn.ContextParallel(dist.group.WORLD, SEQLEN)
+    if way == "nothing travels":
+        cp = cp.replace(mask=ringattn.documents([0, (SEQLEN + 1) // 2, SEQLEN]), layout="contiguous")
     if way == "registered":
         register(cp, model)
     if way == "registered without its model":
@@ -32,7 +34,7 @@ def said_in(way: str) -> list[str]:
             assert len(batches) == STEPS
         for _ in range(STEPS if way != "cut ahead" else 0):
             batch = shard_batch(cp, whole)
-            if way == "a call of one's own":
+            if way in ("a call of one's own", "nothing travels"):
                 q = torch.zeros(1, cp.local_seqlen, 1, 4)
                 ringattn.attention(q, q, q, cp=cp)
             else:
@@ -41,7 +43,14 @@ def said_in(way: str) -> list[str]:
 
 
 def loops(rank: int, world_size: int) -> dict[str, list[str]]:
-    ways = ("not registered", "registered without its model", "cut ahead", "a call of one's own", "registered")
+    ways = (
+        "not registered",
+        "registered without its model",
+        "cut ahead",
+        "a call of one's own",
+        "nothing travels",
+        "registered",
+    )
     return {way: said_in(way) for way in ways}
 
 
